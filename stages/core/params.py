@@ -1,0 +1,280 @@
+"""params.yaml as checked, typed values. Every key is known, every value has its type; anything else is one line."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.core.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
+View = Literal["upright", "rotated", "inverted", "mirrored"]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys and values of another type are refused, nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Section):
+    """Where a task's images come from. ``key`` is the file's name in the artifact store."""
+
+    kind: Literal["digits", "folder"]
+    key: Key
+    size: Annotated[int, Field(ge=8)]
+    channels: Literal[1, 3] = 3
+    view: View = "upright"
+    classes: list[str] | None = None
+    calibration: Fraction = 0.25  # share of a folder's train images set aside, used without labels
+    mean: list[float] = [0.5]
+    std: list[Positive] = [0.5]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"{name} needs 1 or {self.channels} numbers, found {len(getattr(self, name))}")
+        if self.classes is not None and len(set(self.classes)) < 2:
+            raise ValueError(f"classes needs at least two different names, found {self.classes}")
+        return self
+
+
+class Task(Section):
+    """A source network (``checkpoint``: the file's name in the artifact store) together with its data."""
+
+    checkpoint: Key
+    data: Data
+
+
+class Finetune(Section):
+    """SGD with Nesterov momentum, one cycle of warm-up and cosine decay. ``epochs: 0`` keeps the checkpoint."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Count = 64
+    learning_rate: Positive = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5e-4
+    warmup: Fraction = 0.15
+    label_smoothing: Fraction = 0.0
+    shift: Annotated[int, Field(ge=0)] = 1  # random translation, pixels
+    flip: bool = False  # random mirror image
+
+
+class Architecture(Section):
+    """A constructor by name and its arguments; stages.core.architectures checks both."""
+
+    name: Name
+    arguments: dict[str, Any] = {}
+
+
+class Profile(Section):
+    """One merging problem: an architecture and two or more tasks."""
+
+    architecture: Architecture
+    labels: Literal["shared", "separate"]
+    tasks: dict[Name, Task]
+    finetune: Finetune
+
+    @model_validator(mode="after")
+    def _check(self) -> "Profile":
+        if len(self.tasks) < 2:
+            raise ValueError(f"tasks needs at least two tasks, found {list(self.tasks)}")
+        return self
+
+
+class ArtifactsSection(Section):
+    """The artifact bucket; ``cache`` null means the user's cache folder."""
+
+    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    prefix: str = ""
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    anonymous: bool = True
+    cache: str | None = None
+    timeout: Positive = 5.0  # seconds without an answer
+    sha256: dict[Key, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}
+
+
+class FinetuneSection(Section):
+    workers: Count = 2  # networks trained side by side, one thread each
+    mixed_precision: bool = True  # on a GPU
+
+
+class StatisticsSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    memory: Positive | None = None  # GiB; null: what the machine has free
+
+
+class Matching(Section):
+    """How units are paired: by their position, by the weights or by the activations."""
+
+    by: Literal["identity", "weights", "activations"]
+    similarity: Literal["distance", "inner", "correlation"] = "correlation"
+    sweeps: Count = 100
+    restarts: Count = 1
+
+
+class Fit(Section):
+    """``solver: average`` is no fit; ``exact`` is the closed form; ``adam`` the published iteration."""
+
+    solver: Literal["average", "exact", "adam"] = "exact"
+    inputs: Literal["source", "merged"] = "source"
+    targets: Literal["ensemble", "own"] = "ensemble"
+    norm: Literal["average", "fold"] = "average"
+    ridge: NonNegative | None = None
+    steps: Count = 400
+    learning_rate: Positive = 5e-4
+    batch_size: Count = 32
+
+
+class Method(Section):
+    """A row of the result table: a matching, a fit and a recalibration."""
+
+    match: Name
+    fit: Fit
+    recalibrate: Literal["none", "batchnorm"] = "batchnorm"
+
+
+class AllocateSection(Section):
+    cost: Literal["macs", "parameters"] = "macs"
+    levels: Annotated[int, Field(ge=2, le=64)] = 8
+    time_limit: Positive = 20.0  # seconds for the solver
+
+
+class FitSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    ridge: NonNegative = 1e-3
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
+
+
+class RecalibrateSection(Section):
+    images: Count
+    batch_size: Count = 100
+
+
+class ProbeSection(Section):
+    batch_size: Count = 250
+    linear_images: Count = 1000  # labelled images per task for the linear probes
+    penalty: Positive = 1e-2
+    latency_batch: Count = 32
+    latency_repeats: Count = 15
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: Name
+    source: Literal["embedded", "s3", "local"]
+    budget: Annotated[float, Field(allow_inf_nan=False)]
+    seed: Annotated[int, Field(ge=0)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    threads: Count
+    artifacts: ArtifactsSection
+    finetune: FinetuneSection
+    statistics: StatisticsSection
+    match: dict[Name, Matching]
+    allocate: AllocateSection
+    fit: FitSection
+    recalibrate: RecalibrateSection
+    probe: ProbeSection
+    methods: dict[Name, Method]
+    profiles: dict[Name, Profile]
+
+    @property
+    def active(self) -> Profile:
+        return self.profiles[self.profile]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Params":
+        if self.profile not in self.profiles:
+            raise ValueError(f"profile: found {self.profile!r}; allowed: {', '.join(self.profiles)}")
+        most = len(self.active.tasks)
+        if not 1.0 <= self.budget <= most:
+            raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
+        for name, method in self.methods.items():
+            if method.match not in self.match:
+                raise ValueError(
+                    f"methods.{name}.match: found {method.match!r}; allowed: {', '.join(self.match)}"
+                )
+        for name in ("oracle", "ensemble"):
+            if name in self.methods:
+                raise ValueError(f"methods.{name}: this name is taken; the row is always in the table")
+        return self
+
+    def method(self, name: str) -> Method:
+        return _choice("method", name, self.methods)
+
+    def matching(self, name: str) -> Matching:
+        return _choice("matching", name, self.match)
+
+
+def _choice(what: str, name: str, among: dict[str, Any]) -> Any:
+    if name not in among:
+        raise InputError(f"{what}: found {name!r}; allowed: {', '.join(among)}")
+    return among[name]
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises InputError in one line: the key, what was found and what is allowed.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; run from the top folder of the project") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not a YAML file ({error})") from error
+    return parse_params(found, str(path))
+
+
+def parse_params(found: Any, path: str = "params.yaml") -> Params:
+    """Check an already read mapping (what ``load_params`` does after reading)."""
+    if isinstance(found, dict) and isinstance(found.get("budget"), int) and not isinstance(found["budget"], bool):
+        found = {**found, "budget": float(found["budget"])}
+    try:
+        return Params.model_validate(found)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first_line(error)}") from error
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    kind = first["type"]
+    if kind == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{where}: {message}" if where else message
+    if kind == "missing":
+        return f"{where}: not there; allowed: a value for it"
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key; allowed: {', '.join(_siblings(first['loc']))}"
+    allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    value = first["input"]
+    found = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
+    return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    """Names of the keys allowed beside the unknown key at ``location``."""
+    annotation: Any = Params
+    for part in location[:-1]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[part].annotation
+        else:  # dict[Name, Section]: the part is a name of the user's choice
+            annotation = annotation.__args__[-1]
+    return list(annotation.model_fields)
