@@ -33,7 +33,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{path}: no space left on the device; free some and run the same again") from error
+            raise InputError(
+                f"{path}: no space left on the device; free some and run the same again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         raise
@@ -68,7 +70,9 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file. Tensors are made contiguous on the CPU; metadata values are strings."""
     from safetensors.torch import save  # here, so that stages without tensors do not import torch
 

@@ -41,7 +41,9 @@ class Data(Section):
     def _check(self) -> "Data":
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
-                raise ValueError(f"{name} needs 1 or {self.channels} numbers, found {len(getattr(self, name))}")
+                raise ValueError(
+                    f"{name} needs 1 or {self.channels} numbers, found {len(getattr(self, name))}"
+                )
         if self.classes is not None and len(set(self.classes)) < 2:
             raise ValueError(f"classes needs at least two different names, found {self.classes}")
         return self
@@ -244,7 +246,11 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
 def parse_params(found: Any, path: str = "params.yaml") -> Params:
     """Check an already read mapping (what ``load_params`` does after reading)."""
-    if isinstance(found, dict) and isinstance(found.get("budget"), int) and not isinstance(found["budget"], bool):
+    if (
+        isinstance(found, dict)
+        and isinstance(found.get("budget"), int)
+        and not isinstance(found["budget"], bool)
+    ):
         found = {**found, "budget": float(found["budget"])}
     try:
         return Params.model_validate(found)

@@ -1,0 +1,253 @@
+"""`source: s3`: objects of the bucket, downloaded once per machine, checked, and copied into the workspace.
+
+A download lives in a cache outside the workspace, where it survives a stage that is run again:
+`<cache>/<bucket>/<hash of endpoint, bucket and key>-<name>/` holds `<ETag>.part` while it grows and
+`<ETag>.<sha256>` when it is whole: a file's name says which version it is and what its bytes must be.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote
+
+import urllib3
+from botocore.exceptions import BotoCoreError, ClientError
+from tqdm import tqdm
+
+from stages.artifacts.client import Store, Version, reason, refusal, status
+from stages.core.artifacts import replacing, sha256
+from stages.core.errors import InputError
+from stages.core.params import ArtifactsSection
+
+CHUNK = 1 << 16  # bytes; what a cut connection can cost at most
+PROGRESS = 1 << 20  # bytes; an attempt that brought less counts as failed
+ATTEMPTS = 4  # failed in a row
+PAUSE = 0.2  # seconds after the first of them, then twice as long each time
+VERSIONS = 3  # of an object that changes while it is read
+BAR = {"unit": "B", "unit_scale": True, "disable": None}  # None: shown on a terminal alone
+
+log = logging.getLogger(__name__)
+
+
+class _ChangedError(Exception):
+    """The object is no longer the version that was asked for."""
+
+
+def materialise(section: ArtifactsSection, files: Mapping[str, Path]) -> None:
+    """Put the object of every key at its path; nothing is written before every object is here and checked.
+
+    Raises InputError in one line: unreachable endpoint, refused access, missing bucket or object, cut or
+    corrupted download, another sha256 than the pinned one, no space left.
+    """
+    bucket = Bucket(section)
+    cached = {key: bucket.fetch(key) for key in files}
+    for key, path in files.items():
+        # A copy, not a link: whoever edits or locks the workspace's file must not reach the cache.
+        with bucket.cache_errors(), replacing(path) as temporary:
+            shutil.copyfile(cached[key], temporary)
+
+
+class Bucket:
+    """The bucket seen through the cache of this machine."""
+
+    def __init__(self, section: ArtifactsSection):
+        self.store = Store(section)
+        self.pins = section.sha256
+        self.cache = cache_folder(section)
+
+    def fetch(self, key: str) -> Path:
+        """The object as a checked file in the cache: from there, or downloaded, or a download continued.
+
+        Without a pinned sha256 the bucket is asked for the object's ETag; with one, a cached file needs no
+        network. Raises InputError as ``materialise`` does.
+        """
+        name, pin = self.store.name(key), self.pins.get(key)
+        with self.cache_errors(), _alone(self._folder(key)) as folder:
+            if pin and (whole := _whole(folder, f"*.{pin}")):
+                return whole
+            whole, version = self._present(key, folder)
+            found = whole.suffix[1:]
+            if pin and found != pin:
+                if not version.md5:  # then the pin is the only check, and what was downloaded may be damaged
+                    whole.unlink()
+                raise InputError(
+                    f"{name}: found sha256 {found}, artifacts.sha256 pins {pin}; mend the pin or the object"
+                )
+            log.info("%s: %s, sha256 %s", name, _size(version.size), found)
+            return whole
+
+    def _present(self, key: str, folder: Path) -> tuple[Path, Version]:
+        """The file of the object's present version, whatever the cache holds of it."""
+        name = self.store.name(key)
+        for _ in range(VERSIONS):
+            version = self.store.look(key)
+            if whole := _whole(folder, f"{_stem(version)}.{'?' * 64}"):
+                return whole, version
+            try:
+                return self._download(key, folder, version), version
+            except _ChangedError:
+                log.info("%s: changed on the server; starting over", name)
+        raise InputError(f"{name}: changed {VERSIONS} times while it was read; run the same again later")
+
+    @contextlib.contextmanager
+    def cache_errors(self) -> Iterator[None]:
+        """Turn a failed read or write in the cache into one line."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InputError(
+                    f"{self.cache}: no space left on the device for the download ({error.strerror}); free "
+                    "some or set artifacts.cache to a folder elsewhere; running the same again resumes"
+                ) from error
+            where = error.filename or self.cache
+            raise InputError(
+                f"{where}: the download cache cannot be used ({error.strerror or error}); set "
+                "artifacts.cache to a folder that can be written"
+            ) from error
+
+    def _folder(self, key: str) -> Path:
+        identity = "\n".join([self.store.endpoint, self.store.bucket, self.store.object(key)])
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:20]
+        return self.cache / self.store.bucket / f"{digest}-{Path(key).name[-80:]}"
+
+    def _download(self, key: str, folder: Path, version: Version) -> Path:
+        """Bring the partial file of ``version`` to its full size, check it and give it its final name."""
+        name, part = self.store.name(key), folder / f"{_stem(version)}.part"
+        for stale in set(folder.glob("*.part")) - {part}:
+            stale.unlink()
+        with open(part, "ab") as target:
+            if target.tell() > version.size:
+                _empty(target)
+            kept = target.tell()
+            log.info("%s: downloading %s, %s of it kept from before", name, _size(version.size), _size(kept))
+            _room(folder, version.size - kept)
+            with tqdm(total=version.size, initial=kept, desc=key, **BAR) as bar:
+                self._fill(key, version, target, bar)
+        return self._checked(name, part, version)
+
+    def _fill(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+        """Ask for what is missing until nothing is; give up after ATTEMPTS cuts in a row."""
+        name, failed = self.store.name(key), 0
+        while target.tell() < version.size:
+            start, why = target.tell(), "the answer ended early"
+            try:
+                self._stream(key, version, target, bar)
+            except ClientError as error:
+                if status(error) in (412, 416):
+                    raise _ChangedError from error
+                if status(error) < 500:
+                    raise refusal(error, name) from error
+                why = reason(error)
+            # urllib3's own errors and a bare ConnectionError pass botocore's stream as they are.
+            except (BotoCoreError, urllib3.exceptions.HTTPError, ConnectionError) as error:
+                why = reason(error)
+            have = target.tell()
+            if have >= version.size:
+                break
+            failed = 0 if have - start >= PROGRESS else failed + 1
+            if failed == ATTEMPTS:
+                raise InputError(
+                    f"{name}: the connection was cut {ATTEMPTS} times in a row ({why}); {_size(have)} of "
+                    f"{_size(version.size)} are kept, running the same again resumes"
+                )
+            log.info("%s: cut at %s (%s); resuming", name, _size(have), why)
+            time.sleep(PAUSE * 2 ** max(failed - 1, 0))
+
+    def _stream(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+        """Append one answer's bytes to ``target``, a chunk at a time."""
+        start = target.tell()
+        answer = self.store.read(key, version, start)
+        if answer["ETag"] != version.etag:  # a server that does not know If-Match
+            answer["Body"].close()
+            raise _ChangedError
+        if start and not answer.get("ContentRange", "").startswith(f"bytes {start}-"):  # nor Range
+            _empty(target)
+            bar.reset()
+        with contextlib.closing(answer["Body"]) as body:
+            while chunk := body.read(CHUNK):
+                target.write(chunk)
+                target.flush()  # a killed process loses nothing that had arrived
+                bar.update(len(chunk))
+
+    def _checked(self, name: str, part: Path, version: Version) -> Path:
+        """Rename a complete download to what it holds; delete it if that is not what the bucket says."""
+        size, md5, digest = part.stat().st_size, _md5(part), sha256(part)
+        found = None
+        if size != version.size:
+            found = f"{size} bytes instead of {version.size}"
+        elif version.md5 and md5 != version.md5:
+            found = f"md5 {md5} instead of {version.md5}"
+        if found:
+            part.unlink()
+            raise InputError(
+                f"{name}: corrupted download ({found}), deleted; run the same again, and if it stays so the "
+                "stored object is damaged"
+            )
+        if not version.md5:
+            log.info("%s: the bucket gives no md5 to check; artifacts.sha256 can pin %s", name, digest)
+        whole = part.with_name(f"{_stem(version)}.{digest}")
+        os.replace(part, whole)
+        return whole
+
+
+def cache_folder(section: ArtifactsSection) -> Path:
+    """Where downloads are kept: ``artifacts.cache``, else `pleas-merging` in the user's cache folder."""
+    if section.cache:
+        return Path(section.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pleas-merging"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """Hold ``folder`` against other processes; the lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: another process is downloading it; waiting", folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield folder
+
+
+def _whole(folder: Path, pattern: str) -> Path | None:
+    """A file of the cache that still has the sha256 in its name; one that has not is deleted."""
+    for path in folder.glob(pattern):
+        if sha256(path) == path.suffix[1:]:
+            return path
+        log.warning("%s: damaged in the cache; deleted", path)
+        path.unlink()
+    return None
+
+
+def _room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{_size(size)} needed, {_size(free)} free")
+
+
+def _empty(target: BinaryIO) -> None:
+    target.seek(0)
+    target.truncate()
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _stem(version: Version) -> str:
+    return quote(version.etag.strip('"'), safe="").replace(".", "%2E")
+
+
+def _size(size: int) -> str:
+    return tqdm.format_sizeof(size, "B")

@@ -1,0 +1,101 @@
+"""`source: local`: the user's own checkpoints and data, taken from a folder of the workspace."""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from stages.core.artifacts import replacing
+from stages.core.errors import InputError
+
+OWN = Path("data/own")
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can hold
+
+
+def materialise(files: Mapping[str, Path], own: Path = OWN) -> None:
+    """Put `<own>/<key>` at the path of every key; for `<name>.zip` the folder `<own>/<name>` will do.
+
+    A folder is packed uncompressed, sorted, with one fixed time: the same files give the same bytes. Hidden
+    files are left out. Everything is found before anything is written.
+    Raises InputError in one line: missing file or folder, empty folder, unreadable file, no space left.
+    """
+    if not own.is_dir():
+        raise InputError(f"{own}: no such folder; source: local takes from it {', '.join(files)}")
+    packed = {key: _members(folder) for key in files if (folder := _folder(key, own))}
+    for key, path in files.items():
+        if key in packed:
+            _pack(packed[key], path)
+        else:
+            _copy(own / key, path)
+
+
+def _folder(key: str, own: Path) -> Path | None:
+    """The folder to pack for ``key``, or None where a file has that name."""
+    source, folder = own / key, own / key.removesuffix(".zip")
+    if source.is_file():
+        return None
+    if source.exists():
+        raise InputError(f"{source}: found a folder; allowed: a file")
+    if folder == source:
+        raise InputError(f"{source}: no such file; put it there or choose another source")
+    if not folder.is_dir():
+        raise InputError(f"{source}: no such file; put it there, or its content in the folder {folder}")
+    return folder
+
+
+def _members(folder: Path) -> dict[str, Path]:
+    """The files under ``folder``, links followed: name in the archive -> file, sorted by name."""
+    members = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    if not members:
+        raise InputError(f"{folder}: empty folder; expected train/<class>/<image> and test/<class>/<image>")
+    for name in members:
+        if not name.isprintable():  # also what is not UTF-8
+            raise InputError(f"{folder}: found a file named {name!r}; allowed: printable names")
+    return dict(sorted(members.items()))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    try:
+        entries = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    for path in entries:
+        if path.is_file():
+            yield path
+        elif not path.is_dir():
+            raise InputError(f"{path}: neither a file nor a folder")
+        elif folder.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path}: a link to a folder that contains it")
+        else:
+            yield from _walk(path)
+
+
+def _pack(members: Mapping[str, Path], path: Path) -> None:
+    sizes = {name: member.stat().st_size for name, member in members.items()}
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
+    ):
+        for name, member in members.items():
+            info = zipfile.ZipInfo(name, EPOCH)
+            info.create_system, info.external_attr, info.file_size = 3, 0o644 << 16, sizes[name]
+            with _reading(member) as source, archive.open(info, "w") as target:
+                shutil.copyfileobj(source, target)
+            bar.update(sizes[name])
+
+
+def _copy(source: Path, path: Path) -> None:
+    with _reading(source) as content, replacing(path) as temporary, open(temporary, "wb") as target:
+        shutil.copyfileobj(content, target, 1 << 20)
+
+
+def _reading(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,154 @@
+"""The vocabulary of merging: axes, permutation groups, matchings and unit splits.
+
+A *unit* is one channel or neuron. A *group* is a set of units that several parameters share: permuting all of its
+axes together leaves the network's function alone (Ainsworth et al. 2023, section 3).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.core.errors import InputError
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, order=True)
+class Axis:
+    """One dimension of one parameter or buffer."""
+
+    parameter: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.parameter}[{self.dim}]"
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Where a group lies on an axis: unit j is the entries ``start + j * block`` to ``start + (j + 1) * block``.
+
+    ``block`` is more than 1 behind a flatten (one unit is a whole map); ``start`` is more than 0 behind a
+    concatenation.
+    """
+
+    axis: Axis
+    start: int = 0
+    block: int = 1
+
+
+@dataclass(frozen=True)
+class PermutationGroup:
+    """``size`` units and every place they occupy. A fixed group (images, logits) is never permuted."""
+
+    name: str
+    size: int
+    spans: tuple[Span, ...]
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """The groups of one architecture, by name, in the order of the forward pass."""
+
+    groups: Mapping[str, PermutationGroup]
+
+    @property
+    def free(self) -> dict[str, PermutationGroup]:
+        """The groups that may be permuted and split."""
+        return {name: group for name, group in self.groups.items() if not group.fixed}
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which unit of each network plays the part of each unit of the reference (network 0).
+
+    units: {group: int64 (N, d)}; ``units[g][m, j]`` is a unit of network m, row 0 is 0..d-1.
+    similarity: {group: float64 (N, d)} of each pair with the reference, 1 for the reference itself.
+    """
+
+    units: Mapping[str, Tensor]
+    similarity: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UnitSplit:
+    """Which units of the reference are shared and which stay separate: two index lists that cover 0..d-1."""
+
+    shared: tuple[int, ...]
+    separate: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.shared) + len(self.separate)
+
+    @property
+    def fraction(self) -> float:
+        """Separate fraction r = 1 - k/d."""
+        return len(self.separate) / self.size
+
+    def width(self, networks: int) -> int:
+        """Merged width k + N (d - k)."""
+        return len(self.shared) + networks * len(self.separate)
+
+
+def span_index(order: Tensor, span: Span) -> Tensor:
+    """Entries of an axis in the order that ``order`` (d units) asks for: int64 (d * block,)."""
+    return (span.start + order[:, None] * span.block + torch.arange(span.block, device=order.device)).reshape(
+        -1
+    )
+
+
+def permute(state: State, spec: PermutationSpec, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reorder units: entry j of every axis of group g comes from entry ``orders[g][j]``. Groups left out stay."""
+    result = dict(state)
+    for name, order in orders.items():
+        group = spec.groups[name]
+        for span in group.spans:
+            tensor = result[span.axis.parameter]
+            index = span_index(order.to(tensor.device), span)
+            whole = torch.arange(tensor.shape[span.axis.dim], device=tensor.device)
+            whole[span.start : span.start + len(index)] = index
+            result[span.axis.parameter] = tensor.index_select(span.axis.dim, whole)
+    return result
+
+
+def unit_order(matching: Matching, splits: Mapping[str, UnitSplit], network: int) -> dict[str, Tensor]:
+    """For each group the units of one network, shared ones first, in the matching's order."""
+    return {
+        name: matching.units[name][network][list(split.shared) + list(split.separate)]
+        for name, split in splits.items()
+    }
+
+
+def check_matching(matching: Matching, spec: PermutationSpec) -> None:
+    """Raise InputError unless every row of every free group is a permutation of its units."""
+    for name, group in spec.free.items():
+        units = matching.units.get(name)
+        if units is None:
+            raise InputError(f"matching: group {name} is missing; allowed: one row of units per network")
+        expected = torch.arange(group.size)
+        for network, row in enumerate(units):
+            if not torch.equal(torch.sort(row.cpu()).values, expected):
+                raise InputError(
+                    f"matching: group {name}, network {network}: not a permutation of its {group.size} units"
+                )
+
+
+def identity_matching(spec: PermutationSpec, networks: int) -> Matching:
+    """Unit j of every network plays the part of unit j."""
+    units = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
+    return Matching(units, {name: torch.ones(u.shape, dtype=torch.float64) for name, u in units.items()})
+
+
+def full_split(
+    spec: PermutationSpec, shared: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, UnitSplit]:
+    """Splits that share the listed units of each free group (all of them by default)."""
+    splits = {}
+    for name, group in spec.free.items():
+        kept = tuple(range(group.size)) if shared is None else tuple(sorted(shared[name]))
+        splits[name] = UnitSplit(kept, tuple(sorted(set(range(group.size)) - set(kept))))
+    return splits

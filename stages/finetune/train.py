@@ -1,0 +1,127 @@
+"""Training of one source network: SGD with Nesterov momentum over one cycle of the learning rate."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.core.datasets import ImageSet, normalise
+from stages.core.errors import InputError
+from stages.core.params import Data, Finetune
+
+COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy")
+
+
+def train(
+    network: nn.Module,
+    images: ImageSet,
+    data: Data,
+    settings: Finetune,
+    generator: torch.Generator,
+    device: torch.device,
+    mixed_precision: bool = False,
+    after_epoch: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Train ``network`` in place on labelled images and leave it on ``device`` in evaluation mode.
+
+    Weights decay, norm parameters and biases do not. The last batch of an epoch is left out where it is not
+    full. ``mixed_precision`` computes in bfloat16 (weights stay float32). Loss and accuracy in the returned
+    rows (keys ``COLUMNS``, one row an epoch) are means over the augmented batches in training mode.
+
+    Raises InputError when the images or classes do not fit the network, and when the loss is not finite.
+    """
+    network.to(device, memory_format=torch.channels_last)
+    _check(network, images, data, device)
+    batch_size = min(settings.batch_size, len(images))
+    steps = len(images) // batch_size
+    optimizer = torch.optim.SGD(
+        parameter_groups(network, settings.weight_decay),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+    )
+    rows = []
+    network.train()
+    for epoch in range(settings.epochs):
+        order = torch.randperm(len(images), generator=generator)
+        totals = torch.zeros(2, device=device)
+        for step in range(steps):
+            share = cycle(epoch * steps + step, settings.epochs * steps, settings.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * share
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            x = augment(images.images[chosen].to(device), settings.shift, settings.flip, generator)
+            y = images.labels[chosen].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+                z = network(normalise(x, data.mean, data.std).contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(z.float(), y, label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            totals += torch.stack([loss.detach(), (z.argmax(1) == y).float().mean()])
+        loss, accuracy = (totals / steps).tolist()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"training diverged in epoch {epoch + 1}: found a loss of {loss}; "
+                f"allowed: a learning_rate below {settings.learning_rate:g}"
+            )
+        numbers = (optimizer.param_groups[0]["lr"], loss, accuracy)
+        rows.append(dict(zip(COLUMNS, (epoch + 1, *(f"{number:.6g}" for number in numbers)), strict=True)))
+        after_epoch()
+    network.eval()
+    return rows
+
+
+def cycle(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate: linear from 0 to 1 over ``warmup``, then a cosine to 0.
+
+    Loshchilov and Hutter 2017, SGDR, equation 5, without restarts and after a linear warm-up.
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights of linear maps decay; vectors (biases, norm scales and shifts) do not."""
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Move each image by up to ``shift`` pixels both ways, and mirror half of them if ``flip``.
+
+    (n, c, h, w) -> (n, c, h, w). What comes in repeats the edge, so any background stays right.
+    """
+    n, _, h, w = images.shape
+    device = images.device
+    if shift == 0 and not flip:
+        return images
+    moves = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator).to(device)
+    rows = (torch.arange(h, device=device) + moves[0]).clamp(0, h - 1)  # (n, h)
+    columns = (torch.arange(w, device=device) + moves[1]).clamp(0, w - 1)  # (n, w)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator).to(device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    each = torch.arange(n, device=device).view(n, 1, 1)
+    return images.permute(0, 2, 3, 1)[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def _check(network: nn.Module, images: ImageSet, data: Data, device: torch.device) -> None:
+    first = normalise(images.images[:1].to(device), data.mean, data.std)
+    try:
+        with torch.no_grad():
+            outputs = network.eval()(first).shape[1]
+    except RuntimeError as error:
+        shape = "x".join(map(str, first.shape[1:]))
+        raise InputError(f"data: found images of {shape}, which the network cannot take ({error})") from error
+    if outputs != len(images.classes):
+        raise InputError(
+            f"data: found {len(images.classes)} classes; allowed: {outputs}, the outputs of the network "
+            "(data.classes and architecture.arguments.classes)"
+        )

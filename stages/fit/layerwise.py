@@ -1,0 +1,268 @@
+"""Layer-wise fitting inside a sweep: PLeaS, RegMean and progressive as settings of one least-squares problem.
+
+At every Linear and Conv2d the merged layer is fitted on all images, installed, and the sweep goes on, so that a
+later layer sees what the earlier ones really give (``inputs: merged``) or what the sources give (``inputs: source``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.core.graph import Node
+from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
+from stages.core.network import Block, MergedNetwork, Parts, Source, exact_entries
+from stages.core.params import Fit
+from stages.core.sweep import Sweep
+from stages.fit.adam import fit_adam
+from stages.fit.normal import NormalEquations
+
+CHUNK = 2**24  # entries of one im2col matrix
+
+
+@dataclass
+class LayerFit:
+    """One line of the record: relative residual energy of a layer's fit."""
+
+    layer: str
+    residual: float
+
+
+class Fitter:
+    """The visitor that fits ``network`` to the aligned ``sources``.
+
+    ridge: relative to the mean diagonal of G. positions: share of a feature map's positions that is used, drawn
+    with ``generator``. After the sweep ``record`` has one entry per fitted layer.
+    """
+
+    def __init__(
+        self,
+        network: MergedNetwork,
+        sources: Sequence[Source],
+        fit: Fit,
+        ridge: float,
+        positions: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.network, self.sources, self.fit = network, sources, fit
+        self.ridge, self.positions = ridge, positions
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.record: list[LayerFit] = []
+        self.exact = exact_entries(network)
+        users = network.trace.graph.users()
+        self.norms: dict[str, Node] = {}  # linear node -> the batch norm that alone reads it
+        for node in network.trace.graph.nodes:
+            readers = users[node.name]
+            if node.linear and len(readers) == 1 and readers[0].operation == "batch_norm":
+                self.norms[node.name] = readers[0]
+        self.offsets: dict[str, Tensor] = {}  # folded batch norm -> target minus normalised output
+
+    # -- what the sweep asks ------------------------------------------------------------------------------------
+
+    def wants(self, node: Node) -> bool:
+        return node.linear or (node.operation == "batch_norm" and self.fit.inputs == "merged")
+
+    def extra_bytes(self, node: Node) -> int:
+        if not node.linear:
+            return 0
+        module = self.network.map_of(node)
+        taps = module.weights[0][0, 0].numel() if module.weights[0].numel() else 1
+        equations = 1 if not self._own_rows(node) else len(self.sources)
+        return (
+            equations * NormalEquations.bytes(module.inputs.width * taps, module.outputs.width) + 12 * CHUNK
+        )
+
+    def visit(self, node: Node, sweep: Sweep) -> None:
+        if not node.linear:
+            self._set_statistics(node, sweep)
+        elif self.fit.solver == "adam":
+            self._fit_adam(node, sweep)
+        else:
+            self._fit_exact(node, sweep)
+
+    # -- the closed form ----------------------------------------------------------------------------------------
+
+    def _fit_exact(self, node: Node, sweep: Sweep) -> None:
+        module = self.network.map_of(node)
+        taps = module.weights[0].shape[2:].numel()
+        norm = self.norms.get(node.name)
+        separate_heads = self._own_rows(node)
+        device = sweep.batches[0].images.device
+        sizes = module.inputs.width * taps, module.outputs.width
+        intercept = module.bias is not None or norm is not None
+        equations = [
+            NormalEquations(*sizes, intercept, device) for _ in (self.sources if separate_heads else range(1))
+        ]
+        for index, batch in enumerate(sweep.batches):
+            z, y = self.inputs(node, sweep, index), self.targets(node, sweep, index)
+            into = equations[batch.task if separate_heads else 0]
+            for z_rows, y_rows in self._rows(node, z, y, kernel_of(module.weights[0])):
+                into.add(z_rows, y_rows, self._task_weight(sweep, batch.task))
+        left = energy = 0.0
+        biases = torch.zeros(module.outputs.width, dtype=torch.float64, device=device)
+        moments = torch.zeros(2, module.outputs.width, dtype=torch.float64, device=device)
+        for i, block in enumerate(module.blocks):
+            for rows in self._row_sets(node, block):
+                columns = tap_columns(block.columns.to(device), taps)
+                these = equations[int(module.outputs.owner[rows[0]]) if separate_heads else 0]
+                local = rows - block.start
+                weight = module.weights[i]
+                solution = these.solve(
+                    rows.to(device), columns, weight_matrix(weight[local]), self.ridge, node.name
+                )
+                weight[local] = solution.weight.to(weight.dtype).view_as(weight[local])
+                biases[rows] = solution.bias
+                if intercept:
+                    moments[:, rows] = torch.stack(these.output_moments(solution.weight, columns))
+                left += float(solution.residual.sum())
+                energy += float(solution.energy.sum())
+        fitted = ~self.exact[node.name].to(device)
+        self._install_offset(node, norm, fitted, biases, moments)
+        if fitted.any():
+            self.record.append(LayerFit(node.name, left / energy if energy > 0 else 0.0))
+
+    def _row_sets(self, node: Node, block: Block) -> list[Tensor]:
+        """Rows of a block to be solved together: those that are no copies, one network's head at a time."""
+        rows = torch.arange(block.start, block.stop)
+        rows = rows[~self.exact[node.name][rows]]
+        if self._own_rows(node) and len(rows):
+            owner = self.network.map_of(node).outputs.owner[rows]
+            return [rows[owner == m] for m in owner.unique()]
+        return [rows] if len(rows) else []
+
+    def _install_offset(
+        self, node: Node, norm: Node | None, fitted: Tensor, biases: Tensor, moments: Tensor
+    ) -> None:
+        """Put the intercept where the architecture has a place for it: the bias or the batch norm behind."""
+        module = self.network.map_of(node)
+        if norm is not None and self.fit.norm == "fold":
+            if module.bias is not None:  # one place for the offset is enough
+                module.bias[fitted] = 0.0
+            self.offsets[norm.name] = biases
+            self._fold(norm, fitted, moments)
+        elif module.bias is not None:
+            module.bias[fitted] = biases[fitted].to(module.bias.dtype)
+
+    def _fold(self, norm: Node, fitted: Tensor, moments: Tensor) -> None:
+        """Make the batch norm the shift that the fit asks for, with the statistics of its own input.
+
+        The layer was fitted to what the sources' batch norms give; statistics that are recomputed later on the
+        same images leave the function alone.
+        """
+        bn = self.network.map_of(norm)
+        mean, variance = moments.to(bn.running_mean.dtype)
+        bn.running_mean[fitted] = mean[fitted]
+        bn.running_var[fitted] = variance[fitted]
+        bn.weight[fitted] = (variance + bn.eps).sqrt()[fitted]
+        bn.bias[fitted] = (self.offsets[norm.name] + moments[0]).to(bn.bias.dtype)[fitted]
+
+    # -- batch norm ---------------------------------------------------------------------------------------------
+
+    def _set_statistics(self, norm: Node, sweep: Sweep) -> None:
+        """The exact mean and variance of the merged network's own values, every task weighing the same."""
+        moments = merged_moments(norm, sweep, [self._task_weight(sweep, b.task) for b in sweep.batches])
+        fitted = ~self.exact[norm.name].to(moments.device)
+        if norm.name in self.offsets:
+            self._fold(norm, fitted, moments)
+        else:
+            install_statistics(self.network.map_of(norm), moments, fitted)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def inputs(self, node: Node, sweep: Sweep, index: int) -> Tensor:
+        """z of one batch, in the merged network's entries."""
+        if self.fit.inputs == "merged":
+            return sweep.of_merged(node.inputs[0], index)
+        values = [sweep.source(m, node.inputs[0], index) for m in range(len(self.sources))]
+        parts = self.network.parts(node.inputs[0])
+        return self._assemble(values, parts, sweep.batches[index].task, _unit_dim(node, values[0]))
+
+    def targets(self, node: Node, sweep: Sweep, index: int) -> Tensor:
+        """y of one batch, in the merged network's entries."""
+        values = [sweep.source(m, node.name, index) for m in range(len(self.sources))]
+        if self.fit.norm == "fold" and node.name in self.norms:
+            norm = self.norms[node.name]
+            values = [s.run_node(norm, [v]) for s, v in zip(self.sources, values, strict=True)]
+        parts = self.network.parts(node.name)
+        return self._assemble(values, parts, sweep.batches[index].task, _unit_dim(node, values[0]))
+
+    def _assemble(self, values: Sequence[Tensor], parts: Parts, task: int, dim: int) -> Tensor:
+        """Separate entries: their own network's. Shared ones: the mean (ensemble) or the owner's (own)."""
+        shape = list(values[0].shape)
+        shape[dim] = parts.width
+        result = values[0].new_empty(shape)
+        device = result.device
+        for m, (value, positions) in enumerate(zip(values, parts.positions, strict=True)):
+            is_shared = parts.owner[positions] < 0
+            if not is_shared.all():
+                own = (~is_shared).nonzero().flatten()
+                result.index_copy_(
+                    dim, positions[own].to(device), value.index_select(dim, own.to(device)).to(result.dtype)
+                )
+            if m == 0 and is_shared.any():
+                kept = is_shared.nonzero().flatten().to(device)
+                if self.fit.targets == "own":
+                    shared = values[task].index_select(dim, kept)
+                else:
+                    shared = sum(v.index_select(dim, kept) for v in values) / len(values)
+                result.index_copy_(dim, positions[kept.cpu()].to(device), shared)
+        return result
+
+    def _rows(self, node: Node, z: Tensor, y: Tensor, kernel: tuple[int, ...]):
+        """(z rows, y rows) in chunks of bounded memory, at the drawn positions."""
+        per_image = max(1, z.shape[1] * max(1, torch.Size(kernel).numel()) * y[0].numel() // y.shape[1])
+        step = max(1, CHUNK // per_image)
+        for start in range(0, len(z), step):
+            z_rows = input_rows(node, z[start : start + step], kernel)
+            y_rows = output_rows(node, y[start : start + step])
+            if self.positions < 1 and node.operation == "conv2d" and y[0, 0].numel() > 1:
+                count = max(1, round(self.positions * len(z_rows)))
+                kept = torch.randperm(len(z_rows), generator=self.generator)[:count].to(z.device)
+                z_rows, y_rows = z_rows[kept], y_rows[kept]
+            yield z_rows, y_rows
+
+    def _own_rows(self, node: Node) -> bool:
+        """Heads of separate label spaces are fitted on their own task's rows."""
+        return self.network.labels == "separate" and node is self.network.trace.graph.output
+
+    def _task_weight(self, sweep: Sweep, task: int) -> float:
+        """Every task weighs the same, whatever its number of images."""
+        counts = [0] * len(self.sources)
+        for batch in sweep.batches:
+            counts[batch.task] += len(batch.images)
+        return sum(counts) / (sum(c > 0 for c in counts) * counts[task])
+
+    # -- the published iteration --------------------------------------------------------------------------------
+
+    def _fit_adam(self, node: Node, sweep: Sweep) -> None:
+        fitted = ~self.exact[node.name]
+        if fitted.any():
+            residual = fit_adam(self, node, sweep, fitted)
+            self.record.append(LayerFit(node.name, residual))
+
+
+def _unit_dim(node: Node, value: Tensor) -> int:
+    return 1 if node.operation == "conv2d" else value.dim() - 1
+
+
+def merged_moments(norm: Node, sweep: Sweep, weights: Sequence[float]) -> Tensor:
+    """Mean and variance of the merged network's values at a batch norm: float64 (2, width)."""
+    count, total, squares, shift = 0.0, 0.0, 0.0, None
+    for index, weight in enumerate(weights):
+        x = sweep.of_merged(norm.inputs[0], index).double()
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        shift = x.mean(dims, keepdim=True) if shift is None else shift
+        x = x - shift
+        count += weight * x.numel() / x.shape[1]
+        total = total + weight * x.sum(dims)
+        squares = squares + weight * x.square().sum(dims)
+    mean = total / count
+    return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
+
+
+def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) -> None:
+    """Set the running mean and variance of some entries of a batch norm."""
+    mean, variance = moments.to(bn.running_mean.dtype)
+    bn.running_mean[entries] = mean[entries]
+    bn.running_var[entries] = variance[entries]

@@ -1,0 +1,92 @@
+"""The whole fit as one function: aligned sources in, merged network out, with its gates."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.core.cost import check_built, split_cost
+from stages.core.errors import InputError
+from stages.core.network import MergedNetwork, Source
+from stages.core.params import Fit
+from stages.core.sources import align, merged_units
+from stages.core.spec import Matching, UnitSplit
+from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.fit.average import fill_average
+from stages.fit.layerwise import Fitter, LayerFit
+
+
+def fit_network(
+    sources: Sequence[Source],
+    matching: Matching,
+    splits: Mapping[str, UnitSplit],
+    batches: Sequence[Batch],
+    fit: Fit,
+    *,
+    labels: str,
+    ridge: float = 1e-3,
+    positions: float = 1.0,
+    storage: torch.dtype = torch.float32,
+    memory: float | None = None,
+    generator: torch.Generator | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: str | None = None,
+) -> tuple[MergedNetwork, list[LayerFit]]:
+    """Merge ``sources`` with a matching and a split of its units.
+
+    batches: unlabelled images of every task, on the sources' device. ridge: see stages.fit.normal. storage: type
+    in which values are kept. memory: GiB, None for what is free. Returns the network and each layer's residual.
+    Raises InputError when it would not fit in memory, or when a gate fails.
+    """
+    aligned = align(sources, matching, splits)
+    shared = {name: len(split.shared) for name, split in splits.items()}
+    trace = aligned[0].trace
+    network = MergedNetwork(
+        trace,
+        aligned[0].state,
+        [s.task for s in aligned],
+        labels,
+        shared,
+        merged_units(matching, splits),
+        about,
+    )
+    example = next(iter(aligned[0].state.values()))
+    network.to(device=example.device, dtype=example.dtype)
+    fill_average(network, aligned)
+    record: list[LayerFit] = []
+    if fit.solver != "average":
+        fitter = Fitter(
+            network, aligned, fit, ridge if fit.ridge is None else fit.ridge, positions, generator
+        )
+        running = network if fit.inputs == "merged" else None
+        images = sum(len(batch.images) for batch in batches)
+        needed = peak_bytes(trace, len(aligned), images, fitter, running, storage.itemsize)
+        check_memory(needed, memory, example.device, "fit")
+        Sweep(aligned, batches, running, storage).run(fitter, progress)
+        record = fitter.record
+    for kind in ("macs", "parameters"):
+        check_built(network, kind, split_cost(trace, aligned[0].state, labels, kind, shared, len(aligned)))
+    check_separate(network, aligned, batches[0].images)
+    return network, record
+
+
+@torch.no_grad()
+def check_separate(network: MergedNetwork, aligned: Sequence[Source], images: Tensor) -> None:
+    """Gate: everything separate gives exactly the sources' features side by side."""
+    if any(network.shared.values()) or network.head is None:
+        return
+    merged = network.features(images)
+    name = network.head.inputs[0]
+    for source, positions in zip(aligned, network.parts(name).positions, strict=True):
+        values = {network.trace.graph.nodes[0].name: images}
+        for node in network.trace.graph.nodes[1:-1]:
+            values[node.name] = source.run_node(node, [values[i] for i in node.inputs])
+        expected = values[name]
+        found = merged.index_select(network.trace.layouts[name].dim, positions.to(merged.device))
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 1e-9
+        if (found - expected).abs().max() > tolerance * (1 + expected.abs().max()):
+            group = network.trace.layouts[name].segments[0].group
+            raise InputError(
+                f"group {group}: everything is separate, but task {source.task.name}'s features changed"
+            )

@@ -1,0 +1,35 @@
+"""Print the last report's table and where its pictures are: ``python -m stages.report.show``."""
+
+import sys
+from pathlib import Path
+
+from stages.core.artifacts import read_json
+from stages.core.command import command
+from stages.core.errors import InputError
+from stages.report import tables
+
+
+def main() -> None:
+    """Reads reports/metrics.json, latency.json and the title of table.md.
+
+    Raises InputError when one of them is missing or not what the report stage writes.
+    """
+    sys.stdout.write(shown(Path("reports")))
+
+
+def shown(folder: Path) -> str:
+    """The text to print for a folder of reports. Raises InputError as ``main`` does."""
+    try:
+        metrics, latencies = read_json(folder / tables.METRICS), read_json(folder / tables.LATENCY)
+        title = (folder / tables.TABLE).read_text().splitlines()[0].lstrip("# ")
+        table = tables.terminal(metrics, latencies, title)
+    except (InputError, FileNotFoundError) as error:
+        raise InputError(f"{folder}: no report here yet ({error}); {tables.REPAIR}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, StopIteration) as error:
+        raise InputError(f"{folder}: {tables.METRICS} is not a report's; {tables.REPAIR}") from error
+    paths = [folder / tables.TABLE, *sorted((folder / "plots").glob("*.png"))]
+    return "\n".join([table, *(f"  {path}" for path in paths)]) + "\n"
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,214 @@
+"""What the earlier stages measured, read and checked, and the result table made of it.
+
+Results are percent for accuracies and "times one source network" for costs. Two shapes recur:
+
+    Probe     {"tasks": {task: {metric: percent}}, "cost": {cost: times}}    one per row, as read from a file
+    Metrics   {row: {task: {metric: percent}, ..., "average": {metric: percent, cost: times}}}
+
+A row is a method, ``ensemble`` or ``oracle``. Known metrics are ``accuracy``, ``probe`` (a linear probe on
+the features) and ``joint`` (all tasks' classes compete); known costs are ``macs`` and ``parameters``. None of
+them has to be there.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from stages.core.artifacts import read_json
+from stages.core.errors import InputError
+
+Probe = dict[str, Any]
+Metrics = dict[str, dict[str, dict[str, float]]]
+
+REFERENCES = ("ensemble", "oracle")  # rows that are no merged network
+AVERAGE = "average"
+REPAIR = "run: dvc repro report"
+METRICS = "metrics.json"
+LATENCY = "latency.json"
+TABLE = "table.md"
+
+_COSTS = {"macs": "MACs (x)", "parameters": "parameters (x)"}
+_ABSENT = "-"
+
+
+def read_probes(folder: str | Path, rows: Iterable[str], tasks: Iterable[str]) -> dict[str, Probe]:
+    """Read ``<folder>/<row>.json`` of every row.
+
+    Format: ``{"tasks": {task: {metric: percent}}, "cost": {name: times}}``; other keys are ignored, metrics
+    and costs may be absent or null. Raises InputError when a file is missing or malformed, or when its tasks
+    are not exactly ``tasks``.
+    """
+    tasks = list(tasks)
+    if AVERAGE in tasks:
+        raise InputError(
+            f"params.yaml: found a task named {AVERAGE!r}; allowed: any other name, this one is taken"
+        )
+    return {row: _probe(Path(folder) / f"{row}.json", tasks) for row in rows}
+
+
+def read_latencies(folder: str | Path, rows: Iterable[str]) -> dict[str, float | None]:
+    """Read ``<folder>/<row>.latency.json``, ``{"latency": times one source or null}``, of every row.
+
+    Raises InputError when a file is missing or malformed.
+    """
+    paths = {row: Path(folder) / f"{row}.latency.json" for row in rows}
+    return {row: _numbers(path, "", _mapping(path)).get("latency") for row, path in paths.items()}
+
+
+def read_columns(path: str | Path, names: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
+    """Read CSV columns: ``names`` as text, ``numbers`` as float (an empty field is NaN), rows as they come.
+
+    Raises InputError when the file is missing, lacks a column or rows, or has no number where one belongs.
+    """
+    names, numbers = list(names), list(numbers)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {REPAIR}") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a CSV file ({error}); {REPAIR}") from error
+    absent = [name for name in names + numbers if name not in table]
+    if absent:
+        raise InputError(f"{path}: found the columns {list(table)}, none called {absent[0]!r}; {REPAIR}")
+    if table.empty:
+        raise InputError(f"{path}: found no rows; {REPAIR}")
+    for name in numbers:
+        try:
+            table[name] = pd.to_numeric(table[name].replace("", "nan")).astype(float)
+        except ValueError as error:
+            raise InputError(f"{path}: column {name!r} is not all numbers ({error}); {REPAIR}") from error
+        if table[name].abs().max() == math.inf:
+            raise InputError(f"{path}: column {name!r}: found inf; allowed: finite numbers; {REPAIR}")
+    return table[names + numbers]
+
+
+def collect_metrics(probes: Mapping[str, Probe]) -> Metrics:
+    """Average over the tasks and round: 2 decimals for accuracies, 4 for costs.
+
+    A metric that one of the tasks lacks has no average: the rows of the table stay comparable.
+    """
+    metrics: Metrics = {}
+    for row, probe in probes.items():
+        tasks = probe["tasks"]
+        everywhere = [
+            name for name in next(iter(tasks.values())) if all(name in task for task in tasks.values())
+        ]
+        average = {name: sum(task[name] for task in tasks.values()) / len(tasks) for name in everywhere}
+        metrics[row] = {task: _rounded(values, 2) for task, values in tasks.items()}
+        metrics[row][AVERAGE] = _rounded(average, 2) | _rounded(probe["cost"], 4)
+    return metrics
+
+
+def collect_latencies(latencies: Mapping[str, float | None]) -> dict[str, float]:
+    """The measured latencies, 2 decimals; rows without one are left out."""
+    return {row: round(value, 2) for row, value in latencies.items() if value is not None}
+
+
+def average_accuracies(metrics: Metrics) -> dict[str, float]:
+    """Average accuracy of every row that has one."""
+    return {row: tasks[AVERAGE]["accuracy"] for row, tasks in metrics.items() if "accuracy" in tasks[AVERAGE]}
+
+
+def best_methods(metrics: Metrics) -> list[str]:
+    """The merged methods with the best average accuracy as the table shows it: ties are all best."""
+    scores = {r: float(_accuracy(v)) for r, v in average_accuracies(metrics).items() if r not in REFERENCES}
+    return [row for row, score in scores.items() if score == max(scores.values())]
+
+
+def markdown(metrics: Metrics, latencies: Mapping[str, float], title: str) -> str:
+    """The result table as a Markdown page: title, table with the best methods in bold, explanation."""
+    header, rows = _cells(metrics, latencies, "**{}**", "**{}**")
+    table = tabulate(rows, header, "pipe", colalign=_alignment(header), disable_numparse=True)
+    lines = [
+        "Accuracy in percent; the best average of the merged methods is in bold.",
+        "Costs, parameters and latency are relative to one source network.",
+        "*oracle*: each source network on its own task.",
+        "*ensemble*: all source networks side by side, logits averaged.",
+    ]
+    if "joint" in header:
+        lines[3:] = [
+            "*ensemble*: all source networks side by side.",
+            "*joint*: average accuracy when the classes of all tasks compete.",
+        ]
+    return f"# {title}\n\n{table}\n\n" + "\n".join(lines) + "\n"
+
+
+def terminal(metrics: Metrics, latencies: Mapping[str, float], title: str) -> str:
+    """The result table for a terminal: the best methods carry a star."""
+    header, rows = _cells(metrics, latencies, "{} *", "* {}")
+    table = tabulate(rows, header, "simple", colalign=_alignment(header), disable_numparse=True)
+    legend = "* best average of the merged methods; accuracy in percent, x: relative to one source network"
+    return f"{title}\n\n{table}\n\n{legend}\n"
+
+
+def _cells(
+    metrics: Metrics, latencies: Mapping[str, float], best_name: str, best_score: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text, the best methods' in the given formats, without columns that have no value."""
+    best = best_methods(metrics)
+    averages = {row: values[AVERAGE] for row, values in metrics.items()}
+    columns = {"method": {row: best_name.format(row) if row in best else row for row in metrics}}
+    for task in [name for name in next(iter(metrics.values())) if name != AVERAGE]:
+        columns[task] = {row: _accuracy(metrics[row][task].get("accuracy")) for row in metrics}
+    for name, metric in (("average", "accuracy"), ("linear probe", "probe"), ("joint", "joint")):
+        columns[name] = {row: _accuracy(averages[row].get(metric)) for row in metrics}
+    columns["average"] |= {row: best_score.format(columns["average"][row]) for row in best}
+    for metric, name in _COSTS.items():
+        columns[name] = {row: _times(averages[row].get(metric)) for row in metrics}
+    columns["latency (x)"] = {row: _times(latencies.get(row)) for row in metrics}
+    header = [name for name, cells in columns.items() if set(cells.values()) != {_ABSENT}]
+    return header, [[columns[name][row] for name in header] for row in metrics]
+
+
+def _alignment(header: list[str]) -> list[str]:
+    return ["left"] + ["right"] * (len(header) - 1)
+
+
+def _accuracy(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.1f}"
+
+
+def _times(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.2f}"
+
+
+def _rounded(values: Mapping[str, float], digits: int) -> dict[str, float]:
+    return {name: round(value, digits) for name, value in values.items()}
+
+
+def _probe(path: Path, tasks: list[str]) -> Probe:
+    content = _mapping(path)
+    found = content.get("tasks")
+    if not isinstance(found, dict) or set(found) != set(tasks):
+        what = list(found) if isinstance(found, dict) else found
+        raise InputError(f"{path}: tasks: found {what}; allowed: {tasks}, the active profile's; {REPAIR}")
+    return {
+        "tasks": {task: _numbers(path, f"tasks.{task}", found[task]) for task in tasks},
+        "cost": _numbers(path, "cost", content.get("cost") or {}),
+    }
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; {REPAIR}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}; allowed: a mapping; {REPAIR}")
+    return content
+
+
+def _numbers(path: Path, where: str, found: Any) -> dict[str, float]:
+    """The values of a mapping that must be finite numbers; null means absent."""
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: {where}: found {found!r}; allowed: a mapping of numbers; {REPAIR}")
+    for name, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not number:
+            key = f"{where}.{name}".lstrip(".")
+            raise InputError(f"{path}: {key}: found {value!r}; allowed: a finite number; {REPAIR}")
+    return {name: float(value) for name, value in found.items() if value is not None}
