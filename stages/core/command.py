@@ -11,14 +11,16 @@ from stages.core.errors import InputError
 def command(main: Callable[..., None], *arguments: str) -> None:
     """Call ``main`` with the words of the command line and exit with its status.
 
-    ``arguments`` names the words that must be there. An InputError becomes one line on stderr and status 1;
+    ``arguments`` names the words that must be there; a last one of "..." allows more. An InputError becomes one line on stderr and status 1;
     Ctrl-C becomes status 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     stage = main.__module__ if main.__module__ != "__main__" else _module_name()
     words = sys.argv[1:]
-    if len(words) != len(arguments):
-        usage = " ".join([f"python -m {stage}", *(f"<{name}>" for name in arguments)])
+    more = arguments[-1:] == ("...",)
+    least = len(arguments) - more
+    if len(words) < least or (len(words) > least and not more):
+        usage = " ".join([f"python -m {stage}", *(n if n == "..." else f"<{n}>" for n in arguments)])
         print(f"error: {stage}: found {len(words)} arguments; usage: {usage}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     try:

@@ -299,12 +299,12 @@ def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedN
         name.removeprefix("units/"): tensors.pop(name) for name in list(tensors) if name.startswith("units/")
     }
     network = MergedNetwork(trace, state, tasks, header["labels"], header["shared"], units, header["about"])
+    network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{path}: its tensors do not fit its header ({error})") from error
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    return network.to(device=device, dtype=dtype).eval()
+    return network.to(device).eval()
 
 
 def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:

@@ -150,8 +150,8 @@ class Method(Section):
 
 class AllocateSection(Section):
     cost: Literal["macs", "parameters"] = "macs"
-    levels: Annotated[int, Field(ge=2, le=64)] = 8
-    time_limit: Positive = 20.0  # seconds for the solver
+    levels: Annotated[int, Field(ge=2, le=64)] = 8  # of each group, on the solver's grid
+    nodes: Count = 2000  # of the solver's search tree; a limit in time would not give the same answer twice
 
 
 class FitSection(Section):

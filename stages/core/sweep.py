@@ -60,6 +60,7 @@ class Sweep:
         self.graph = sources[0].graph if sources else merged.trace.graph
         self.dtype = batches[0].images.dtype
         self.storage = storage or self.dtype
+        self.weights = task_weights(batches)
         self._actors = [*sources, *([] if merged is None else [merged])]
         first = self.graph.nodes[0].name
         self._values: list[dict[str, list[Tensor | None]]] = [
@@ -103,6 +104,14 @@ class Sweep:
             for name in done:
                 values[name][index] = None
         values[node.name] = out
+
+
+def task_weights(batches: Sequence[Batch]) -> dict[int, float]:
+    """Weight of an image of each task: every task weighs the same, whatever its number of images; 1 on average."""
+    counts: dict[int, int] = {}
+    for batch in batches:
+        counts[batch.task] = counts.get(batch.task, 0) + len(batch.images)
+    return {task: sum(counts.values()) / (len(counts) * count) for task, count in counts.items()}
 
 
 def images_to_batches(images: Sequence[Tensor], batch_size: int) -> list[Batch]:

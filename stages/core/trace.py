@@ -69,7 +69,7 @@ CALLS: dict[Any, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys((torch.sigmoid, "sigmoid"), ("sigmoid", ())),
     **dict.fromkeys((torch.tanh, "tanh"), ("tanh", ())),
     F.relu6: ("relu6", ()),
-    F.gelu: ("gelu", ()),
+    F.gelu: ("gelu", ("approximate",)),
     F.silu: ("silu", ()),
     F.leaky_relu: ("leaky_relu", ("negative_slope",)),
     F.elu: ("elu", ("alpha",)),
@@ -135,7 +135,7 @@ def lay_out(graph: Graph, state: Mapping[str, Tensor], example: Tensor) -> Trace
     layouts = {first: Layout(1, (Segment(images, example.shape[1]),))}
     for node in graph.nodes[1:]:
         inputs = [values[name] for name in node.inputs]
-        values[node.name] = out = run_node(node, inputs, node_parameters(node, state))
+        values[node.name] = out = _try_node(node, inputs, state)
         rule = OPERATIONS[node.operation].rule
         read = [layouts[name] for name in node.inputs]
         layouts[node.name] = rule(groups, node, read, [value.shape for value in inputs], out.shape)
@@ -146,6 +146,17 @@ def lay_out(graph: Graph, state: Mapping[str, Tensor], example: Tensor) -> Trace
         {name: _named(groups, layout) for name, layout in layouts.items()},
         {name: value.shape for name, value in values.items()},
     )
+
+
+def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
+    try:
+        return run_node(node, inputs, node_parameters(node, state))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+        raise InputError(
+            f"{node.name}: {node.operation} cannot run on {shapes} ({str(error).splitlines()[0]}); "
+            "allowed: an example of the shape that the network takes"
+        ) from error
 
 
 def _collect(groups: Groups, fixed: set[str]) -> PermutationSpec:
@@ -171,7 +182,7 @@ class _Reader:
         self.sizes: dict[
             str, tuple[str, int | None]
         ] = {}  # x.shape or x.size(0): which value, which dimension
-        self.used: dict[str, str] = {}
+        self.used: dict[int, str] = {}  # parameters by identity: tied ones have two names
 
     def read(self) -> list[Node]:
         nodes = []
@@ -194,6 +205,8 @@ class _Reader:
         return self.alias.get(fx.name, fx.name)
 
     def _node(self, fx: torch.fx.Node) -> Node | None:
+        if fx.op != "get_attr" and not fx.args:
+            raise self._unknown(fx, f"{fx.target} whose input is given by keyword")
         if fx.op == "call_module":
             operation, attributes, roles = self._module(fx)
             inputs = fx.args
@@ -202,16 +215,19 @@ class _Reader:
             roles = ()
         else:
             raise self._unknown(fx, f"parameter {fx.target} read directly")
+        if any(not isinstance(i, torch.fx.Node) or i.name in self.sizes for i in inputs):
+            raise self._unknown(fx, f"{operation} of something that is not a value of the network")
         if operation == ALIAS:
             self.alias[fx.name] = self._name(inputs[0])
             return None
         parameters = {}
         for role in roles:
-            if getattr(self.modules[fx.target], role) is not None:
+            tensor = getattr(self.modules[fx.target], role)
+            if tensor is not None:
                 parameters[role] = name = f"{fx.target}.{role}"
-                if name in self.used:
-                    raise self._unknown(fx, f"{name} used a second time (first in {self.used[name]})")
-                self.used[name] = fx.name
+                if id(tensor) in self.used:
+                    raise self._unknown(fx, f"{name} used a second time (first in {self.used[id(tensor)]})")
+                self.used[id(tensor)] = fx.name
         return Node(fx.name, operation, tuple(self._name(i) for i in inputs), attributes, parameters)
 
     def _module(self, fx: torch.fx.Node) -> Recipe:
@@ -237,6 +253,11 @@ class _Reader:
         operation, names = CALLS[fx.target]
         given = dict(zip(names, fx.args[1:], strict=False)) | dict(fx.kwargs)
         given.pop("inplace", None)
+        if given.get("return_indices") is False:
+            del given["return_indices"]
+        surplus = [*fx.args[1 + len(names) :], *(given.keys() - names)]
+        if surplus:
+            raise self._unknown(fx, f"{operation} with {surplus[0]}")
         if any(isinstance(value, torch.fx.Node) for value in given.values()):
             raise self._unknown(fx, f"{operation} whose settings depend on a value")
         inputs = tuple(fx.args[0]) if operation == "concatenate" else (fx.args[0],)
@@ -266,18 +287,23 @@ class _Reader:
 
     def _reshape(self, fx: torch.fx.Node) -> tuple[str, dict[str, Any], tuple[torch.fx.Node, ...]]:
         """Only x.view(x.size(0), -1), which is a flatten."""
-        shape = fx.args[1:] if len(fx.args) > 2 else tuple(fx.args[1])
-        first = self.sizes.get(shape[0].name) if isinstance(shape[0], torch.fx.Node) else None
-        if first != (self._name(fx.args[0]), 0) or tuple(shape[1:]) != (-1,):
-            raise self._unknown(fx, f"{fx.target} to {tuple(map(str, shape))}")
+        shape = fx.args[1:]
+        if len(shape) == 1 and isinstance(shape[0], tuple | list):
+            shape = tuple(shape[0])
+        first = self.sizes.get(getattr(shape[0], "name", "")) if shape else None
+        if first != (self._name(fx.args[0]), 0) or shape[1:] != (-1,) or fx.kwargs:
+            what = getattr(fx.target, "__name__", fx.target)
+            raise self._unknown(fx, f"{what} to ({', '.join(map(str, shape))})")
         return "flatten", {}, (fx.args[0],)
 
     def _size(self, fx: torch.fx.Node) -> bool:
         """Remember x.size(), x.shape and one entry of them; they are no operations."""
+        if fx.op not in ("call_function", "call_method"):
+            return False
         if fx.target == "size" or (fx.target is getattr and fx.args[1] == "shape"):
-            dim = fx.args[1] if fx.target == "size" and len(fx.args) > 1 else None
+            dim = fx.args[1] if fx.target == "size" and len(fx.args) > 1 else fx.kwargs.get("dim")
             self.sizes[fx.name] = (self._name(fx.args[0]), dim)
-        elif fx.target is operator.getitem and fx.args[0].name in self.sizes:
+        elif fx.target is operator.getitem and getattr(fx.args[0], "name", None) in self.sizes:
             self.sizes[fx.name] = (self.sizes[fx.args[0].name][0], fx.args[1])
         return fx.name in self.sizes
 
@@ -331,12 +357,12 @@ def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float =
     state = {name: _perturbed(name, tensor, generator) for name, tensor in module.state_dict().items()}
     x = torch.randn(example.shape, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        expected = torch.func.functional_call(module, state, (x,))
+        expected = torch.func.functional_call(module, state, (x,), tie_weights=False)
         if not _close(run_graph(traced.graph, state, x), expected, tolerance):
             raise InputError(
                 f"{type(module).__name__}: the traced graph does not compute what the module does"
             )
-        orders = {n: torch.randperm(g.size, generator=generator) for n, g in traced.spec.free.items()}
+        orders = {n: _cycle(g.size, generator) for n, g in traced.spec.free.items()}
         if _close(run_graph(traced.graph, permute(state, traced.spec, orders), x), expected, tolerance):
             return
         for name, order in orders.items():
@@ -344,6 +370,14 @@ def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float =
             if not _close(found, expected, tolerance):
                 raise InputError(f"group {name}: permuting its units changes the output; its trace is wrong")
     raise InputError("permuting all groups together changes the output; the trace is wrong")
+
+
+def _cycle(size: int, generator: torch.Generator) -> Tensor:
+    """A random permutation that leaves no unit in its place."""
+    drawn = torch.randperm(size, generator=generator)
+    order = torch.empty_like(drawn)
+    order[drawn] = drawn.roll(1)
+    return order
 
 
 def _perturbed(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -46,33 +46,36 @@ def train(
     rows = []
     network.train()
     for epoch in range(settings.epochs):
-        order = torch.randperm(len(images), generator=generator)
         totals = torch.zeros(2, device=device)
-        for step in range(steps):
-            share = cycle(epoch * steps + step, settings.epochs * steps, settings.warmup)
+        order = torch.randperm(len(images), generator=generator)
+        for step, chosen in enumerate(order.split(batch_size)[:steps], epoch * steps):
+            rate = settings.learning_rate * cycle(step, settings.epochs * steps, settings.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * share
-            chosen = order[step * batch_size : (step + 1) * batch_size]
+                group["lr"] = rate
             x = augment(images.images[chosen].to(device), settings.shift, settings.flip, generator)
+            x = normalise(x, data.mean, data.std).contiguous(memory_format=torch.channels_last)
             y = images.labels[chosen].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                z = network(normalise(x, data.mean, data.std).contiguous(memory_format=torch.channels_last))
+                z = network(x)
             loss = F.cross_entropy(z.float(), y, label_smoothing=settings.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             totals += torch.stack([loss.detach(), (z.argmax(1) == y).float().mean()])
-        loss, accuracy = (totals / steps).tolist()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"training diverged in epoch {epoch + 1}: found a loss of {loss}; "
-                f"allowed: a learning_rate below {settings.learning_rate:g}"
-            )
-        numbers = (optimizer.param_groups[0]["lr"], loss, accuracy)
-        rows.append(dict(zip(COLUMNS, (epoch + 1, *(f"{number:.6g}" for number in numbers)), strict=True)))
+        rows.append(_row(epoch + 1, rate, totals / steps, settings))
         after_epoch()
     network.eval()
     return rows
+
+
+def _row(epoch: int, rate: float, means: Tensor, settings: Finetune) -> dict[str, Any]:
+    loss, accuracy = means.tolist()
+    if not math.isfinite(loss):
+        raise InputError(
+            f"training diverged in epoch {epoch}: found a loss of {loss}; "
+            f"allowed: a learning_rate below {settings.learning_rate:g}"
+        )
+    return dict(zip(COLUMNS, (epoch, *(f"{number:.6g}" for number in (rate, loss, accuracy))), strict=True))
 
 
 def cycle(step: int, steps: int, warmup: float) -> float:

@@ -81,8 +81,9 @@ def run_all(jobs: list[Job], workers: int) -> Iterator[Trained]:
     On a CPU the result does not depend on ``workers``: each network has one thread in any case. When one job
     fails, or on Ctrl-C, the other processes are ended at once. Raises the InputError of a job.
     """
-    with tqdm(total=sum(job.settings.epochs for job in jobs), desc="finetune", unit="epoch") as bar:
-        if any(job.device != "cpu" for job in jobs):
+    total = sum(job.settings.epochs for job in jobs)
+    with tqdm(total=total, desc="finetune", unit="epoch", disable=total == 0) as bar:
+        if total == 0 or any(job.device != "cpu" for job in jobs):
             for job in jobs:
                 yield run(job, bar.update)
         else:

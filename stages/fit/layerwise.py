@@ -13,6 +13,7 @@ from torch import Tensor
 from stages.core.graph import Node
 from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
 from stages.core.network import Block, MergedNetwork, Parts, Source, exact_entries
+from stages.core.norms import install_statistics, merged_moments
 from stages.core.params import Fit
 from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam
@@ -98,7 +99,7 @@ class Fitter:
             z, y = self.inputs(node, sweep, index), self.targets(node, sweep, index)
             into = equations[batch.task if separate_heads else 0]
             for z_rows, y_rows in self._rows(node, z, y, kernel_of(module.weights[0])):
-                into.add(z_rows, y_rows, self._task_weight(sweep, batch.task))
+                into.add(z_rows, y_rows, sweep.weights[batch.task])
         left = energy = 0.0
         biases = torch.zeros(module.outputs.width, dtype=torch.float64, device=device)
         moments = torch.zeros(2, module.outputs.width, dtype=torch.float64, device=device)
@@ -161,7 +162,7 @@ class Fitter:
 
     def _set_statistics(self, norm: Node, sweep: Sweep) -> None:
         """The exact mean and variance of the merged network's own values, every task weighing the same."""
-        moments = merged_moments(norm, sweep, [self._task_weight(sweep, b.task) for b in sweep.batches])
+        moments = merged_moments(norm, sweep)
         fitted = ~self.exact[norm.name].to(moments.device)
         if norm.name in self.offsets:
             self._fold(norm, fitted, moments)
@@ -226,13 +227,6 @@ class Fitter:
         """Heads of separate label spaces are fitted on their own task's rows."""
         return self.network.labels == "separate" and node is self.network.trace.graph.output
 
-    def _task_weight(self, sweep: Sweep, task: int) -> float:
-        """Every task weighs the same, whatever its number of images."""
-        counts = [0] * len(self.sources)
-        for batch in sweep.batches:
-            counts[batch.task] += len(batch.images)
-        return sum(counts) / (sum(c > 0 for c in counts) * counts[task])
-
     # -- the published iteration --------------------------------------------------------------------------------
 
     def _fit_adam(self, node: Node, sweep: Sweep) -> None:
@@ -244,25 +238,3 @@ class Fitter:
 
 def _unit_dim(node: Node, value: Tensor) -> int:
     return 1 if node.operation == "conv2d" else value.dim() - 1
-
-
-def merged_moments(norm: Node, sweep: Sweep, weights: Sequence[float]) -> Tensor:
-    """Mean and variance of the merged network's values at a batch norm: float64 (2, width)."""
-    count, total, squares, shift = 0.0, 0.0, 0.0, None
-    for index, weight in enumerate(weights):
-        x = sweep.of_merged(norm.inputs[0], index).double()
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        shift = x.mean(dims, keepdim=True) if shift is None else shift
-        x = x - shift
-        count += weight * x.numel() / x.shape[1]
-        total = total + weight * x.sum(dims)
-        squares = squares + weight * x.square().sum(dims)
-    mean = total / count
-    return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
-
-
-def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) -> None:
-    """Set the running mean and variance of some entries of a batch norm."""
-    mean, variance = moments.to(bn.running_mean.dtype)
-    bn.running_mean[entries] = mean[entries]
-    bn.running_var[entries] = variance[entries]

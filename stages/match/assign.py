@@ -22,12 +22,12 @@ def assign_jointly(similarities: Tensor, sweeps: int = 100) -> Tensor:
     networks, _, d, _ = similarities.shape
     units = torch.arange(d).repeat(networks, 1)
     for m in range(1, networks):
-        gain = sum(similarities[l, m][units[l]] for l in range(m))
+        gain = sum(similarities[n, m][units[n]] for n in range(m))
         units[m] = assign(gain)
     for _ in range(sweeps if networks > 2 else 0):
         before = units.clone()
         for m in range(1, networks):
-            gain = sum(similarities[l, m][units[l]] for l in range(networks) if l != m)
+            gain = sum(similarities[n, m][units[n]] for n in range(networks) if n != m)
             new = assign(gain)
             rows = torch.arange(d)
             if gain[rows, new].sum() > gain[rows, units[m]].sum() + 1e-12:

@@ -67,7 +67,7 @@ class _Problem:
 
     def reference(self, units: Mapping[str, Tensor], parameter: str, network: int) -> Tensor:
         """The sum of the other networks' tensors, in the reference's order."""
-        return sum(self.placed(units, parameter, l) for l in range(len(self.states)) if l != network)
+        return sum(self.placed(units, parameter, n) for n in range(len(self.states)) if n != network)
 
     def improve(self, units: Mapping[str, Tensor], name: str, network: int) -> None:
         """Give one group of one network its best order, if that is better than the one it has."""

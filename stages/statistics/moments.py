@@ -108,9 +108,9 @@ def places(trace: Trace) -> dict[str, list[str]]:
                 covered |= groups
                 at.setdefault(node.name, []).append(node.inputs[0])
     for node in trace.graph.nodes:  # a group that no layer reads: what its layers write
-        if node.linear and not {s.group for s in trace.layouts[node.name].segments} <= covered:
-            if trace.layouts[node.name].segments[0].group in trace.spec.free:
-                at.setdefault(node.name, []).append(node.name)
+        written = {s.group for s in trace.layouts[node.name].segments} & set(trace.spec.free)
+        if node.linear and written - covered:
+            at.setdefault(node.name, []).append(node.name)
     return at
 
 

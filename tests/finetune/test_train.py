@@ -73,6 +73,15 @@ def test_training_does_not_depend_on_the_global_random_state():
     assert torch.equal(first.fc.weight, second.fc.weight)
 
 
+def test_mixed_precision_learns_and_keeps_the_weights_in_float32():
+    module = network()
+    chosen = Finetune(epochs=4, batch_size=16)
+    rows = train(module, stripes(), DATA, chosen, torch.Generator().manual_seed(0), CPU, mixed_precision=True)
+    assert float(rows[-1]["train_accuracy"]) > 0.95
+    assert rows != trained()[1]
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in module.state_dict().values())
+
+
 def test_a_rate_close_to_zero_changes_the_statistics_only():
     module, _ = trained(learning_rate=1e-30)
     before = network()

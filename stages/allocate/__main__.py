@@ -1,0 +1,45 @@
+"""Choose what stays separate at the budget, for every matching: models/match -> models/allocate."""
+
+from dataclasses import asdict
+
+import torch
+
+from stages.allocate.splits import split_units
+from stages.core.artifacts import read_tensors, write_csv, write_json
+from stages.core.command import command
+from stages.core.device import prepare
+from stages.core.loading import load_sources
+from stages.core.params import load_params
+
+
+def main() -> None:
+    params = load_params()
+    prepare("cpu", params.threads)
+    sources = load_sources(params, torch.device("cpu"))
+    for name in params.match:
+        tensors, _ = read_tensors(f"models/match/{name}.safetensors")
+        benefits = {group: tensors[f"benefit/{group}"] for group in sources[0].trace.spec.free}
+        splits, found, base = split_units(
+            sources[0], benefits, params.budget, len(sources), params.active.labels, params.allocate
+        )
+        about = {"budget": params.budget, "counted": params.allocate.cost, "cost": found.cost, "source": base}
+        gap = {"benefit": found.benefit, "bound": found.bound}
+        groups = {group: asdict(split) for group, split in splits.items()}
+        write_json(
+            f"models/allocate/{name}.json", {**about, "reached": found.cost / base, **gap, "splits": groups}
+        )
+        rows = [
+            {
+                "group": group,
+                "units": split.size,
+                "shared": len(split.shared),
+                "separate": len(split.separate),
+                "fraction": round(split.fraction, 6),
+            }
+            for group, split in splits.items()
+        ]
+        write_csv(f"reports/allocate/{name}.csv", rows)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,73 @@
+"""The cost of a merged network as a function of how many units each group keeps separate.
+
+With s_g separate units of d_g in group g and N networks, every kind of cost is
+
+    cost(s) = base + sum_g linear_g s_g - sum_(i,o) product_io s_i s_o,
+
+because a linear map from group i to group o has (d_o - s_o) rows that read d_i + (N - 1) s_i inputs and N s_o rows
+that read d_i. All numbers are integers, and cost(d) = N * base.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stages.core.cost import counted_nodes
+from stages.core.spec import State
+from stages.core.trace import Trace
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """sizes: d of each free group. base: cost of one source. linear, product: the coefficients above."""
+
+    sizes: Mapping[str, int]
+    base: int
+    linear: Mapping[str, int]
+    product: Mapping[tuple[str, str], int]
+
+    def cost(self, separate: Mapping[str, int]) -> int:
+        """Exact cost of a split with ``separate`` units in each group."""
+        total = self.base + sum(self.linear[g] * separate[g] for g in self.sizes)
+        return total - sum(q * separate[i] * separate[o] for (i, o), q in self.product.items())
+
+    def step(self, separate: Mapping[str, int], group: str) -> int:
+        """What one more separate unit of ``group`` costs."""
+        change = self.linear[group]
+        for (i, o), q in self.product.items():
+            if i == o == group:
+                change -= q * (2 * separate[group] + 1)
+            elif group in (i, o):
+                change -= q * separate[o if group == i else i]
+        return change
+
+
+def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int) -> CostModel:
+    """Coefficients of one architecture; kind: macs or parameters."""
+    free = trace.spec.free
+    linear, product, base = dict.fromkeys(free, 0), {}, 0
+    extra = networks - 1
+    for node in counted_nodes(trace, labels):
+        out = trace.layouts[node.name]
+        if node.linear:
+            weight = state[node.parameters["weight"]]
+            scale = (trace.positions(node) if kind == "macs" else 1) * weight[0, 0].numel()
+            d_out, d_in = weight.shape[:2]
+            base += scale * d_out * d_in
+            group = out.segments[0].group
+            if group in free:
+                linear[group] += extra * scale * d_in
+            for s in trace.layouts[node.inputs[0]].segments:
+                if s.group in free:
+                    linear[s.group] += extra * scale * d_out * s.block
+                    if group in free:
+                        pair = (s.group, group)
+                        product[pair] = product.get(pair, 0) + extra * scale * s.block
+        if kind == "parameters":
+            roles = [
+                r for r in ("weight", "bias") if r in node.parameters and not (node.linear and r == "weight")
+            ]
+            base += len(roles) * out.width
+            for s in out.segments:
+                if s.group in free:
+                    linear[s.group] += extra * len(roles) * s.block
+    return CostModel({name: group.size for name, group in free.items()}, base, linear, product)

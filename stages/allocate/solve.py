@@ -1,0 +1,147 @@
+"""Choose how many units each group keeps separate: the largest benefit within the budget.
+
+Two steps. An integer program (HiGHS, through SciPy) over a grid of levels per group, exact in the products of the
+cost; then single units into what is left of the budget, the best benefit per cost first. Whole numbers throughout:
+the budget is never exceeded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from stages.allocate.model import CostModel
+from stages.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """separate: units of each group. benefit: reached, and bound: what no split on the grid can exceed."""
+
+    separate: Mapping[str, int]
+    cost: int
+    benefit: float
+    bound: float
+
+
+def allocate(
+    model: CostModel,
+    benefits: Mapping[str, np.ndarray],
+    budget: float,
+    networks: int,
+    levels: int = 8,
+    nodes: int = 2000,
+) -> Allocation:
+    """benefits: of separating each unit of a group, (d,) non-negative, any order. budget: relative to one source.
+
+    nodes: limit of the solver's search tree (a limit in time would not give the same answer twice). Raises
+    InputError when the budget is not in [1, networks].
+    """
+    if not 1 <= budget <= networks:
+        raise InputError(f"budget: found {budget:g}; allowed: a number from 1 to {networks}")
+    limit = int(Fraction(str(budget)) * model.base)  # exact: 1.46 is 146/100
+    totals = {name: np.concatenate([[0.0], np.cumsum(np.sort(b)[::-1])]) for name, b in benefits.items()}
+    if limit >= networks * model.base:
+        separate = dict(model.sizes)
+        bound = sum(t[-1] for t in totals.values())
+    elif limit <= model.base:
+        separate, bound = dict.fromkeys(model.sizes, 0), 0.0
+    else:
+        separate, bound = _grid(model, totals, limit, levels, nodes)
+        separate = _fill(model, totals, separate, limit)
+    reached = float(sum(totals[g][s] for g, s in separate.items()))
+    cost = model.cost(separate)
+    if cost > limit:
+        raise InputError(f"allocation costs {cost}, the budget is {limit}")  # a gate: cannot happen
+    return Allocation(separate, cost, reached, max(float(bound), reached))
+
+
+def _grid(
+    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int, nodes: int
+) -> tuple[dict[str, int], float]:
+    """The integer program. One binary per group and level; a product of two groups' levels is a transport plan
+    between their binaries, which is exact as soon as they are whole."""
+    names = list(model.sizes)
+    grids = {g: sorted({round(i * d / levels) for i in range(levels + 1)}) for g, d in model.sizes.items()}
+    first, count = {}, 0
+    for g in names:
+        first[g], count = count, count + len(grids[g])
+    binaries = count
+    pairs = {}
+    for i, o in model.product:
+        if i != o:
+            pairs[i, o], count = count, count + len(grids[i]) * len(grids[o])
+    gain, price = np.zeros(count), np.zeros(count)
+    for g in names:
+        q = model.product.get((g, g), 0)
+        for level, s in enumerate(grids[g]):
+            gain[first[g] + level] = totals[g][s]
+            price[first[g] + level] = (model.linear[g] * s - q * s * s) / model.base
+    rows, columns, values, right = [], [], [], []
+    for g in names:  # one level per group
+        rows += [len(right)] * len(grids[g])
+        columns += range(first[g], first[g] + len(grids[g]))
+        values += [1.0] * len(grids[g])
+        right.append(1.0)
+    for (i, o), start in pairs.items():
+        plan = np.arange(start, start + len(grids[i]) * len(grids[o])).reshape(len(grids[i]), len(grids[o]))
+        price[plan] = -model.product[i, o] * np.outer(grids[i], grids[o]) / model.base
+        for group, lines in ((i, plan), (o, plan.T)):
+            for level, line in enumerate(lines):
+                rows += [len(right)] * (len(line) + 1)
+                columns += [*line.tolist(), first[group] + level]
+                values += [1.0] * len(line) + [-1.0]
+                right.append(0.0)
+    equal = coo_array((values, (rows, columns)), shape=(len(right), count)).tocsr()
+    scale = max(gain.max(), 1e-300)
+    result = milp(
+        -gain / scale,
+        integrality=(np.arange(count) < binaries).astype(int),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(equal, right, right),
+            LinearConstraint(price[None], -np.inf, limit / model.base - 1),
+        ],
+        options={"node_limit": nodes, "mip_rel_gap": 1e-3},
+    )
+    if result.x is None:  # the node limit came before the first answer; the fill still finds one
+        return dict.fromkeys(names, 0), float("inf")
+    separate = {g: grids[g][int(np.argmax(result.x[first[g] : first[g] + len(grids[g])]))] for g in names}
+    if model.cost(separate) > limit:  # the solver's tolerance let a hair through
+        separate = _trim(model, totals, separate, limit)
+    bound = -result.mip_dual_bound * scale if result.mip_dual_bound is not None else float("inf")
+    return separate, bound
+
+
+def _fill(
+    model: CostModel, totals: Mapping[str, np.ndarray], separate: dict[str, int], limit: int
+) -> dict[str, int]:
+    """Add single units while they fit, the best benefit per cost first."""
+    separate, cost = dict(separate), model.cost(separate)
+    while True:
+        best, best_ratio, best_step = None, -1.0, 0
+        for g, d in model.sizes.items():
+            if separate[g] == d:
+                continue
+            step = model.step(separate, g)
+            ratio = (totals[g][separate[g] + 1] - totals[g][separate[g]]) / max(step, 1)
+            if cost + step <= limit and ratio > best_ratio:
+                best, best_ratio, best_step = g, ratio, step
+        if best is None:
+            return separate
+        separate[best] += 1
+        cost += best_step
+
+
+def _trim(
+    model: CostModel, totals: Mapping[str, np.ndarray], separate: dict[str, int], limit: int
+) -> dict[str, int]:
+    """Take single units away until the budget holds, the least benefit first."""
+    separate = dict(separate)
+    while model.cost(separate) > limit:
+        lost = {g: totals[g][s] - totals[g][s - 1] for g, s in separate.items() if s}
+        separate[min(lost, key=lost.get)] -= 1
+    return separate

@@ -1,0 +1,65 @@
+"""What keeping a matched tuple of units separate is worth, measured from the statistics.
+
+A shared unit can be only one function where the sources have N. What that costs is the part of the sources' units
+that a common function does not explain, weighted by how much the layers that read the group depend on the unit.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.core.network import Source
+from stages.core.spec import Matching
+from stages.core.trace import Trace
+from stages.match.similarity import similarity
+
+
+def unit_benefits(
+    sources: Sequence[Source], matching: Matching, mean: Mapping[str, Tensor], second: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Benefit of separating unit j of every free group: {group: float64 (d,)}, non-negative.
+
+    mean {group: (N d,)}, second {group: (N d, N d)}: pooled over tasks. For network m, the unexplained share of a
+    tuple is 1 - (its mean correlation with the others), and its weight the share of each reading layer's input
+    variance that comes through the unit, summed over layers and averaged over networks.
+    """
+    trace = sources[0].trace
+    benefits = {}
+    for name in trace.spec.free:
+        units = matching.units[name]
+        networks, d = units.shape
+        correlation = similarity(mean[name], second[name], networks, "correlation")
+        unexplained = torch.zeros(d, dtype=torch.float64)
+        for m in range(networks):
+            for n in range(m):
+                unexplained += 1 - correlation[m, n][units[m], units[n]].cpu()
+        unexplained /= networks * (networks - 1) / 2
+        variance = (second[name].diagonal() - mean[name].square()).clamp(min=0).view(networks, d).cpu()
+        weight = torch.zeros(d, dtype=torch.float64)
+        for m, source in enumerate(sources):
+            weight += reading_share(trace, source, name, variance[m])[units[m]] / networks
+        benefits[name] = (unexplained * weight).clamp(min=0)
+    return benefits
+
+
+def reading_share(trace: Trace, source: Source, group: str, variance: Tensor) -> Tensor:
+    """Per unit, the share of the input variance of each layer that reads the group, summed over layers: (d,)."""
+    d = len(variance)
+    total = torch.zeros(d, dtype=torch.float64)
+    for node in trace.graph.nodes:
+        if not node.linear:
+            continue
+        weight, start = source.state[node.parameters["weight"]].detach().cpu().double(), 0
+        for segment in trace.layouts[node.inputs[0]].segments:
+            width = segment.size * segment.block
+            if segment.group == group:
+                energy = (
+                    weight[:, start : start + width].square().flatten(2).sum((0, 2))
+                    if weight.dim() > 2
+                    else (weight[:, start : start + width].square().sum(0))
+                )
+                share = energy.view(d, segment.block).sum(1) * variance
+                total += share / share.sum().clamp(min=1e-300)
+            start += width
+    return total

@@ -1,0 +1,64 @@
+"""Accuracy, linear probes, cost and latency of one row: models/recalibrate/<method> -> reports/probe/<method>.
+
+The rows `oracle` and `ensemble` need no merged network. This is the only stage that sees test images.
+"""
+
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from stages.core.artifacts import write_json
+from stages.core.command import command
+from stages.core.datasets import load_images, normalise
+from stages.core.device import prepare
+from stages.core.loading import DATA, load_sources
+from stages.core.params import Params, load_params
+from stages.probe.candidates import merged_row, reference_row
+from stages.probe.evaluate import evaluate
+from stages.probe.latency import relative_latency
+
+
+def main(*names: str) -> None:
+    params = load_params()
+    device, section, profile = prepare(params.device, params.threads), params.probe, params.active
+    sources = load_sources(params, device)
+    images = {split: labelled(params, split, device) for split in ("train", "test")}
+    tasks = [(source.task.name, len(source.task.classes)) for source in sources]
+    for name in names:
+        if name in ("oracle", "ensemble"):
+            row = reference_row(name, sources, profile.labels)
+        else:
+            params.method(name)
+            row = merged_row(Path(f"models/recalibrate/{name}.safetensors"), sources, profile.labels, device)
+        with threadpool_limits(params.threads):
+            scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)
+        cost = {kind: round(value, 6) for kind, value in row.cost.items()}
+        found = {
+            "method": name,
+            "budget": row.budget,
+            "tasks": scores,
+            "cost": cost,
+            "images": params.fit.images,
+        }
+        write_json(f"reports/probe/{name}.json", found)
+        shape = images["test"][0][0][0].shape[1:]
+        x = torch.zeros(section.latency_batch, *shape, device=device)
+        latency = relative_latency(row.forward, sources, x, section.latency_repeats)
+        write_json(f"reports/probe/{name}.latency.json", {"latency": round(latency, 4)})
+
+
+def labelled(params: Params, split: str, device: torch.device) -> list[tuple[list[Tensor], Tensor]]:
+    """For each task preprocessed batches and labels; of the train split at most probe.linear_images."""
+    limit = params.probe.linear_images if split == "train" else None
+    found = []
+    for task in params.active.tasks.values():
+        own = load_images(task.data, split, DATA, limit=limit)
+        x = normalise(own.images.to(device), task.data.mean, task.data.std)
+        found.append((list(x.split(params.probe.batch_size)), own.labels))
+    return found
+
+
+if __name__ == "__main__":
+    command(main, "method", "...")

@@ -1,0 +1,48 @@
+"""The rows of the result table as things that can be probed, with what they cost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.core.cost import built_cost, source_cost
+from stages.core.errors import InputError
+from stages.core.network import Source, load_merged
+from stages.probe.evaluate import Candidate, Ensemble, Merged, Oracle
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what is probed, its cost relative to one source, its budget, and one forward pass."""
+
+    candidate: Candidate
+    cost: dict[str, float]
+    budget: float
+    forward: Callable[[Tensor], object]
+
+
+def merged_row(path: Path, sources: Sequence[Source], labels: str, device: torch.device) -> Row:
+    """A merged network. Raises InputError when it was made from other networks than these."""
+    network = load_merged(path, device)
+    found = network.about.get("sources", {})
+    for source in sources:
+        if found.get(source.task.name) != source.about["sha256"]:
+            raise InputError(f"{path}: made from another network for task {source.task.name}; run: dvc repro")
+    cost = {
+        kind: built_cost(network, kind) / source_cost(sources[0].trace, sources[0].state, labels, kind)
+        for kind in ("macs", "parameters")
+    }
+    return Row(Merged(network), cost, network.about["budget"]["asked"], network)
+
+
+def reference_row(name: str, sources: Sequence[Source], labels: str) -> Row:
+    """ensemble: all sources at once. oracle: one of them, chosen by somebody who knows the task."""
+    count = float(len(sources))
+    if name == "oracle":
+        return Row(Oracle(sources), {"macs": 1.0, "parameters": count}, count, sources[0])
+    ensemble = Ensemble(sources, labels)
+    return Row(
+        ensemble, {"macs": count, "parameters": count}, count, lambda x: [source(x) for source in sources]
+    )

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.core.errors import InputError
+from stages.core.spec import (
+    Axis,
+    Matching,
+    PermutationGroup,
+    PermutationSpec,
+    Span,
+    UnitSplit,
+    check_matching,
+    full_split,
+    identity_matching,
+    permute,
+    unit_order,
+)
+
+# one tensor whose axis 0 holds two units of a, three blocks of two of b, then an entry of nobody
+SPEC = PermutationSpec(
+    {
+        "a": PermutationGroup("a", 2, (Span(Axis("w", 0)),)),
+        "b": PermutationGroup("b", 3, (Span(Axis("w", 0), start=2, block=2), Span(Axis("v", 1)))),
+        "images": PermutationGroup("images", 4, (Span(Axis("w", 1)),), fixed=True),
+    }
+)
+
+
+def state():
+    return {"w": torch.arange(36).view(9, 4), "v": torch.arange(6).view(2, 3), "rest": torch.ones(3)}
+
+
+def test_a_span_moves_its_own_entries_only():
+    moved = permute(state(), SPEC, {"b": torch.tensor([2, 0, 1])})
+    assert moved["w"][:, 0].div(4).tolist() == [0, 1, 6, 7, 2, 3, 4, 5, 8]
+    assert moved["v"].tolist() == [[2, 0, 1], [5, 3, 4]]
+    assert torch.equal(moved["rest"], torch.ones(3))
+
+
+def test_groups_on_one_axis_are_permuted_apart_and_together_alike():
+    a, b = torch.tensor([1, 0]), torch.tensor([1, 2, 0])
+    together = permute(state(), SPEC, {"a": a, "b": b})
+    apart = permute(permute(state(), SPEC, {"b": b}), SPEC, {"a": a})
+    assert all(torch.equal(together[name], apart[name]) for name in together)
+
+
+@given(order=st.permutations(range(3)))
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_the_inverse_order_undoes_a_permutation(order):
+    order = torch.tensor(order)
+    back = permute(permute(state(), SPEC, {"b": order}), SPEC, {"b": order.argsort()})
+    assert all(torch.equal(back[name], tensor) for name, tensor in state().items())
+
+
+def test_permuting_leaves_the_given_state_alone():
+    given_state = state()
+    permute(given_state, SPEC, {"a": torch.tensor([1, 0]), "b": torch.tensor([1, 2, 0])})
+    assert all(torch.equal(given_state[name], tensor) for name, tensor in state().items())
+
+
+@given(d=st.integers(1, 20), k=st.integers(0, 20), networks=st.integers(2, 4))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_the_merged_width_counts_shared_units_once(d, k, networks):
+    k = min(k, d)
+    split = UnitSplit(tuple(range(k)), tuple(range(k, d)))
+    copies = [(unit, None) for unit in split.shared]
+    copies += [(unit, m) for unit in split.separate for m in range(networks)]
+    assert split.width(networks) == len(copies)
+    assert split.fraction == pytest.approx(1 - k / d)
+    assert split.size == d
+
+
+def test_a_full_split_covers_every_unit_of_the_free_groups_once():
+    splits = full_split(SPEC, {"a": [], "b": [2, 0]})
+    assert splits == {"a": UnitSplit((), (0, 1)), "b": UnitSplit((0, 2), (1,))}
+    assert full_split(SPEC)["b"] == UnitSplit((0, 1, 2), ())
+
+
+def test_the_order_of_a_network_lists_its_partners_of_the_shared_units_first():
+    matching = Matching({"b": torch.tensor([[0, 1, 2], [2, 0, 1]])}, {})
+    splits = {"b": UnitSplit((1,), (0, 2))}
+    assert unit_order(matching, splits, 0)["b"].tolist() == [1, 0, 2]
+    assert unit_order(matching, splits, 1)["b"].tolist() == [0, 2, 1]
+
+
+def test_the_identity_matching_is_accepted():
+    check_matching(identity_matching(SPEC, 3), SPEC)
+
+
+def test_a_matching_that_is_no_permutation_is_refused_by_group_and_network():
+    units = dict(identity_matching(SPEC, 3).units)
+    for row in ([0, 1, 1], [0, 1], [0, 1, 3]):
+        units["b"] = [torch.arange(3), torch.tensor(row), torch.arange(3)]
+        with pytest.raises(InputError, match="group b, network 1"):
+            check_matching(Matching(units, {}), SPEC)
+
+
+def test_a_matching_without_a_group_is_refused():
+    units = {"a": torch.arange(2).repeat(2, 1)}
+    with pytest.raises(InputError, match="group b is missing"):
+        check_matching(Matching(units, {}), SPEC)
