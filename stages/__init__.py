@@ -1,0 +1,17 @@
+"""Merge neural networks that were trained apart: ``merge`` in memory, ``load_merged`` from a file."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.api import load_merged, merge
+
+__all__ = ["load_merged", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the notebook face when it is asked for, so that a stage does not import its siblings."""
+    if name in __all__:
+        from stages import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'stages' has no attribute {name!r}")

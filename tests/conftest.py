@@ -19,6 +19,11 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 class Small(nn.Module):
     """A residual stream, a strided branch, a concatenation, a flatten and an MLP tail: (n, 2, 8, 8) -> (n, classes)."""
 

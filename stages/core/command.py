@@ -11,7 +11,8 @@ from stages.core.errors import InputError
 def command(main: Callable[..., None], *arguments: str) -> None:
     """Call ``main`` with the words of the command line and exit with its status.
 
-    ``arguments`` names the words that must be there; a last one of "..." allows more. An InputError becomes one line on stderr and status 1;
+    ``arguments`` names the words that must be there; a last one of "..." allows more. An
+    InputError becomes one line on stderr and status 1;
     Ctrl-C becomes status 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

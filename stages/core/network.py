@@ -288,9 +288,19 @@ def _key(node: Node) -> str:
 def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedNetwork:
     """Read a merged network. Raises InputError when the file is missing, damaged or something else."""
     tensors, metadata = read_tensors(path)
-    header = json.loads(metadata.get("merged", "{}"))
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path}: not a merged network (format {header.get('format')!r}; allowed: {FORMAT})")
+    try:
+        header = json.loads(metadata.get("merged", "{}"))
+        if header.get("format") != FORMAT:
+            raise InputError(f"not a merged network (format {header.get('format')!r}; allowed: {FORMAT})")
+        return _from_header(header, tensors).to(device).eval()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{path}: its header and its tensors do not fit together ({what})") from error
+
+
+def _from_header(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> MergedNetwork:
     nodes = tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in header["graph"])
     state = {name: torch.empty(shape, device="meta") for name, shape in header["shapes"].items()}
     trace = lay_out(Graph(nodes), state, torch.empty(header["example"], device="meta"))
@@ -300,11 +310,8 @@ def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedN
     }
     network = MergedNetwork(trace, state, tasks, header["labels"], header["shared"], units, header["about"])
     network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(f"{path}: its tensors do not fit its header ({error})") from error
-    return network.to(device).eval()
+    network.load_state_dict(tensors)  # after the type is set: it copies into what is there
+    return network
 
 
 def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:

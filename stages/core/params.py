@@ -122,7 +122,7 @@ class Matching(Section):
     """How units are paired: by their position, by the weights or by the activations."""
 
     by: Literal["identity", "weights", "activations"]
-    similarity: Literal["distance", "inner", "correlation"] = "correlation"
+    similarity: Literal["distance", "inner", "correlation"] = "distance"
     sweeps: Count = 100
     restarts: Count = 1
 

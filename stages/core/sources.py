@@ -21,7 +21,6 @@ def make_sources(
     if len(networks) < 2:
         raise InputError(f"found {len(networks)} network; allowed: two or more")
     traces = [trace(network, example) for network in networks]
-    verify(networks[0], traces[0], example[:2].cpu())
     head = traces[0].graph.output if labels == "separate" else None
     for task, network, other in zip(tasks, networks, traces, strict=True):
         _check_same(task, traces[0], other)
@@ -34,6 +33,7 @@ def make_sources(
         raise InputError(
             f"labels: shared, but the tasks' classes differ ({names}); allowed: labels: separate"
         )
+    verify(networks[0], traces[0], example[:2].cpu())
     device = example.device
     return [
         Source(own, {k: v.detach().to(device) for k, v in network.state_dict().items()}, task)
@@ -57,6 +57,12 @@ def _check_same(task: Task, first: Trace, other: Trace) -> None:
 
 def _check_tensors(task: Task, first: nn.Module, other: nn.Module, heads: set[str]) -> None:
     theirs = other.state_dict()
+    differ = sorted(first.state_dict().keys() ^ theirs.keys())
+    if differ:
+        where = "the first network" if differ[0] in theirs else "this network"
+        raise InputError(
+            f"task {task.name}: {differ[0]} is missing in {where}; allowed: networks of one architecture"
+        )
     for name, tensor in first.state_dict().items():
         shapes = tuple(tensor.shape), tuple(theirs[name].shape)
         if shapes[0] != shapes[1] and name not in heads:

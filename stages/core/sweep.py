@@ -80,7 +80,7 @@ class Sweep:
         """Pass all batches through all nodes. ``progress``: the title of a progress bar."""
         last = self.graph.last_uses()
         nodes = self.graph.nodes[1:]
-        for node in tqdm(nodes, desc=progress, unit="node", leave=False, disable=progress is None):
+        for node in tqdm(nodes, desc=progress, unit="node", leave=False, disable=None if progress else True):
             done = last[node.name]
             watched = visitor.wants(node)
             count = len(self.sources)

@@ -21,8 +21,8 @@ def average_block(weights: Sequence[Tensor], block: Block, inputs: Parts, output
         rows, merged_rows = _within(outputs.positions[m], block)
         read = torch.isin(inputs.positions[m], block.columns)
         columns = torch.searchsorted(block.columns, inputs.positions[m][read])
-        share = torch.where(outputs.owner[merged_rows + block.start] < 0, 1 / len(weights), 1.0)
-        part = weight[rows][:, read] * share.to(weight).view(-1, *[1] * (weight.dim() - 1))
+        share = _share(outputs.owner[merged_rows + block.start], weights)
+        part = weight[rows][:, read] * share.view(-1, *[1] * (weight.dim() - 1))
         result[merged_rows[:, None], columns] += part
     return result
 
@@ -31,9 +31,15 @@ def average_vector(vectors: Sequence[Tensor], parts: Parts) -> Tensor:
     """Biases and norm parameters, each (d,): mean of shared entries, own separate ones. Returns (merged width,)."""
     result = vectors[0].new_zeros(parts.width)
     for vector, positions in zip(vectors, parts.positions, strict=True):
-        share = torch.where(parts.owner[positions] < 0, 1 / len(vectors), 1.0).to(vector)
-        result[positions] += vector * share
+        result[positions] += vector * _share(parts.owner[positions], vectors)
     return result
+
+
+def _share(owner: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """What a network's part counts for in each entry: 1/N where the entry is shared, else 1."""
+    share = tensors[0].new_ones(len(owner))
+    share[owner < 0] = 1 / len(tensors)
+    return share
 
 
 @torch.no_grad()

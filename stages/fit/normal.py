@@ -41,6 +41,7 @@ class NormalEquations:
         self.sum_y = torch.zeros(d_out, **options)
         self.yy = torch.zeros(d_out, **options)
         self.shift_z = self.shift_y = None
+        self.eps = torch.finfo(torch.float64).eps
 
     @staticmethod
     def bytes(d_in: int, d_out: int) -> int:
@@ -53,6 +54,7 @@ class NormalEquations:
             on = 1.0 if self.intercept else 0.0
             self.shift_z, self.shift_y = z.mean(0) * on, y.mean(0) * on
         z, y = z - self.shift_z, y - self.shift_y
+        self.eps = max(self.eps, torch.finfo(z.dtype).eps)
         self.weight += weight * len(z)
         self.G += weight * (z.T @ z).double()
         self.C += weight * (z.T @ y).double()
@@ -72,7 +74,7 @@ class NormalEquations:
             C = C - self.weight * torch.outer(z, y)
             yy = yy - self.weight * y.square()
         penalty = ridge * G.diagonal().mean()
-        change = solve_symmetric(G, penalty, C - G @ start.T, name)
+        change = solve_symmetric(G, penalty, C - G @ start.T, name, self.eps)
         W = start + change.T
         residual = yy - 2 * (W * C.T).sum(1) + (W @ G * W).sum(1)
         bias = torch.zeros(len(rows), dtype=torch.float64, device=W.device)
@@ -88,10 +90,13 @@ class NormalEquations:
         return mean, (W @ covariance * W).sum(1).clamp(min=0)
 
 
-def solve_symmetric(G: Tensor, penalty: Tensor | float, right: Tensor, name: str = "") -> Tensor:
+def solve_symmetric(
+    G: Tensor, penalty: Tensor | float, right: Tensor, name: str = "", eps: float = 0.0
+) -> Tensor:
     """(G + penalty I)^-1 right by Cholesky; by the pseudo-inverse (eigenvalues) where that cannot work.
 
-    The pseudo-inverse gives the smallest solution, so what the data does not determine stays at the start.
+    The pseudo-inverse gives the smallest solution, so what the data does not determine stays at the start. eps: the
+    relative rounding error in G, when that is larger than its type's.
     """
     d = len(G)
     if float(penalty) > 0:
@@ -101,6 +106,6 @@ def solve_symmetric(G: Tensor, penalty: Tensor | float, right: Tensor, name: str
         log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, int(info), d)
     values, vectors = torch.linalg.eigh(G)
     values = values + penalty
-    kept = values > values.max().clamp(min=0) * d * torch.finfo(G.dtype).eps
+    kept = values > values.max().clamp(min=0) * d * max(eps, torch.finfo(G.dtype).eps)
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
     return vectors @ (inverse[:, None] * (vectors.T @ right))

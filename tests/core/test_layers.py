@@ -25,6 +25,7 @@ def random(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @given(
     kernel=pairs,
     stride=pairs,

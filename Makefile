@@ -1,0 +1,31 @@
+# Two commands do all the set-up: `make repro` runs the pipeline, `make test` the tests.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: repro test lint lock clean
+
+repro: $(VENV)/installed
+	dvc repro
+	@python -m stages.report.show
+
+test: $(VENV)/installed
+	python -m pytest
+
+lint: $(VENV)/installed
+	ruff check .
+	ruff format --check .
+
+# Does dvc.lock belong to the code, the parameters and the pipeline of this commit?
+lock: $(VENV)/installed
+	python -m pytest tests/test_pipeline.py -k lock
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

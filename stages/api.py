@@ -1,0 +1,149 @@
+"""The notebook face: merge plain torch modules in memory, by the same functions as the pipeline.
+
+from stages import merge, load_merged
+merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budget=1.2)
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from stages.allocate.splits import split_units
+from stages.core.device import generator
+from stages.core.errors import InputError
+from stages.core.network import MergedNetwork, Task, load_merged
+from stages.core.params import AllocateSection, Fit, Matching
+from stages.core.sources import make_sources
+from stages.core.sweep import Batch
+from stages.fit.merge import fit_network
+from stages.match.matching import Pooled, make_matching
+from stages.recalibrate.batchnorm import recompute_statistics
+from stages.statistics.moments import gather
+
+__all__ = ["load_merged", "merge"]
+
+PROGRESSIVE = {"solver": "exact", "inputs": "merged", "targets": "own", "norm": "fold"}
+ACTIVATIONS = {"by": "activations", "similarity": "distance"}
+
+
+def merge(
+    networks: Mapping[str, nn.Module],
+    batches: Mapping[str, Iterable[Any]],
+    budget: float = 1.0,
+    *,
+    labels: str | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    match: Mapping[str, Any] = ACTIVATIONS,
+    fit: Mapping[str, Any] = PROGRESSIVE,
+    recalibrate: str = "batchnorm",
+    cost: str = "macs",
+    ridge: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> MergedNetwork:
+    """Merge networks of one architecture that were trained apart, without labels and without training.
+
+    networks: task name -> module; any that torch.fx traces with operations that have a rule. They are left alone.
+    batches: task name -> unlabelled images of that task as the network takes them: tensors (n, ...), or tuples
+    whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N.
+    labels: shared (one label space), separate (a head each); by default shared when all have as many classes.
+    classes: class names of each task, by default numbers. match, fit, recalibrate, cost: as in params.yaml; the
+    default is `progressive`. Runs on the device of the first network. Raises InputError in one line.
+    """
+    names = list(networks)
+    if list(batches) != names and set(batches) != set(names):
+        raise InputError(
+            f"batches: found tasks {sorted(batches)}; allowed: those of networks, {sorted(names)}"
+        )
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
+        raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
+    matching_settings, fit_settings = _settings(Matching, match), _settings(Fit, fit)
+    allocation_settings = _settings(AllocateSection, {"cost": cost})
+    if recalibrate not in ("none", "batchnorm"):
+        raise InputError(f"recalibrate: found {recalibrate!r}; allowed: none, batchnorm")
+    found = _batches(networks, batches)
+    sources = _sources(networks, found, labels, classes)
+    labels = labels or _default_labels(sources)
+    moments = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
+    pooled = Pooled(
+        {g: m.mean.mean(0).cpu() for g, m in moments.items()},
+        {g: m.second.mean(0).cpu() for g, m in moments.items()},
+    )
+    matching, benefits = make_matching(sources, matching_settings, pooled, generator(seed))
+    splits, allocation, base = split_units(
+        sources[0], benefits, float(budget), len(names), labels, allocation_settings
+    )
+    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": cost}
+    network, _ = fit_network(
+        sources,
+        matching,
+        splits,
+        found,
+        fit_settings,
+        labels=labels,
+        ridge=ridge,
+        generator=generator(seed),
+        about={
+            "budget": reached,
+            "method": {"match": dict(match), "fit": dict(fit), "recalibrate": recalibrate},
+        },
+        progress="fit" if progress else None,
+    )
+    if recalibrate == "batchnorm":
+        recompute_statistics(network, found, progress="recalibrate" if progress else None)
+    return network
+
+
+def _settings(section: type, given: Mapping[str, Any]) -> Any:
+    try:
+        return section.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(section.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"{where}: found {first['input']!r}; allowed: {allowed}") from error
+
+
+def _batches(networks: Mapping[str, nn.Module], batches: Mapping[str, Iterable[Any]]) -> list[Batch]:
+    first = next(iter(networks.values()))
+    tensor = next(first.parameters(), None)
+    if tensor is None:
+        raise InputError(f"{type(first).__name__}: has no parameters; allowed: a trained network")
+    found = []
+    for task, name in enumerate(networks):
+        own = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches[name]]
+        if not own or not all(isinstance(batch, Tensor) and len(batch) for batch in own):
+            raise InputError(f"batches: task {name} has none or an empty one; allowed: tensors of images")
+        found += [Batch(batch.to(tensor.device, tensor.dtype), task) for batch in own]
+    return found
+
+
+def _sources(
+    networks: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    labels: str | None,
+    classes: Mapping[str, Sequence[str]] | None,
+) -> list[Any]:
+    example = batches[0].images[:2]
+    tasks = []
+    for index, (name, network) in enumerate(networks.items()):
+        device = next(network.parameters()).device
+        own = next(batch.images for batch in batches if batch.task == index)[:1].to(device)
+        mode = network.training
+        with torch.no_grad():
+            width = network.eval()(own).shape[1]
+        network.train(mode)
+        given = (classes or {}).get(name, [str(index) for index in range(width)])
+        tasks.append(Task(name, tuple(given)))
+    widths = {len(task.classes) for task in tasks}
+    if labels not in (None, "shared", "separate"):
+        raise InputError(f"labels: found {labels!r}; allowed: shared, separate")
+    chosen = labels or ("shared" if len(widths) == 1 else "separate")
+    return make_sources(list(networks.values()), tasks, example, chosen)
+
+
+def _default_labels(sources: Sequence[Any]) -> str:
+    return "shared" if len({len(source.task.classes) for source in sources}) == 1 else "separate"
