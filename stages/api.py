@@ -54,7 +54,7 @@ def merge(
     default is `progressive`. Runs on the device of the first network. Raises InputError in one line.
     """
     names = list(networks)
-    if list(batches) != names and set(batches) != set(names):
+    if set(batches) != set(names):
         raise InputError(
             f"batches: found tasks {sorted(batches)}; allowed: those of networks, {sorted(names)}"
         )

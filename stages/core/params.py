@@ -137,7 +137,7 @@ class Fit(Section):
     ridge: NonNegative | None = None
     steps: Count = 400
     learning_rate: Positive = 5e-4
-    batch_size: Count = 32
+    batch_size: Count = 16
 
 
 class Method(Section):

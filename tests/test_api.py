@@ -1,0 +1,123 @@
+"""The notebook face on plain torch modules."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from stages import load_merged, merge
+from stages.core.errors import InputError
+
+
+class Plain(nn.Module):
+    """A network that no registry knows."""
+
+    def __init__(self, width: int = 6, classes: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.values = nn.Linear(width, classes)  # a name that nn.ModuleDict has itself
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = x + torch.relu(self.second(x))
+        return self.values(x.mean((2, 3)))
+
+
+def networks(classes=(3, 3)):
+    found = {}
+    for index, (name, count) in enumerate(zip("ab", classes, strict=True)):
+        torch.manual_seed(index)
+        found[name] = Plain(classes=count)
+    return found
+
+
+def batches(count=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: [torch.randn(8, 1, 6, 6, generator=generator) for _ in range(count)] for name in "ab"}
+
+
+@pytest.mark.parametrize("budget", [1, 1.3, 2.0])
+def test_a_merged_network_keeps_the_budget_and_runs(budget):
+    merged = merge(networks(), batches(), budget=budget, progress=False)
+    assert merged(torch.randn(5, 1, 6, 6)).shape == (5, 3)
+    assert 1 <= merged.about["budget"]["reached"] <= budget
+
+
+def test_the_networks_are_left_alone():
+    given = networks()
+    given["a"].train()
+    before = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in given.items()}
+    merge(given, batches(), progress=False)
+    assert given["a"].training
+    for name, net in given.items():
+        assert all(torch.equal(v, before[name][k]) for k, v in net.state_dict().items())
+
+
+def test_labels_that_come_with_the_batches_are_not_looked_at():
+    plain = merge(networks(), batches(), budget=1.2, progress=False)
+    labelled = {name: [(x, torch.full((8,), 99)) for x in own] for name, own in batches().items()}
+    other = merge(networks(), labelled, budget=1.2, progress=False)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in plain.state_dict().items())
+
+
+def test_heads_of_other_widths_are_separate_label_spaces():
+    merged = merge(networks((3, 4)), batches(), budget=1.2, progress=False)
+    x = torch.randn(5, 1, 6, 6)
+    assert merged(x).shape == (5, 7)
+    assert torch.equal(merged(x, task="b"), merged(x)[:, 3:])
+
+
+def test_a_saved_network_gives_equal_outputs_in_a_fresh_process(tmp_path):
+    merged = merge(networks(), batches(), budget=1.4, progress=False)
+    merged.save(tmp_path / "merged.safetensors")
+    x = torch.randn(5, 1, 6, 6)
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch; from stages import load_merged; torch.set_num_threads(1); "
+        "torch.save(load_merged(sys.argv[1])(torch.load(sys.argv[2])), sys.argv[3])"
+    )
+    paths = [str(tmp_path / name) for name in ("merged.safetensors", "x.pt", "y.pt")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=120)
+    assert torch.equal(torch.load(paths[2]), merged(x))
+    assert load_merged(paths[0]).about["budget"]["asked"] == 1.4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 2.5}, "budget: found 2.5"),
+        ({"budget": "1.2"}, "budget: found '1.2'"),
+        ({"budget": float("nan")}, "budget: found nan"),
+        ({"labels": "mine"}, "labels: found 'mine'"),
+        ({"fit": {"solver": "magic"}}, "solver: found 'magic'"),
+        ({"fit": {"solvr": "exact"}}, "solvr: found 'exact'; allowed: solver"),
+        ({"match": {"by": "luck"}}, "by: found 'luck'"),
+        ({"recalibrate": "no"}, "recalibrate: found 'no'"),
+        ({"batches": {"a": []}}, "batches: found tasks"),
+        ({"batches": {"a": [], "b": []}}, "task a has none"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(change, message):
+    arguments = {"networks": networks(), "batches": batches(), "progress": False} | change
+    with pytest.raises(InputError, match=message.replace("(", r"\(")) as error:
+        merge(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_another_architecture_is_named():
+    other = {"a": Plain(), "b": Plain(width=5)}
+    with pytest.raises(InputError, match=r"task b: .*; allowed: networks of one architecture"):
+        merge(other, batches(), progress=False)
+
+
+def test_an_operation_without_a_rule_is_named():
+    class Odd(Plain):
+        def forward(self, x):
+            return super().forward(torch.fft.fft2(x).real)
+
+    with pytest.raises(InputError, match="no rule for operation fft_fft2"):
+        merge({"a": Odd(), "b": Odd()}, batches(), progress=False)
