@@ -87,5 +87,7 @@ def align(sources: Sequence[Source], matching: Matching, splits: Mapping[str, Un
 
 def merged_units(matching: Matching, splits: Mapping[str, UnitSplit]) -> dict[str, Tensor]:
     """{group: int64 (N, d)}: each source's own units in merged order, as a merged network records them."""
-    orders = [unit_order(matching, splits, m) for m in range(len(next(iter(matching.units.values()))))]
-    return {name: torch.stack([order[name] for order in orders]) for name in splits}
+    return {
+        name: matching.units[name][:, list(split.shared) + list(split.separate)]
+        for name, split in splits.items()
+    }
