@@ -82,7 +82,9 @@ def test_every_stage_has_its_section_and_its_folder():
 
 def test_lock_matches_the_code_and_the_parameters():
     """What is tracked by git must be what the recorded results were made with; the data need not be here."""
-    tracked = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n"))
+    tracked = set(
+        subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    )
     stale = []
     with Repo(str(ROOT)) as repo:
         for stage in repo.index.stages:

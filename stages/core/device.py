@@ -13,14 +13,16 @@ def prepare(device: str, threads: int) -> torch.device:
     ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N. Raises InputError when it is not there.
     """
     torch.set_num_threads(threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: found {device!r}; allowed here: auto, cpu" + _cuda_names())
+    if chosen.type == "cuda":
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device: found {device!r}; allowed here: auto, cpu" + _cuda_names())
+        # Not on the CPU, where kernels are deterministic at a fixed thread count and the switch costs a second.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     return chosen
 
 

@@ -169,7 +169,6 @@ class MergedNetwork(nn.Module):
     def __init__(
         self,
         trace: Trace,
-        state: State,
         tasks: Sequence[Task],
         labels: str,
         shared: Mapping[str, int],
@@ -178,16 +177,15 @@ class MergedNetwork(nn.Module):
     ) -> None:
         """Build it with all weights zero.
 
-        state: tensors of the source architecture, for their shapes. shared: k of each free group. units: {group:
-        int64 (N, d)}, each source's own units in merged order (shared first). about: what is written beside the
-        weights (method, budget, preprocessing, hashes of the sources).
+        shared: k of each free group. units: {group: int64 (N, d)}, each source's own units in merged order
+        (shared first). about: what is written beside the weights (method, budget, preprocessing, hashes of the
+        sources).
         """
         super().__init__()
         self.trace, self.tasks, self.labels = trace, tuple(tasks), labels
         self.shared = {name: int(shared[name]) for name in trace.spec.free}
         self.units = dict(units or {})
         self.about = dict(about or {})
-        self.source_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self._last = trace.graph.last_uses()
         output = trace.graph.output
         if labels == "separate" and output.operation != "linear":
@@ -197,7 +195,7 @@ class MergedNetwork(nn.Module):
         self.maps = nn.ModuleDict()
         for node in trace.graph.nodes:
             if node.linear:
-                kernel = self.source_shapes[node.parameters["weight"]][2:]
+                kernel = trace.parameters[node.parameters["weight"]][2:]
                 parts = self.parts(node.inputs[0]), self.parts(node.name)
                 self.maps[_key(node)] = BlockMap(node, *parts, kernel, "bias" in node.parameters)
             elif node.operation == "batch_norm":
@@ -271,7 +269,7 @@ class MergedNetwork(nn.Module):
             "format": FORMAT,
             "graph": [asdict(node) for node in self.trace.graph.nodes],
             "example": list(self.trace.shapes[self.trace.graph.nodes[0].name]),
-            "shapes": self.source_shapes,
+            "shapes": self.trace.parameters,
             "tasks": [asdict(task) for task in self.tasks],
             "labels": self.labels,
             "shared": self.shared,
@@ -302,13 +300,12 @@ def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedN
 
 def _from_header(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> MergedNetwork:
     nodes = tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in header["graph"])
-    state = {name: torch.empty(shape, device="meta") for name, shape in header["shapes"].items()}
-    trace = lay_out(Graph(nodes), state, torch.empty(header["example"], device="meta"))
+    trace = lay_out(Graph(nodes), header["shapes"], header["example"])
     tasks = [Task(task["name"], tuple(task["classes"])) for task in header["tasks"]]
     units = {
         name.removeprefix("units/"): tensors.pop(name) for name in list(tensors) if name.startswith("units/")
     }
-    network = MergedNetwork(trace, state, tasks, header["labels"], header["shared"], units, header["about"])
+    network = MergedNetwork(trace, tasks, header["labels"], header["shared"], units, header["about"])
     network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
     network.load_state_dict(tensors)  # after the type is set: it copies into what is there
     return network

@@ -6,7 +6,7 @@ verified before it is used (``verify``).
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,13 +95,15 @@ BINARY: dict[Any, tuple[str, str]] = {  # (on two values, on a value and a numbe
 class Trace:
     """What is known of an architecture at one input size.
 
-    layouts and shapes are by node name; shapes are those of one image, (1, ...).
+    layouts and shapes are by node name; shapes are those of one image, (1, ...). parameters: the shape of each
+    tensor of the state dict.
     """
 
     graph: Graph
     spec: PermutationSpec
     layouts: Mapping[str, Layout]
     shapes: Mapping[str, torch.Size]
+    parameters: Mapping[str, tuple[int, ...]]
 
     def positions(self, node: Node) -> int:
         """How often a linear map is applied to one image: its multiply-accumulates are positions * weights."""
@@ -122,29 +124,41 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
             f"{type(module).__name__}: cannot be traced ({error}); allowed: a forward without branches on values"
         ) from error
     graph = Graph(tuple(_Reader(traced).read()))
-    state = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
-    return lay_out(graph, state, example[:1].to("meta"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return lay_out(graph, shapes, example[:1].shape)
 
 
-def lay_out(graph: Graph, state: Mapping[str, Tensor], example: Tensor) -> Trace:
-    """Apply every operation's rule, in order. ``example``: (1, ...), of any device that runs the graph."""
-    groups = Groups()
+@torch.no_grad()
+def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int]) -> Trace:
+    """Apply every operation's rule, in order.
+
+    parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...).
+    """
+    # One zero seen as every parameter: real kernels say each value's shape, and nothing is allocated for weights.
+    # (Tensors on the meta device would do too, but their first use imports a second's worth of compiler.)
+    state = {name: torch.zeros(()).expand(tuple(shape)) for name, shape in parameters.items()}
+    groups, last = Groups(), graph.last_uses()
     first = graph.nodes[0].name
-    images = groups.new(example.shape[1], "input")
-    values = {first: example}
-    layouts = {first: Layout(1, (Segment(images, example.shape[1]),))}
+    images = groups.new(example[1], "input")
+    values = {first: torch.zeros(tuple(example))}
+    shapes = {first: values[first].shape}
+    layouts = {first: Layout(1, (Segment(images, example[1]),))}
     for node in graph.nodes[1:]:
         inputs = [values[name] for name in node.inputs]
         values[node.name] = out = _try_node(node, inputs, state)
+        shapes[node.name] = out.shape
         rule = OPERATIONS[node.operation].rule
         read = [layouts[name] for name in node.inputs]
         layouts[node.name] = rule(groups, node, read, [value.shape for value in inputs], out.shape)
+        for name in last[node.name]:
+            del values[name]
     fixed = {groups.find(s.group) for end in (first, graph.output.name) for s in layouts[end].segments}
     return Trace(
         graph,
         _collect(groups, fixed),
         {name: _named(groups, layout) for name, layout in layouts.items()},
-        {name: value.shape for name, value in values.items()},
+        shapes,
+        {name: tuple(shape) for name, shape in parameters.items()},
     )
 
 

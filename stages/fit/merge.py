@@ -45,7 +45,7 @@ def fit_network(
     tasks, units = [s.task for s in aligned], merged_units(matching, splits)
     hashes = {s.task.name: s.about["sha256"] for s in aligned if "sha256" in s.about}
     about = {**(about or {}), "sources": hashes}
-    network = MergedNetwork(trace, aligned[0].state, tasks, labels, shared, units, about)
+    network = MergedNetwork(trace, tasks, labels, shared, units, about)
     example = next(iter(aligned[0].state.values()))
     network.to(device=example.device, dtype=example.dtype)
     fill_average(network, aligned)

@@ -25,21 +25,35 @@ def match_weights(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Match N networks; network 0 is the reference. With N > 2 each is aligned to the mean of the others.
 
-    Returns ({group: int64 (N, d)}, the objective after each sweep, which never falls).
+    Tensors that have not the same shape in all networks (heads of separate label spaces) do not count. Returns
+    ({group: int64 (N, d)}, the objective after each sweep, which never falls).
     """
-    problem = _Problem(spec, states)
     networks = len(states)
     units = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
+    for m in range(1, networks) if networks > 2 else ():  # a start: each to those before it
+        _ascend(_Problem(spec, states[: m + 1]), units, [m], generator, sweeps, tolerance)
+    return units, _ascend(_Problem(spec, states), units, range(1, networks), generator, sweeps, tolerance)
+
+
+def _ascend(
+    problem: "_Problem",
+    units: Mapping[str, Tensor],
+    networks: Sequence[int],
+    generator: torch.Generator,
+    sweeps: int,
+    tolerance: float,
+) -> list[float]:
+    """Improve the order of some networks in place, group by group in random order, until a sweep gains nothing."""
     names = list(units)
     objectives = [problem.objective(units)]
     for _ in range(sweeps):
-        for m in range(1, networks):
+        for m in networks:
             for index in torch.randperm(len(names), generator=generator).tolist():
                 problem.improve(units, names[index], m)
         objectives.append(problem.objective(units))
         if objectives[-1] - objectives[-2] <= tolerance * abs(objectives[-1]):
             break
-    return units, objectives
+    return objectives
 
 
 class _Problem:
@@ -48,7 +62,8 @@ class _Problem:
         self.on: dict[str, list[tuple[str, Span]]] = {}  # parameter -> free groups on its axes
         for name, group in spec.free.items():
             for span in group.spans:
-                if not span.axis.parameter.endswith(STATISTICS):
+                shapes = {tuple(state[span.axis.parameter].shape) for state in states}
+                if not span.axis.parameter.endswith(STATISTICS) and len(shapes) == 1:
                     self.on.setdefault(span.axis.parameter, []).append((name, span))
         self.states = [{p: state[p].detach().cpu().double() for p in self.on} for state in states]
 

@@ -29,7 +29,7 @@ def build_merged(small, images, splits):
         chosen = splits(traced.spec, seed)
         shared = {name: len(split.shared) for name, split in chosen.items()}
         tasks = [Task(str(m), ("x", "y", "z")) for m in range(networks)]
-        merged = MergedNetwork(traced, source.state_dict(), tasks, labels, shared)
+        merged = MergedNetwork(traced, tasks, labels, shared)
         return merged.double(), source, traced, shared
 
     return make

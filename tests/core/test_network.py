@@ -141,9 +141,7 @@ def merged(small, images, splits):
         chosen = splits(traced.spec, seed)
         shared = {name: len(split.shared) for name, split in chosen.items()}
         units = {name: torch.randint(9, (len(classes), split.size)) for name, split in chosen.items()}
-        result = MergedNetwork(
-            traced, network.state_dict(), task_list(classes), labels, shared, units, about
-        ).double()
+        result = MergedNetwork(traced, task_list(classes), labels, shared, units, about).double()
         for name, buffer in result.named_buffers():
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
@@ -171,7 +169,7 @@ def test_separate_label_spaces_need_a_linear_head():
     body = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double()
     traced = trace(body, torch.zeros(1, 4))
     with pytest.raises(InputError, match="need a Linear as the last operation, found relu"):
-        MergedNetwork(traced, body.state_dict(), task_list((3, 3)), "separate", {"0": 3})
+        MergedNetwork(traced, task_list((3, 3)), "separate", {"0": 3})
 
 
 @torch.no_grad()
@@ -186,9 +184,7 @@ def test_the_features_are_what_the_head_reads(merged, images, classes, labels):
 
 def test_features_of_a_network_without_a_head_are_refused():
     body = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    network = MergedNetwork(
-        trace(body, torch.zeros(1, 4)), body.state_dict(), task_list((3, 3)), "shared", {"0": 2}
-    )
+    network = MergedNetwork(trace(body, torch.zeros(1, 4)), task_list((3, 3)), "shared", {"0": 2})
     with pytest.raises(InputError, match="ends in relu"):
         network.features(torch.zeros(1, 4))
 
@@ -322,7 +318,7 @@ def test_entries_are_copies_where_only_copies_are_read(small, images):
 
     def exact(shared):
         sizes = {name: len(split.shared) for name, split in full_split(traced.spec, shared).items()}
-        return exact_entries(MergedNetwork(traced, network.state_dict(), task_list((3, 3)), "shared", sizes))
+        return exact_entries(MergedNetwork(traced, task_list((3, 3)), "shared", sizes))
 
     everything = exact(none)
     assert all(entries.all() for name, entries in everything.items() if name != "fc")

@@ -101,7 +101,7 @@ def test_kernels_are_averaged_tap_by_tap(networks):
 def test_sharing_everything_is_the_mean_of_all_parameters(small, images, sources):
     made = sources([small(0, bias=True), small(1, bias=True)], images())
     spec = made[0].trace.spec
-    merged = MergedNetwork(made[0].trace, made[0].state, [s.task for s in made], "shared",
+    merged = MergedNetwork(made[0].trace, [s.task for s in made], "shared",
                            {n: g.size for n, g in spec.free.items()}).double()  # fmt: skip
     fill_average(merged, align(made, identity_matching(spec, 2), full_split(spec)))
     mean = {name: (tensor + made[1].state[name]) / 2 for name, tensor in made[0].state.items()}
