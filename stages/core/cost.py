@@ -6,9 +6,10 @@ rows that read d_i. The heads of separate label spaces are outside the budget: t
 
 from collections.abc import Mapping
 
+from stages.core.blocks import BlockMap, parts_of
 from stages.core.errors import InputError
 from stages.core.graph import Node
-from stages.core.network import BlockMap, MergedNetwork, parts_of
+from stages.core.network import MergedNetwork
 from stages.core.spec import State
 from stages.core.trace import Trace
 

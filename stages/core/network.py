@@ -1,10 +1,6 @@
 """The merged network: built from its real blocks, run, counted, saved and loaded.
 
-A value of the merged network holds, for each group along its unit dimension, the units in the order
-[separate of network 0 | shared | separate of network 1 | separate of network 2 | ...], so that the views of the
-first two networks are contiguous slices. A linear map has one block of rows per column set: rows of shared units
-read everything, rows of a network's separate units read that network's view only. The blocks between different
-networks' separate units do not exist.
+How the units lie in its values, and which blocks exist, is in stages.core.blocks.
 """
 
 import json
@@ -18,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.core.artifacts import read_tensors, write_tensors
+from stages.core.blocks import BlockMap, Parts, head_parts, held_pieces, parts_of
 from stages.core.errors import InputError
-from stages.core.graph import Graph, Layout, Node, node_parameters, run_graph, run_node
+from stages.core.graph import Graph, Node, node_parameters, run_graph, run_node
 from stages.core.spec import State
 from stages.core.trace import Trace, lay_out
 
@@ -32,131 +29,6 @@ class Task:
 
     name: str
     classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How the source networks' entries lie in a merged value.
-
-    positions: for each network, int64 (source width,): where its entry c is. owner: int64 (merged width,): the
-    network an entry belongs to, -1 for shared.
-    """
-
-    positions: tuple[Tensor, ...]
-    owner: Tensor
-
-    @property
-    def width(self) -> int:
-        return len(self.owner)
-
-    def view(self, network: int) -> Tensor:
-        """The entries one network reads, ascending."""
-        return torch.sort(self.positions[network]).values
-
-
-def parts_of(layout: Layout, shared: Mapping[str, int], networks: int) -> Parts:
-    """Parts of a value. ``shared``: k of each free group; a group that is not named is shared whole."""
-    positions: list[list[Tensor]] = [[] for _ in range(networks)]
-    owner, start = [], 0
-    for segment in layout.segments:
-        k, b = shared.get(segment.group, segment.size), segment.block
-        s = segment.size - k
-        for m in range(networks):
-            own = start + (0 if m == 0 else k * b + m * s * b) + torch.arange(s * b)
-            positions[m] += [start + s * b + torch.arange(k * b), own]
-        owner += [torch.zeros(s * b), torch.full((k * b,), -1.0)]
-        owner += [torch.full((s * b,), float(m)) for m in range(1, networks)]
-        start += (k + networks * s) * b
-    return Parts(tuple(torch.cat(p) for p in positions), torch.cat(owner).long())
-
-
-def head_parts(classes: Sequence[int]) -> Parts:
-    """Parts of the logits of separate label spaces: the networks' classes side by side."""
-    starts = torch.tensor([0, *classes]).cumsum(0)
-    positions = tuple(start + torch.arange(n) for start, n in zip(starts, classes, strict=False))
-    return Parts(positions, torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(classes)))
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows ``start:stop`` of a merged linear map read the input entries ``columns`` (ascending).
-
-    owner: the network of the rows, -1 for shared, None where rows of several read the same columns.
-    """
-
-    start: int
-    stop: int
-    columns: Tensor
-    owner: int | None
-
-
-def blocks_of(inputs: Parts, outputs: Parts) -> list[Block]:
-    """The blocks of a linear map, rows in the order of the merged output."""
-    everything = torch.arange(inputs.width)
-    runs = torch.unique_consecutive(outputs.owner, return_counts=True)
-    blocks: list[Block] = []
-    start = 0
-    for owner, count in zip(runs[0].tolist(), runs[1].tolist(), strict=True):
-        columns = everything if owner < 0 else inputs.view(owner)
-        previous = blocks[-1] if blocks else None
-        if previous is not None and torch.equal(previous.columns, columns):
-            blocks[-1] = Block(previous.start, start + count, columns, None)
-        else:
-            blocks.append(Block(start, start + count, columns, owner))
-        start += count
-    return blocks
-
-
-class BlockMap(nn.Module):
-    """A Linear or Conv2d with real blocks. ``weights[i]``: (rows, columns, *kernel) of block i."""
-
-    def __init__(self, node: Node, inputs: Parts, outputs: Parts, kernel: Sequence[int], bias: bool) -> None:
-        super().__init__()
-        self.node, self.inputs, self.outputs = node, inputs, outputs
-        self.blocks = blocks_of(inputs, outputs)
-        self.weights = nn.ParameterList(
-            [nn.Parameter(torch.zeros(b.stop - b.start, len(b.columns), *kernel)) for b in self.blocks]
-        )
-        self.bias = nn.Parameter(torch.zeros(outputs.width)) if bias else None
-        self._slices = [_as_slice(block.columns, inputs.width) for block in self.blocks]
-        for i, (block, found) in enumerate(zip(self.blocks, self._slices, strict=True)):
-            self.register_buffer(f"columns{i}", block.columns if found is None else None, persistent=False)
-
-    def forward(self, x: Tensor, owner: int | None = None) -> Tensor:
-        """All rows, or only those of one network's block."""
-        dim = 1 if self.node.operation == "conv2d" else x.dim() - 1
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            if owner is not None and block.owner not in (owner, None):
-                continue
-            bias = None if self.bias is None else self.bias[block.start : block.stop]
-            y = self._map(self._read(x, i, dim), self.weights[i], bias)
-            if owner is not None and block.owner is None:
-                rows = (
-                    (self.outputs.owner[block.start : block.stop] == owner).nonzero().flatten().to(x.device)
-                )
-                y = y.index_select(dim, rows)
-            outputs.append(y)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
-
-    def _read(self, x: Tensor, i: int, dim: int) -> Tensor:
-        found = self._slices[i]
-        if found is None:
-            return x.index_select(dim, getattr(self, f"columns{i}"))
-        return x if found == (0, x.shape[dim]) else x.narrow(dim, *found)
-
-    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.node.operation == "linear":
-            return F.linear(x, weight, bias)
-        return F.conv2d(x, weight, bias, **self.node.attributes)
-
-
-def _as_slice(columns: Tensor, width: int) -> tuple[int, int] | None:
-    """(start, length) when the columns are contiguous."""
-    if len(columns) == 0:
-        return (0, 0)
-    start, stop = int(columns[0]), int(columns[-1]) + 1
-    return (start, stop - start) if stop - start == len(columns) else None
 
 
 class MergedNetwork(nn.Module):
@@ -203,6 +75,7 @@ class MergedNetwork(nn.Module):
                 affine = "weight" in node.parameters
                 width = self.parts(node.name).width
                 self.maps[_key(node)] = norm(width, eps=node.attributes["eps"], affine=affine)
+        self._pieces = {name: held_pieces(self.parts(name)) for name in trace.layouts}
         self.eval()
 
     @property
@@ -241,8 +114,11 @@ class MergedNetwork(nn.Module):
         output = self.trace.graph.output
         values = self._run(x, output)
         if task is None:
-            return self.run_node(output, [values[name] for name in output.inputs])
-        return self.map_of(output)(values[output.inputs[0]], names.index(task))
+            return self._joined(
+                output.name, self._on_pieces(output, [values[name] for name in output.inputs])
+            )
+        own = names.index(task)
+        return self.map_of(output).on_pieces(values[output.inputs[0]], own)[0]
 
     def features(self, x: Tensor) -> Tensor:
         """What the head reads: (n, merged features)."""
@@ -250,18 +126,46 @@ class MergedNetwork(nn.Module):
             raise InputError(
                 f"the network ends in {self.trace.graph.output.operation}; allowed: a Linear head"
             )
-        return self._run(x, self.head)[self.head.inputs[0]]
+        name = self.head.inputs[0]
+        return self._joined(name, self._run(x, self.head)[name])
 
-    def _run(self, x: Tensor, stop: Node) -> dict[str, Tensor]:
-        """Run up to, not including, ``stop``; the values that are still needed."""
-        values = {self.trace.graph.nodes[0].name: x}
+    def _run(self, x: Tensor, stop: Node) -> dict[str, list[Tensor]]:
+        """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in."""
+        values = {self.trace.graph.nodes[0].name: [x]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:
                 break
-            values[node.name] = self.run_node(node, [values[name] for name in node.inputs])
+            values[node.name] = self._on_pieces(node, [values[name] for name in node.inputs])
             for name in self._last[node.name]:
                 del values[name]
         return values
+
+    def _on_pieces(self, node: Node, inputs: Sequence[list[Tensor]]) -> list[Tensor]:
+        if node.linear:
+            return self.map_of(node).on_pieces(inputs[0])
+        if node.operation == "concatenate" or (node.parameters and self.training):
+            whole = [self._joined(name, own) for name, own in zip(node.inputs, inputs, strict=True)]
+            return self._apart(node.name, self.run_node(node, whole))
+        if node.parameters:
+            return self._norm_pieces(node, inputs[0])
+        return [run_node(node, own, {}) for own in zip(*inputs, strict=True)]
+
+    def _norm_pieces(self, node: Node, pieces: Sequence[Tensor]) -> list[Tensor]:
+        norm, found = self.map_of(node), []
+        for x, piece in zip(pieces, self._pieces[node.name], strict=True):
+            own = slice(piece.start, piece.stop)
+            affine = (norm.weight[own], norm.bias[own]) if norm.affine else (None, None)
+            found.append(
+                F.batch_norm(x, norm.running_mean[own], norm.running_var[own], *affine, False, 0.0, norm.eps)
+            )
+        return found
+
+    def _joined(self, name: str, pieces: Sequence[Tensor]) -> Tensor:
+        return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), self.trace.layouts[name].dim)
+
+    def _apart(self, name: str, whole: Tensor) -> list[Tensor]:
+        sizes = [piece.stop - piece.start for piece in self._pieces[name]]
+        return list(whole.split(sizes, self.trace.layouts[name].dim))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that ``load_merged`` reads without the code of the source networks."""

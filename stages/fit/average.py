@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.core.blocks import Block, Parts
 from stages.core.graph import Node
-from stages.core.network import Block, MergedNetwork, Parts, Source
+from stages.core.network import MergedNetwork, Source
 
 
 def average_block(weights: Sequence[Tensor], block: Block, inputs: Parts, outputs: Parts) -> Tensor:

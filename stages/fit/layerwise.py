@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.blocks import Block, Parts
 from stages.core.graph import Node
 from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
-from stages.core.network import Block, MergedNetwork, Parts, Source, exact_entries
+from stages.core.network import MergedNetwork, Source, exact_entries
 from stages.core.norms import install_statistics, merged_moments
 from stages.core.params import Fit
 from stages.core.sweep import Sweep

@@ -8,17 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.core.artifacts import read_tensors, write_tensors
+from stages.core.blocks import BlockMap, head_parts, held_pieces, parts_of
 from stages.core.errors import InputError
 from stages.core.graph import Layout, Node, Segment
-from stages.core.network import (
-    BlockMap,
-    MergedNetwork,
-    Task,
-    exact_entries,
-    head_parts,
-    load_merged,
-    parts_of,
-)
+from stages.core.network import MergedNetwork, Task, exact_entries, load_merged
 from stages.core.spec import full_split
 from stages.core.trace import trace
 
@@ -106,6 +99,13 @@ def test_the_blocks_are_exactly_the_allowed_pairs(data, networks, conv, bias):
     x = torch.randn(2, len(owners_in), *([4, 5] if conv else []), dtype=torch.float64)
     expected = F.conv2d(x, weight, module.bias, padding=1) if conv else F.linear(x, weight, module.bias)
     torch.testing.assert_close(module(x), expected)
+    pieces = module.on_pieces(apart(x, parts[0]))
+    torch.testing.assert_close(torch.cat(pieces, 1), expected)
+
+
+def apart(x, parts):
+    """A value in the pieces that a running network holds."""
+    return [x[:, piece.start : piece.stop] for piece in held_pieces(parts)]
 
 
 @given(data=st.data(), classes=st.lists(st.integers(1, 4), min_size=2, max_size=3))
@@ -121,7 +121,7 @@ def test_a_task_reads_its_own_head(data, classes):
     x = torch.randn(5, len(owners), dtype=torch.float64)
     expected = F.linear(x, weight, module.bias).split(classes, 1)
     for m, own in enumerate(expected):
-        torch.testing.assert_close(module(x, m), own)
+        torch.testing.assert_close(module.on_pieces(apart(x, parts[0]), m)[0], own)
 
 
 # -- whole networks -----------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.core.blocks import blocks_of, head_parts, parts_of
 from stages.core.graph import Layout, Segment
-from stages.core.network import MergedNetwork, blocks_of, head_parts, parts_of
+from stages.core.network import MergedNetwork
 from stages.core.sources import align
 from stages.core.spec import full_split, identity_matching
 from stages.fit.average import average_block, average_vector, fill_average
