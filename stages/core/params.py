@@ -139,6 +139,14 @@ class Fit(Section):
     learning_rate: Positive = 5e-4
     batch_size: Count = 16
 
+    @model_validator(mode="after")
+    def _check(self) -> "Fit":
+        if self.solver == "adam" and self.norm == "fold":
+            raise ValueError(
+                "norm: found fold with solver adam, which has no intercept to fold; allowed: average"
+            )
+        return self
+
 
 class Method(Section):
     """A row of the result table: a matching, a fit and a recalibration."""

@@ -41,8 +41,8 @@ class Visitor(Protocol):
 
     def visit(self, node: Node, sweep: "Sweep") -> None: ...
 
-    def extra_bytes(self, node: Node) -> int:
-        """What the visitor holds while it visits a node."""
+    def extra_bytes(self, node: Node, images: int) -> int:
+        """What the visitor holds while it visits a node, of so many images."""
         ...
 
 
@@ -122,25 +122,29 @@ def images_to_batches(images: Sequence[Tensor], batch_size: int) -> list[Batch]:
 def peak_bytes(
     trace: Trace,
     networks: int,
-    images: int,
+    batches: Sequence[Batch],
     visitor: Visitor,
     merged: MergedNetwork | None = None,
-    itemsize: int = 4,
+    storage: torch.dtype | None = None,
 ) -> int:
     """What a sweep holds at most: values of all images at the worst node, and what the visitor holds there."""
+    images = sum(len(batch.images) for batch in batches)
+    own = batches[0].images.element_size()
+    itemsize = (storage or batches[0].images.dtype).itemsize
     entries = {
         name: networks * shape.numel()
         + (0 if merged is None else shape.numel() // trace.layouts[name].width * merged.parts(name).width)
         for name, shape in trace.shapes.items()
     }
     last, first = trace.graph.last_uses(), trace.graph.nodes[0].name
-    entries[first] = trace.shapes[first].numel()  # the images themselves, once
-    live, peak = entries[first], 0
+    always = images * trace.shapes[first].numel() * own  # the images themselves, once and in their own type
+    entries[first] = live = peak = 0
     for node in trace.graph.nodes[1:]:
-        freed = sum(entries[name] for name in last[node.name] if name != first)
+        freed = sum(entries[name] for name in last[node.name])
         watched = visitor.wants(node)
         held = live + entries[node.name] - (0 if watched else min(freed, entries[node.name]))
-        peak = max(peak, held * images * itemsize + (visitor.extra_bytes(node) if watched else 0))
+        extra = visitor.extra_bytes(node, images) if watched else 0
+        peak = max(peak, always + held * images * itemsize + extra)
         live += entries[node.name] - freed
     return peak
 

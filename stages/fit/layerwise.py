@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from stages.core.blocks import Block, Parts
-from stages.core.graph import Node
+from stages.core.graph import Node, node_parameters
 from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
 from stages.core.network import MergedNetwork, Source, exact_entries
 from stages.core.norms import install_statistics, merged_moments
 from stages.core.params import Fit
 from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam
+from stages.fit.average import average_block
 from stages.fit.normal import NormalEquations
 
 CHUNK = 2**24  # entries of one im2col matrix
@@ -58,6 +59,11 @@ class Fitter:
             readers = users[node.name]
             if node.linear and len(readers) == 1 and readers[0].operation == "batch_norm":
                 self.norms[node.name] = readers[0]
+        self.folded = {  # linear nodes that are fitted to what the batch norm behind them gives
+            name: norm
+            for name, norm in self.norms.items()
+            if fit.norm == "fold" and "weight" in norm.parameters
+        }
         self.offsets: dict[str, Tensor] = {}  # folded batch norm -> target minus normalised output
 
     # -- what the sweep asks ------------------------------------------------------------------------------------
@@ -65,12 +71,21 @@ class Fitter:
     def wants(self, node: Node) -> bool:
         return node.linear or (node.operation == "batch_norm" and self.fit.inputs == "merged")
 
-    def extra_bytes(self, node: Node) -> int:
+    def extra_bytes(self, node: Node, images: int) -> int:
         if not node.linear:
             return 0
-        module = self.network.map_of(node)
-        taps = module.weights[0][0, 0].numel() if module.weights[0].numel() else 1
-        equations = 1 if not self._own_rows(node) else len(self.sources)
+        module, trace = self.network.map_of(node), self.network.trace
+        if self.fit.solver == "adam":  # holds the inputs and targets of all images, and works on a few
+            z, y = (
+                trace.shapes[name].numel() // trace.layouts[name].width * self.network.parts(name).width
+                for name in (node.inputs[0], node.name)
+            )
+            entries = images * ((0 if self.fit.inputs == "merged" else z) + y) + self.fit.batch_size * (
+                2 * z + 4 * y
+            )
+            return entries * module.weights[0].element_size() + 12 * CHUNK
+        taps = module.weights[0].shape[2:].numel()
+        equations = len(self.sources) if self._own_rows(node) else 1
         return (
             equations * NormalEquations.bytes(module.inputs.width * taps, module.outputs.width) + 12 * CHUNK
         )
@@ -101,6 +116,7 @@ class Fitter:
             into = equations[batch.task if separate_heads else 0]
             for z_rows, y_rows in self._rows(node, z, y, kernel_of(module.weights[0])):
                 into.add(z_rows, y_rows, sweep.weights[batch.task])
+        starts = self._starts(node)
         left = energy = 0.0
         biases = torch.zeros(module.outputs.width, dtype=torch.float64, device=device)
         moments = torch.zeros(2, module.outputs.width, dtype=torch.float64, device=device)
@@ -111,7 +127,7 @@ class Fitter:
                 local = rows - block.start
                 weight = module.weights[i]
                 solution = these.solve(
-                    rows.to(device), columns, weight_matrix(weight[local]), self.ridge, node.name
+                    rows.to(device), columns, weight_matrix(starts[i][local]), self.ridge, node.name
                 )
                 weight[local] = solution.weight.to(weight.dtype).view_as(weight[local])
                 biases[rows] = solution.bias
@@ -123,6 +139,21 @@ class Fitter:
         self._install_offset(node, norm, fitted, biases, moments)
         if fitted.any():
             self.record.append(LayerFit(node.name, left / energy if energy > 0 else 0.0))
+
+    def _starts(self, node: Node) -> list[Tensor]:
+        """What the ridge holds to, block by block: the average of the maps that are fitted.
+
+        Where the batch norm behind is folded in, that is the average of the sources' scaled weights.
+        """
+        module = self.network.map_of(node)
+        if node.name not in self.folded:
+            return list(module.weights)
+        norm, scaled = self.folded[node.name], []
+        for source in self.sources:
+            weight, p = source.state[node.parameters["weight"]], node_parameters(norm, source.state)
+            scale = p["weight"] / (p["running_var"] + norm.attributes["eps"]).sqrt()
+            scaled.append(weight * scale.view(-1, *[1] * (weight.dim() - 1)))
+        return [average_block(scaled, block, module.inputs, module.outputs) for block in module.blocks]
 
     def _row_sets(self, node: Node, block: Block) -> list[Tensor]:
         """Rows of a block to be solved together: those that are no copies, one network's head at a time."""
@@ -138,7 +169,7 @@ class Fitter:
     ) -> None:
         """Put the intercept where the architecture has a place for it: the bias or the batch norm behind."""
         module = self.network.map_of(node)
-        if norm is not None and self.fit.norm == "fold":
+        if node.name in self.folded:
             if module.bias is not None:  # one place for the offset is enough
                 module.bias[fitted] = 0.0
             self.offsets[norm.name] = biases
@@ -183,8 +214,8 @@ class Fitter:
     def targets(self, node: Node, sweep: Sweep, index: int) -> Tensor:
         """y of one batch, in the merged network's entries."""
         values = [sweep.source(m, node.name, index) for m in range(len(self.sources))]
-        if self.fit.norm == "fold" and node.name in self.norms:
-            norm = self.norms[node.name]
+        if node.name in self.folded:
+            norm = self.folded[node.name]
             values = [s.run_node(norm, [v]) for s, v in zip(self.sources, values, strict=True)]
         parts = self.network.parts(node.name)
         return self._assemble(values, parts, sweep.batches[index].task, _unit_dim(node, values[0]))

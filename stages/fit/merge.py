@@ -55,8 +55,7 @@ def fit_network(
             network, aligned, fit, ridge if fit.ridge is None else fit.ridge, positions, generator
         )
         running = network if fit.inputs == "merged" else None
-        images = sum(len(batch.images) for batch in batches)
-        needed = peak_bytes(trace, len(aligned), images, fitter, running, storage.itemsize)
+        needed = peak_bytes(trace, len(aligned), batches, fitter, running, storage)
         check_memory(needed, memory, example.device, "fit")
         Sweep(aligned, batches, running, storage).run(fitter, progress)
         record = fitter.record

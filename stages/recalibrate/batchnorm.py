@@ -21,7 +21,7 @@ class _Statistics:
     def wants(self, node: Node) -> bool:
         return node.operation == "batch_norm"
 
-    def extra_bytes(self, node: Node) -> int:
+    def extra_bytes(self, node: Node, images: int) -> int:
         return 0
 
     def visit(self, node: Node, sweep: Sweep) -> None:
@@ -38,7 +38,6 @@ def recompute_statistics(
     statistics: they were trained with them. Raises InputError when it would not fit in memory.
     """
     visitor = _Statistics(network)
-    images = sum(len(batch.images) for batch in batches)
-    needed = peak_bytes(network.trace, 0, images, visitor, network, batches[0].images.element_size())
+    needed = peak_bytes(network.trace, 0, batches, visitor, network)
     check_memory(needed, memory, batches[0].images.device, "recalibrate")
     Sweep([], batches, network).run(visitor, progress)

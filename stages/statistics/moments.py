@@ -49,7 +49,7 @@ class MomentsVisitor:
     def wants(self, node: Node) -> bool:
         return node.name in self.at
 
-    def extra_bytes(self, node: Node) -> int:
+    def extra_bytes(self, node: Node, images: int) -> int:
         return sum(24 * (self.networks * g.size) ** 2 for g in self.trace.spec.free.values()) + 12 * CHUNK
 
     def visit(self, node: Node, sweep: Sweep) -> None:
@@ -133,8 +133,7 @@ def gather(
     generator = generator or torch.Generator().manual_seed(0)
     tasks = max(batch.task for batch in batches) + 1
     visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator)
-    images = sum(len(batch.images) for batch in batches)
-    needed = peak_bytes(trace, len(sources), images, visitor, None, storage.itemsize)
+    needed = peak_bytes(trace, len(sources), batches, visitor, None, storage)
     check_memory(needed, memory, batches[0].images.device, "statistics")
     Sweep(sources, batches, None, storage).run(visitor, progress)
     return visitor.moments()

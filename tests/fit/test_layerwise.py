@@ -28,12 +28,6 @@ def name(fit):
     return f"{fit.solver}-{fit.inputs}-{fit.targets}-{fit.norm}"
 
 
-def fails_folded(fits, reason):
-    """Strict: the mark must go when the reason does."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(fit, marks=mark) if fit.norm == "fold" else fit for fit in fits]
-
-
 def merge(sources, matching, split, batches, fit, **settings):
     return fit_network(
         sources,
@@ -78,10 +72,7 @@ def test_a_network_merged_with_permuted_copies_is_given_back(copied, images, fit
 @pytest.mark.parametrize(("inputs", "targets"), CHOICES)
 @pytest.mark.parametrize(
     "norm",
-    [
-        "average",
-        pytest.param("fold", marks=pytest.mark.xfail(strict=True, reason="the norm behind stays on")),
-    ],
+    ["average", "fold"],
 )
 def test_adam_moves_a_copy_no_further_than_its_steps(copied, images, inputs, targets, norm):
     network, made, matching, batches = copied
@@ -96,7 +87,7 @@ def test_adam_moves_a_copy_no_further_than_its_steps(copied, images, inputs, tar
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fit", fails_folded(EXACT, "the ridge holds to the unscaled average"), ids=name)
+@pytest.mark.parametrize("fit", EXACT, ids=name)
 def test_the_ridge_holds_to_what_the_average_computes(copied, images, fit):
     """A copy is its own average, so no ridge may move it, however the batch norm is treated."""
     network, made, matching, batches = copied
@@ -446,7 +437,7 @@ def test_a_share_of_the_positions_is_used_and_an_exact_fit_stays_exact(copied, i
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fit", fails_folded(EXACT, "no place for the shift"), ids=name)
+@pytest.mark.parametrize("fit", EXACT, ids=name)
 def test_batch_norm_without_weights_of_its_own_is_merged_too(
     randomise, sources, images, copies, calibrate, fit
 ):
