@@ -9,7 +9,7 @@ from torch import nn
 from stages.core.architectures import build
 from stages.core.errors import InputError
 from stages.core.graph import run_graph
-from stages.core.spec import PermutationSpec
+from stages.core.spec import Axis, PermutationSpec, Span
 from stages.core.trace import trace, verify
 
 
@@ -128,6 +128,34 @@ def test_a_missing_span_is_caught_and_its_group_named(kind, small, images, rando
         for index in range(len(group.spans)):
             with pytest.raises(InputError, match=f"group {name}:"):
                 verify(network, without(traced, name, index), x)
+
+
+def test_a_branch_that_is_switched_off_hides_no_error(small, images):
+    network = small()
+    nn.init.zeros_(network.bn2.weight)
+    nn.init.zeros_(network.bn2.bias)
+    traced = trace(network, images(2))
+    spans = traced.spec.groups["conv1"].spans
+    index = next(i for i, s in enumerate(spans) if (s.axis.parameter, s.axis.dim) == ("conv2.weight", 1))
+    with pytest.raises(InputError, match="group conv1:"):
+        verify(network, without(traced, "conv1", index), images(2))
+
+
+def test_a_flattened_concatenation_is_traced_unit_by_unit(randomise):
+    class Flattened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 3, padding=1)
+            self.fc = nn.Linear(7 * 4 * 4, 3)
+
+        def forward(self, x):
+            return self.fc(torch.cat([self.one(x), self.other(x).relu()], 1).flatten(1))
+
+    network = randomise(Flattened(), 0)
+    traced = trace(network, example())
+    verify(network, traced, example())
+    spans = [traced.spec.groups[name].spans[-1] for name in ("one", "other")]
+    assert spans == [Span(Axis("fc.weight", 1), 0, 16), Span(Axis("fc.weight", 1), 3 * 16, 16)]
 
 
 def test_a_graph_that_computes_something_else_is_caught(small, images):

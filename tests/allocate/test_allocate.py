@@ -1,0 +1,138 @@
+"""Allocation: exact costs, never above the budget, as good as trying everything."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.allocate.model import CostModel, cost_model
+from stages.allocate.solve import allocate
+from stages.allocate.splits import split_units
+from stages.core.architectures import build
+from stages.core.cost import KINDS, source_cost, split_cost
+from stages.core.errors import InputError
+from stages.core.network import Source, Task
+from stages.core.params import AllocateSection
+from stages.core.trace import trace
+
+
+@pytest.fixture(scope="module")
+def source():
+    network = build("resnet", {"depth": 8, "width": 8, "channels": 3, "classes": 5})
+    return Source(trace(network, torch.zeros(1, 3, 16, 16)), network.state_dict(), Task("a", tuple("01234")))
+
+
+def draw(model, seed):
+    generator = np.random.default_rng(seed)
+    return {name: int(generator.integers(0, d + 1)) for name, d in model.sizes.items()}
+
+
+def shared(model, separate):
+    return {name: d - separate[name] for name, d in model.sizes.items()}
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+def test_the_model_counts_what_the_split_costs(source, networks, kind, labels):
+    model = cost_model(source.trace, source.state, labels, kind, networks)
+    assert model.base == source_cost(source.trace, source.state, labels, kind)
+    for seed in range(10):
+        separate = draw(model, seed)
+        counted = split_cost(source.trace, source.state, labels, kind, shared(model, separate), networks)
+        assert model.cost(separate) == counted
+        group = next(name for name, d in model.sizes.items() if separate[name] < d)
+        more = {**separate, group: separate[group] + 1}
+        assert model.step(separate, group) == model.cost(more) - model.cost(separate)
+
+
+def test_a_group_on_both_sides_of_a_layer_is_counted():
+    class Stream(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.c(x + torch.relu(self.b(x)))
+
+    network = Stream()
+    traced, state = trace(network, torch.zeros(1, 3)), network.state_dict()
+    model = cost_model(traced, state, "shared", "macs", 2)
+    for s in range(5):
+        assert model.cost({"a": s}) == split_cost(traced, state, "shared", "macs", {"a": 4 - s}, 2)
+    for s in range(4):
+        assert model.step({"a": s}, "a") == model.cost({"a": s + 1}) - model.cost({"a": s})
+
+
+@given(st.integers(0, 10_000), st.floats(1, 2))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_the_budget_is_kept_and_nothing_more_fits(seed, budget):
+    generator = np.random.default_rng(seed)
+    sizes = {name: int(generator.integers(1, 7)) for name in "abc"}
+    weights = {pair: int(generator.integers(1, 50)) for pair in (("a", "b"), ("b", "c"))}
+    linear = dict.fromkeys(sizes, 0)
+    base = 0
+    for (i, o), w in weights.items():
+        base += w * sizes[i] * sizes[o]
+        linear[i] += w * sizes[o]
+        linear[o] += w * sizes[i]
+    model = CostModel(sizes, base, linear, weights)
+    benefits = {name: generator.random(d) for name, d in sizes.items()}
+    found = allocate(model, benefits, budget, 2)
+    assert found.cost == model.cost(found.separate) <= budget * base
+    for name, s in found.separate.items():
+        if s < sizes[name]:
+            assert model.cost({**found.separate, name: s + 1}) > budget * base
+    totals = {name: np.concatenate([[0], np.cumsum(np.sort(b)[::-1])]) for name, b in benefits.items()}
+    best = max(
+        sum(totals[n][s] for n, s in zip(sizes, chosen, strict=True))
+        for chosen in itertools.product(*(range(d + 1) for d in sizes.values()))
+        if model.cost(dict(zip(sizes, chosen, strict=True))) <= budget * base
+    )
+    assert found.benefit <= best + 1e-9
+    assert found.benefit >= 0.99 * best - 1e-9  # the grid has every level of groups this small
+    assert found.bound >= found.benefit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ends_are_exact(source, kind):
+    model = cost_model(source.trace, source.state, "shared", kind, 2)
+    benefits = {name: np.ones(d) for name, d in model.sizes.items()}
+    assert not any(allocate(model, benefits, 1.0, 2).separate.values())
+    assert allocate(model, benefits, 2.0, 2).separate == model.sizes
+    if kind == "macs":
+        assert allocate(model, benefits, 2.0, 2).cost == 2 * model.base
+
+
+def test_a_larger_budget_is_never_worse(source):
+    model = cost_model(source.trace, source.state, "shared", "macs", 2)
+    generator = np.random.default_rng(0)
+    benefits = {name: generator.random(d) for name, d in model.sizes.items()}
+    reached = [
+        allocate(model, benefits, budget, 2).benefit for budget in (1.0, 1.1, 1.2, 1.46, 1.71, 1.9, 2.0)
+    ]
+    assert reached == sorted(reached)
+
+
+def test_the_most_beneficial_units_are_separated(source):
+    generator = torch.Generator().manual_seed(0)
+    benefits = {
+        name: torch.rand(g.size, generator=generator).double() for name, g in source.trace.spec.free.items()
+    }
+    splits, found, base = split_units(source, benefits, 1.46, 2, "shared", AllocateSection())
+    assert 1.44 < found.cost / base <= 1.46
+    for name, split in splits.items():
+        assert sorted([*split.shared, *split.separate]) == list(range(split.size))
+        if split.shared and split.separate:
+            assert benefits[name][list(split.separate)].min() >= benefits[name][list(split.shared)].max()
+
+
+@pytest.mark.parametrize("budget", [0.5, 2.1])
+def test_a_budget_out_of_range_is_refused(source, budget):
+    model = cost_model(source.trace, source.state, "shared", "macs", 2)
+    with pytest.raises(InputError, match="allowed: a number from 1 to 2"):
+        allocate(model, {name: np.ones(d) for name, d in model.sizes.items()}, budget, 2)

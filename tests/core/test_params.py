@@ -1,0 +1,98 @@
+"""params.yaml: known keys, right types, one line for anything else."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.core.errors import InputError
+from stages.core.params import load_params, parse_params
+
+ROOT = Path(__file__).parents[2]
+GIVEN = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def changed(path, value):
+    found = copy.deepcopy(GIVEN)
+    *parents, last = path
+    place = found
+    for parent in parents:
+        place = place[parent]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return found
+
+
+@pytest.mark.parametrize("profile", GIVEN["profiles"])
+def test_every_profile_is_complete(profile):
+    params = parse_params(changed(["profile"], profile))
+    assert len(params.active.tasks) >= 2
+
+
+def test_the_default_methods_are_there():
+    methods = load_params(ROOT / "params.yaml").methods
+    assert list(methods) == [
+        "average",
+        "git_rebasin",
+        "activation_matching",
+        "pleas",
+        "pleas_adam",
+        "progressive",
+    ]
+
+
+def test_a_whole_number_is_a_budget():
+    assert parse_params(changed(["budget"], 2)).budget == 2.0
+
+
+DATA = ["profiles", "digits", "tasks", "upright", "data"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["budget"], "1.46", "budget: found '1.46' (str); allowed: number"),
+        (["budget"], float("nan"), "budget: found nan (float); allowed: a finite number"),
+        (["budget"], 0.9, "budget: found 0.9; allowed: a number from 1 to 2"),
+        (["budget"], 2.01, "budget: found 2.01; allowed: a number from 1 to 2"),
+        (["budget"], True, "budget: found True (bool); allowed: number"),
+        (["profile"], "cats", "profile: found 'cats'; allowed: digits, digits_inverted, digits_split"),
+        (["profil"], "digits", "profil: unknown key; allowed: profile, source, budget"),
+        (["source"], "web", "source: found 'web' (str); allowed: 'embedded', 's3' or 'local'"),
+        (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
+        (["fit"], None, "fit: not there"),
+        (["fit", "ridge"], -1.0, "fit.ridge: found -1.0"),
+        (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, similarity"),
+        (["methods", "average", "match"], "luck", "methods.average.match: found 'luck'; allowed: identity"),
+        (["methods", "oracle"], {"match": "identity", "fit": {}}, "methods.oracle: this name is taken"),
+        (["methods", "pleas_adam", "fit", "norm"], "fold", "methods.pleas_adam.fit: norm: found fold"),
+        ([*DATA, "kind"], "cats", "profiles.digits.tasks.upright.data.kind: found 'cats'"),
+        ([*DATA, "sise"], 3, "profiles.digits.tasks.upright.data.sise: unknown key; allowed: kind, key"),
+        ([*DATA, "mean"], [0.1, 0.2], "profiles.digits.tasks.upright.data: mean needs 1 or 1 numbers"),
+        (["profiles", "digits", "tasks", "rotated"], None, "profiles.digits: tasks needs at least two"),
+    ],
+)
+def test_anything_else_is_one_line(path, value, message):
+    with pytest.raises(InputError) as error:
+        parse_params(changed(path, value))
+    assert str(error.value).startswith(f"params.yaml: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match="not a YAML file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_unknown_methods_and_matchings_are_named():
+    params = load_params(ROOT / "params.yaml")
+    with pytest.raises(InputError, match="method: found 'x'; allowed: average"):
+        params.method("x")
+    with pytest.raises(InputError, match="matching: found 'x'; allowed: identity"):
+        params.matching("x")

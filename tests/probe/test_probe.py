@@ -1,0 +1,148 @@
+"""Accuracies, probes, references and latency."""
+
+import time
+
+import pytest
+import torch
+
+from stages.core.network import MergedNetwork
+from stages.core.params import Fit
+from stages.core.spec import full_split, identity_matching
+from stages.core.sweep import images_to_batches
+from stages.fit.merge import fit_network
+from stages.probe.candidates import merged_row, reference_row
+from stages.probe.evaluate import (
+    Ensemble,
+    Merged,
+    Oracle,
+    accuracy,
+    evaluate,
+    extract,
+    linear_probe,
+    source_features,
+)
+from stages.probe.latency import relative_latency
+
+
+@pytest.fixture
+def two(small, images, sources):
+    """(labels) -> sources whose heads have 2 and 3 classes, or 3 each."""
+
+    def make(labels):
+        classes = (2, 3) if labels == "separate" else (3, 3)
+        return sources([small(m, c) for m, c in enumerate(classes)], images(), labels)
+
+    return make
+
+
+def side_by_side(made, images, labels):
+    spec = made[0].trace.spec
+    kept = dict.fromkeys(spec.free, ())
+    batches = images_to_batches([images(4, 0), images(4, 1)], 4)
+    fit = Fit(solver="average")
+    network, _ = fit_network(
+        made, identity_matching(spec, 2), full_split(spec, kept), batches, fit, labels=labels,
+        about={"budget": {"asked": 2.0}},
+    )  # fmt: skip
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+def test_everything_separate_is_the_ensemble(two, images, labels):
+    made = two(labels)
+    merged, ensemble = Merged(side_by_side(made, images, labels)), Ensemble(made, labels)
+    x = images(6, 5)
+    for task in (0, 1):
+        torch.testing.assert_close(merged.own(x, task), ensemble.own(x, task))
+        if labels == "separate":
+            torch.testing.assert_close(merged.joint(x, task), ensemble.joint(x, task))
+
+
+@torch.no_grad()
+def test_the_oracle_knows_the_task(two, images):
+    made, x = two("separate"), images(6, 5)
+    oracle = Oracle(made)
+    for task, start in ((0, 0), (1, 2)):
+        assert torch.equal(oracle.own(x, task), made[task](x))
+        answer = oracle.joint(x, task).argmax(1) - start
+        assert torch.equal(answer, made[task](x).argmax(1))
+        assert torch.equal(oracle.features(x, task), source_features(made[task], x))
+
+
+def test_accuracy_counts_right_answers_over_uneven_batches(two, images):
+    made, x = two("separate"), images(7, 5)
+    with torch.no_grad():
+        truth = made[1](x).argmax(1)
+    truth[2] = (truth[2] + 1) % 3
+    candidate = Ensemble(made, "separate")
+    assert accuracy(candidate, x.split(3), truth, 1) == pytest.approx(100 * 6 / 7)
+    with torch.no_grad():
+        joint = candidate.joint(x, 1).argmax(1) - 2
+    assert accuracy(candidate, x.split(3), truth, 1, 2) == pytest.approx(
+        100 * float((joint == truth).float().mean())
+    )
+
+
+def test_a_linear_probe_learns_what_is_linear_and_no_more():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 5, generator=generator)
+    linear, other = (x[:, 0] > 0).long(), torch.randint(0, 2, (600,), generator=generator)
+    assert linear_probe(x[:400], linear[:400], x[400:], linear[400:], 1e-3) > 97
+    assert linear_probe(x[:400], other[:400], x[400:], other[400:], 1e-3) < 65
+
+
+def test_features_are_extracted_once(two, images, monkeypatch):
+    made = two("shared")
+    network = side_by_side(made, images, "shared")
+    seen = []
+    features = MergedNetwork.features
+    monkeypatch.setattr(MergedNetwork, "features", lambda self, x: seen.append(len(x)) or features(self, x))
+    x, labels = images(6, 0), torch.tensor([0, 1, 2, 0, 1, 2])
+    data = {split: [(list(x.split(4)), labels)] * 2 for split in ("train", "test")}
+    found = evaluate(Merged(network), data, [("a", 3), ("b", 3)], False, 0.1)
+    assert sum(seen) == 2 * 2 * 6  # two tasks, train and test, six images
+    assert set(found) == {"a", "b"}
+    assert set(found["a"]) == {"accuracy", "probe"}
+    assert extract(Merged(network), x.split(4), 0).shape == (6, 12)
+
+
+def test_rows_say_what_they_cost(two, images, tmp_path):
+    made = two("shared")
+    for name, macs in (("oracle", 1.0), ("ensemble", 2.0)):
+        row = reference_row(name, made, "shared")
+        assert row.cost == {"macs": macs, "parameters": 2.0}
+    hashed = [type(s)(s.trace, s.state, s.task, {"sha256": s.task.name}) for s in made]
+    side_by_side(hashed, images, "shared").save(tmp_path / "m.safetensors")
+    row = merged_row(tmp_path / "m.safetensors", hashed, "shared", torch.device("cpu"))
+    assert row.cost["macs"] == 2.0
+    assert row.budget == 2.0
+    other = [type(s)(s.trace, s.state, s.task, {"sha256": "x"}) for s in made]
+    with pytest.raises(ValueError, match="made from another network for task a"):
+        merged_row(tmp_path / "m.safetensors", other, "shared", torch.device("cpu"))
+
+
+def test_latency_is_relative_to_one_source():
+    def takes(seconds):
+        return lambda x: time.sleep(seconds)
+
+    found = relative_latency(takes(0.03), [takes(0.01), takes(0.01)], torch.zeros(1), 5)
+    assert 2 < found < 4
+
+
+def test_at_budget_two_latency_is_that_of_both_sources():
+    """At most 1.25 times running both; measured on a network wide enough for its kernels to count."""
+    from stages.core.architectures import build
+    from stages.core.network import Task
+    from stages.core.sources import make_sources
+
+    networks = [build("resnet", {"depth": 8, "width": 32, "channels": 1, "classes": 10}).eval() for _ in "ab"]
+    x = torch.randn(16, 1, 16, 16)
+    made = make_sources(networks, [Task(n, tuple("0123456789")) for n in "ab"], x, "shared")
+    network = side_by_side(made, lambda n, seed: x[:n], "shared")
+
+    def both(y):
+        return [source(y) for source in made]
+
+    found = min(relative_latency(network, [both], x, 15) for _ in range(3))
+    assert found <= 1.25

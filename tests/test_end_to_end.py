@@ -1,0 +1,253 @@
+"""The pipeline as a user runs it, in a copy of the repository with a cache of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.core.params import load_params
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+AFTER_ALLOCATE = {"allocate", "fit", "recalibrate", "probe", "report"}
+
+
+class Clone:
+    """A clone of what is tracked, as it is in the working tree."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(
+            ROOT, folder, ignore=lambda path, names: [n for n in names if not self._tracked(path, n)]
+        )
+        self.env = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(folder.parent),
+            "DVC_NO_ANALYTICS": "1",
+            "http_proxy": "http://127.0.0.1:9",  # offline: anything that asks the network fails
+            "https_proxy": "http://127.0.0.1:9",
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            **{
+                f"GIT_{who}_{what}": "test@localhost"
+                for who in ("AUTHOR", "COMMITTER")
+                for what in ("NAME", "EMAIL")
+            },
+        }
+        for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "clone"]):
+            subprocess.run(["git", *command], cwd=folder, env=self.env, check=True)
+
+    def _tracked(self, path: str, name: str) -> bool:
+        relative = (Path(path) / name).relative_to(ROOT)
+        return relative in TRACKED
+
+    def start(self, *command: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, timeout: float = 900, fails: bool = False) -> str:
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=timeout)
+        assert (process.returncode != 0) == fails, output[-4000:]
+        return output
+
+    def change(self, **values) -> None:
+        """Set keys of params.yaml, `__` between levels."""
+        path = self.folder / "params.yaml"
+        found = yaml.safe_load(path.read_text())
+        for key, value in values.items():
+            place = found
+            *parents, last = key.split("__")
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        path.write_text(yaml.safe_dump(found, sort_keys=False))
+
+    def metrics(self) -> dict:
+        return json.loads((self.folder / "reports/metrics.json").read_text())
+
+    def average(self, method: str) -> float:
+        return self.metrics()[method]["average"]["accuracy"]
+
+
+def tracked() -> set[Path]:
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    files = {Path(name) for name in names if name}
+    return files | {parent for file in files for parent in file.parents}
+
+
+TRACKED = tracked()
+
+
+def stages_run(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^'@]+)", output))
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """The embedded default, run from nothing; how long it took."""
+    clone = Clone(tmp_path_factory.mktemp("default") / "clone")
+    start = time.monotonic()
+    clone.output = clone.run("dvc", "repro")
+    clone.seconds = time.monotonic() - start
+    return clone
+
+
+def test_artifacts_are_pulled_in_a_fresh_clone_offline(tmp_path):
+    clone = Clone(tmp_path / "clone")
+    clone.run("dvc", "pull", "artifacts", timeout=60)
+    profile = load_params(ROOT / "params.yaml").active
+    for task in profile.tasks.values():
+        assert (clone.folder / "models/artifacts" / task.checkpoint).is_file()
+        assert (clone.folder / "data/artifacts" / task.data.key).is_file()
+    assert clone.run("git", "status", "--porcelain") == ""
+
+
+def test_the_default_runs_from_nothing(default):
+    assert stages_run(default.output) >= AFTER_ALLOCATE | {"artifacts", "finetune", "statistics", "match"}
+    assert default.seconds < 900, "the README promises 5 minutes on two idle cores"
+    changed = default.run("git", "status", "--porcelain").split("\n")
+    allowed = {"dvc.lock", "reports/metrics.json", "reports/latency.json", "reports/table.md"}
+    assert {line[3:] for line in changed if line} <= allowed
+
+
+def test_the_orderings_that_the_readme_states_hold(default):
+    average = default.average
+    assert min(default.metrics()["oracle"][task]["accuracy"] for task in ("upright", "rotated")) >= 97
+    assert average("progressive") > average("ensemble")
+    assert average("progressive") >= 0.95 * average("oracle")
+    assert average("pleas") > average("activation_matching") > average("average")
+
+
+def test_nothing_runs_twice(default):
+    start = time.monotonic()
+    output = default.run("dvc", "repro")
+    assert not stages_run(output)
+    assert time.monotonic() - start < 20, "the README promises 5 seconds on two idle cores"
+
+
+def test_a_second_run_gives_the_same_bytes(default):
+    """Everything that training, matching and fitting wrote; only measured times may differ."""
+    outs = yaml.safe_load((default.folder / "dvc.lock").read_text())["stages"]
+    again = ["finetune", "statistics", "match@activations", "allocate", "fit@progressive", "fit@pleas_adam"]
+    default.run("dvc", "repro", "-s", "-f", *again)
+    default.run("dvc", "repro", "-s", "-f", "recalibrate", "probe@progressive")
+    after = yaml.safe_load((default.folder / "dvc.lock").read_text())["stages"]
+    for name in [*again, "recalibrate", "probe@progressive"]:
+        for old, new in zip(outs[name]["outs"], after[name]["outs"], strict=True):
+            if "latency" not in old["path"]:
+                assert old["md5"] == new["md5"], f"{name}: {old['path']}"
+
+
+def test_another_budget_runs_only_what_depends_on_it(default):
+    default.run("git", "add", "-A")
+    default.run("git", "commit", "-q", "--allow-empty", "-m", "run")
+    start = time.monotonic()
+    output = default.run("dvc", "exp", "run", "-S", "budget=1.46")
+    assert stages_run(output) == AFTER_ALLOCATE
+    assert time.monotonic() - start < 400, "the README promises 90 seconds on two idle cores"
+    for method in ("average", "git_rebasin", "activation_matching", "pleas", "pleas_adam", "progressive"):
+        assert default.metrics()[method]["average"]["macs"] <= 1.46
+    difference = default.run("dvc", "metrics", "diff", "--md")
+    assert "progressive" in difference
+    assert "reports/metrics.json" in difference
+    shown = default.run(
+        "dvc", "exp", "show", "--md", "--only-changed", "--drop", "Created|State|Executor|.*/.*"
+    )
+    assert "1.46" in shown
+    assert "accuracy.png" in default.run("dvc", "plots", "diff") or (default.folder / "dvc_plots").exists()
+
+
+def test_an_interrupted_run_goes_on_to_the_right_result(default):
+    """Ctrl-C in the middle of a fit, then the same command again."""
+    default.run("git", "checkout", "-q", "--", ".")
+    default.run("dvc", "checkout")
+    before = yaml.safe_load((default.folder / "dvc.lock").read_text())["stages"]
+    process = default.start("dvc", "repro", "-s", "-f", "fit@pleas_adam")
+    for line in process.stdout:
+        if "stages.fit pleas_adam" in line:
+            break
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert not (default.folder / "models/fit/pleas_adam.safetensors").exists()
+    assert not list((default.folder / "models").rglob("*.tmp"))
+    default.run("dvc", "repro")
+    after = yaml.safe_load((default.folder / "dvc.lock").read_text())["stages"]
+    assert {n: s["outs"] for n, s in after.items() if n.startswith("fit")} == {
+        n: s["outs"] for n, s in before.items() if n.startswith("fit")
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        (["artifacts"], {"profile": "cats"}, "profile: found 'cats'; allowed: digits, digits_inverted"),
+        (["allocate"], {"budget": "1.46"}, "budget: found '1.46' (str); allowed: number"),
+        (["allocate"], {"budget": 2.5}, "budget: found 2.5; allowed: a number from 1 to 2"),
+        (["fit", "magic"], {}, "method: found 'magic'; allowed: average"),
+        (["match", "luck"], {}, "matching: found 'luck'; allowed: identity"),
+        (["fit", "pleas"], {"fit__ridges": 1.0}, "fit.ridges: unknown key; allowed: images"),
+        (["statistics"], {"statistics__memory": 0.0001}, "statistics: needs"),
+        (["artifacts"], {"source": "local"}, "data/own"),
+    ],
+)
+def test_bad_input_is_one_line(default, stage, change, message):
+    default.run("git", "checkout", "-q", "--", "params.yaml")
+    default.change(**change)
+    output = default.run(sys.executable, "-m", f"stages.{stage[0]}", *stage[1:], fails=True)
+    default.run("git", "checkout", "-q", "--", "params.yaml")
+    assert message in output
+    assert len(output.strip().split("\n")) == 1
+    assert output.startswith("error: ")
+
+
+def test_the_readme_snippet_gives_the_network_of_the_pipeline(default):
+    """Six lines of the README, run as they stand, against models/recalibrate/progressive."""
+    readme = (ROOT / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?from stages import merge.*?)```", readme, re.S).group(1)
+    assert len(snippet.strip().split("\n")) <= 6
+    default.run("git", "checkout", "-q", "--", ".")
+    default.run("dvc", "checkout", "--force")
+    setup = """
+import torch
+from pathlib import Path
+from stages.core.loading import DATA, network_path
+from stages.core.checkpoints import load_network
+from stages.core.datasets import load_images, normalise
+from stages.core.params import load_params
+torch.set_num_threads(2)
+params = load_params()
+net_a, net_b = (load_network(params.active.architecture, network_path(t)) for t in params.active.tasks)
+def calibration(task):
+    found = load_images(task.data, "calibration", DATA, limit=400)
+    return list(normalise(found.images, task.data.mean, task.data.std).split(100))
+batches_a, batches_b = map(calibration, params.active.tasks.values())
+images = batches_a[0]
+"""
+    check = """
+from stages.core.network import load_merged as load
+pipeline = load("models/recalibrate/progressive.safetensors")
+assert all(torch.equal(v, again.state_dict()[k]) for k, v in pipeline.state_dict().items())
+assert torch.equal(pipeline(images), logits)
+"""
+    default.change(budget=1.2)
+    default.run("dvc", "repro", "recalibrate")
+    default.run(sys.executable, "-c", setup + snippet + check)
