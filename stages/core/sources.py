@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stages.core.errors import InputError
 from stages.core.network import Source, Task
-from stages.core.spec import Matching, UnitSplit, check_matching, permute, unit_order
+from stages.core.spec import Matching, UnitSplit, check_matching, check_splits, permute, unit_order
 from stages.core.trace import Trace, trace, verify
 
 
@@ -78,7 +78,8 @@ def _check_tensors(task: Task, first: nn.Module, other: nn.Module, heads: set[st
 
 def align(sources: Sequence[Source], matching: Matching, splits: Mapping[str, UnitSplit]) -> list[Source]:
     """The same functions with their units in merged order: matched pairs side by side, shared ones first."""
-    check_matching(matching, sources[0].trace.spec)
+    check_matching(matching, sources[0].trace.spec, len(sources))
+    check_splits(splits, sources[0].trace.spec)
     return [
         Source(s.trace, permute(s.state, s.trace.spec, unit_order(matching, splits, m)), s.task, s.about)
         for m, s in enumerate(sources)

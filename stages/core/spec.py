@@ -123,18 +123,33 @@ def unit_order(matching: Matching, splits: Mapping[str, UnitSplit], network: int
     }
 
 
-def check_matching(matching: Matching, spec: PermutationSpec) -> None:
-    """Raise InputError unless every row of every free group is a permutation of its units."""
+def check_matching(matching: Matching, spec: PermutationSpec, networks: int) -> None:
+    """Raise InputError unless every free group has one permutation of its units for each network."""
     for name, group in spec.free.items():
         units = matching.units.get(name)
         if units is None:
             raise InputError(f"matching: group {name} is missing; allowed: one row of units per network")
+        if len(units) != networks:
+            raise InputError(
+                f"matching: group {name} has {len(units)} rows; allowed: {networks}, one per network"
+            )
         expected = torch.arange(group.size)
         for network, row in enumerate(units):
             if not torch.equal(torch.sort(row.cpu()).values, expected):
                 raise InputError(
                     f"matching: group {name}, network {network}: not a permutation of its {group.size} units"
                 )
+
+
+def check_splits(splits: Mapping[str, UnitSplit], spec: PermutationSpec) -> None:
+    """Raise InputError unless every free group has a split that covers its units once."""
+    for name, group in spec.free.items():
+        if name not in splits:
+            raise InputError(
+                f"split: group {name} is missing; allowed: shared and separate units of every group"
+            )
+        if sorted(splits[name].shared + splits[name].separate) != list(range(group.size)):
+            raise InputError(f"split: group {name}: its lists do not cover its {group.size} units once")
 
 
 def identity_matching(spec: PermutationSpec, networks: int) -> Matching:

@@ -138,7 +138,7 @@ class Fitter:
         fitted = ~self.exact[node.name].to(device)
         self._install_offset(node, norm, fitted, biases, moments)
         if fitted.any():
-            self.record.append(LayerFit(node.name, left / energy if energy > 0 else 0.0))
+            self.record.append(LayerFit(layer_of(node), left / energy if energy > 0 else 0.0))
 
     def _starts(self, node: Node) -> list[Tensor]:
         """What the ridge holds to, block by block: the average of the maps that are fitted.
@@ -265,7 +265,12 @@ class Fitter:
         fitted = ~self.exact[node.name]
         if fitted.any():
             residual = fit_adam(self, node, sweep, fitted)
-            self.record.append(LayerFit(node.name, residual))
+            self.record.append(LayerFit(layer_of(node), residual))
+
+
+def layer_of(node: Node) -> str:
+    """The module path of a linear node."""
+    return node.parameters["weight"].rpartition(".")[0] or node.name
 
 
 def _unit_dim(node: Node, value: Tensor) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.errors import InputError
+
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +66,7 @@ class NormalEquations:
 
     def solve(self, rows: Tensor, columns: Tensor, start: Tensor, ridge: float, name: str = "") -> Solution:
         """One block: outputs ``rows`` from inputs ``columns``; start: W0, (rows, columns)."""
+        self._check(name)
         start = start.double()
         G = self.G[columns][:, columns]
         C = self.C[columns][:, rows]
@@ -81,6 +84,15 @@ class NormalEquations:
         if self.intercept:
             bias = self.shift_y.double()[rows] + y - W @ (self.shift_z.double()[columns] + z)
         return Solution(W, bias, residual.clamp(min=0), yy.clamp(min=0))
+
+    def _check(self, name: str) -> None:
+        if self.weight == 0:
+            raise InputError(f"{name}: no rows to fit it to; allowed: images of every task")
+        if not (torch.isfinite(self.G).all() and torch.isfinite(self.C).all()):
+            raise InputError(
+                f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a storage "
+                "type that reaches as far as the values"
+            )
 
     def output_moments(self, W: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of W z over the rows seen, W (d_out, columns). Needs an intercept."""

@@ -15,9 +15,10 @@ def relative_latency(
     x: Tensor,
     repeats: int,
 ) -> float:
-    """Median time of ``candidate(x)`` over the mean of the sources' medians.
+    """Shortest time of ``candidate(x)`` over the mean of the sources' shortest times.
 
-    Runs alternate, so that what else the machine does falls on all alike; the first ones warm up and are left out.
+    The shortest of ``repeats`` runs is the one that the rest of the machine disturbed least; runs alternate, and the
+    first ones warm up and are left out.
     """
     runs: list[Callable[[Tensor], object]] = [candidate, *sources]
     times: list[list[float]] = [[] for _ in runs]
@@ -26,8 +27,8 @@ def relative_latency(
             seconds = _timed(run, x)
             if repeat >= 2:
                 own.append(seconds)
-    medians = [statistics.median(own) for own in times]
-    return medians[0] / statistics.mean(medians[1:])
+    shortest = [min(own) for own in times]
+    return shortest[0] / statistics.mean(shortest[1:])
 
 
 def _timed(run: Callable[[Tensor], object], x: Tensor) -> float:

@@ -207,10 +207,11 @@ def _similarity(matches: Tables, palette: Palette, caption: str) -> Figure:
 def _residual(fits: Tables, palette: Palette, caption: str) -> Figure:
     layers = _union(table["layer"] for table in fits.values())
     title = "What the fit leaves unexplained, layer by layer" if fits else "No method is fitted"
-    figure, axes = _figure_along(layers, "layer", title, f"{caption}; lower is better")
+    figure, axes = _figure_along(layers, "layer", title, f"{caption}; targets differ between methods")
     positive = [value for table in fits.values() for value in table["residual"] if value > 0]
     if positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(1e-6, min(positive) / 2))  # what is below is rounding
     else:
         axes.set_ylim(0, 1.08 * max(positive, default=1))
     for name, table in fits.items():

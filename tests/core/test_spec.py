@@ -12,6 +12,7 @@ from stages.core.spec import (
     Span,
     UnitSplit,
     check_matching,
+    check_splits,
     full_split,
     identity_matching,
     permute,
@@ -86,7 +87,7 @@ def test_the_order_of_a_network_lists_its_partners_of_the_shared_units_first():
 
 
 def test_the_identity_matching_is_accepted():
-    check_matching(identity_matching(SPEC, 3), SPEC)
+    check_matching(identity_matching(SPEC, 3), SPEC, 3)
 
 
 def test_a_matching_that_is_no_permutation_is_refused_by_group_and_network():
@@ -94,10 +95,25 @@ def test_a_matching_that_is_no_permutation_is_refused_by_group_and_network():
     for row in ([0, 1, 1], [0, 1], [0, 1, 3]):
         units["b"] = [torch.arange(3), torch.tensor(row), torch.arange(3)]
         with pytest.raises(InputError, match="group b, network 1"):
-            check_matching(Matching(units, {}), SPEC)
+            check_matching(Matching(units, {}), SPEC, 3)
 
 
 def test_a_matching_without_a_group_is_refused():
     units = {"a": torch.arange(2).repeat(2, 1)}
     with pytest.raises(InputError, match="group b is missing"):
-        check_matching(Matching(units, {}), SPEC)
+        check_matching(Matching(units, {}), SPEC, 2)
+
+
+def test_a_matching_of_another_number_of_networks_is_refused():
+    with pytest.raises(InputError, match="group a has 3 rows; allowed: 2"):
+        check_matching(identity_matching(SPEC, 3), SPEC, 2)
+
+
+def test_splits_that_do_not_cover_every_unit_once_are_refused_by_group():
+    splits = full_split(SPEC, {"a": [0], "b": [2]})
+    check_splits(splits, SPEC)
+    for wrong in (UnitSplit((0, 1), (1, 2)), UnitSplit((0,), (1,)), UnitSplit((0, 1, 2), (3,))):
+        with pytest.raises(InputError, match="group b: its lists do not cover its 3 units"):
+            check_splits({**splits, "b": wrong}, SPEC)
+    with pytest.raises(InputError, match="group b is missing"):
+        check_splits({"a": splits["a"]}, SPEC)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.core.errors import InputError
 from stages.fit.normal import NormalEquations, solve_symmetric
 
 
@@ -201,3 +202,18 @@ def test_a_failed_factorisation_is_named_and_solved_otherwise(caplog):
         found = solve_symmetric(G, 1e-6, torch.ones(2, 1).double(), "layer3.conv1")
     assert "layer3.conv1: Cholesky failed at pivot 2 of 2" in caplog.text
     torch.testing.assert_close(found, torch.tensor([[1 / (1 + 1e-6)], [0.0]]).double())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_values_that_are_no_numbers_are_refused_with_the_layer(value, intercept):
+    z, y, start = problem(40, 5, 2)
+    z[13, 2] = value
+    with pytest.raises(InputError, match="conv1: its inputs or targets hold NaN or infinite values"):
+        accumulate(z, y, intercept).solve(every(y), every(z), start, 1e-3, "conv1")
+
+
+def test_no_rows_at_all_are_refused_with_the_layer():
+    equations = NormalEquations(5, 2, True, torch.device("cpu"))
+    with pytest.raises(InputError, match="fc: no rows to fit it to"):
+        equations.solve(torch.arange(2), torch.arange(5), torch.zeros(2, 5), 1e-3, "fc")
