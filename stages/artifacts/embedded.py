@@ -29,15 +29,16 @@ def materialise(profile: Profile, seed: int, files: Mapping[str, Path]) -> None:
                 "which is not embedded; allowed: s3, local"
             )
     data = {task.data.key: task.data for task in profile.tasks.values()}
-    position = {task.checkpoint: position for position, task in enumerate(profile.tasks.values())}
+    tasks = {task.checkpoint: (position, name) for position, (name, task) in enumerate(profile.tasks.items())}
     for key, path in files.items():
         if key in data:
             _check_sizes(profile, data[key])
             write_digits(path, data[key].size)
-        elif key in position:
-            write_initial(path, profile.architecture, seed, position[key])
+        elif key in tasks:
+            position, name = tasks[key]
+            write_initial(path, profile.architecture_of(name), seed, position)
         else:
-            raise InputError(f"artifact key: found {key!r}; allowed: {', '.join([*data, *position])}")
+            raise InputError(f"artifact key: found {key!r}; allowed: {', '.join([*data, *tasks])}")
 
 
 def write_digits(path: Path, size: int) -> None:

@@ -26,7 +26,7 @@ def load_sources(params: Params, device: torch.device) -> list[Source]:
     profile = params.active
     networks, tasks = [], []
     for name, task in profile.tasks.items():
-        networks.append(load_network(profile.architecture, network_path(name)).to(device))
+        networks.append(load_network(profile.architecture_of(name), network_path(name)).to(device))
         tasks.append(Task(name, load_images(task.data, "calibration", DATA, limit=1).classes))
     first = next(iter(profile.tasks.values())).data
     example = torch.zeros(2, first.channels, first.size, first.size, device=device)

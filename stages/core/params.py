@@ -50,10 +50,14 @@ class Data(Section):
 
 
 class Task(Section):
-    """A source network (``checkpoint``: the file's name in the artifact store) together with its data."""
+    """A source network (``checkpoint``: the file's name in the artifact store) together with its data.
+
+    ``classes`` is the width of its head where that differs from the architecture's.
+    """
 
     checkpoint: Key
     data: Data
+    classes: Count | None = None
 
 
 class Finetune(Section):
@@ -84,6 +88,12 @@ class Profile(Section):
     labels: Literal["shared", "separate"]
     tasks: dict[Name, Task]
     finetune: Finetune
+
+    def architecture_of(self, task: str) -> Architecture:
+        """The profile's architecture with a task's own number of classes."""
+        classes = self.tasks[task].classes
+        own = {} if classes is None else {"classes": classes}
+        return Architecture(name=self.architecture.name, arguments={**self.architecture.arguments, **own})
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":

@@ -18,7 +18,7 @@ def main() -> None:
     jobs = [
         Job(
             name=name,
-            architecture=params.active.architecture,
+            architecture=params.active.architecture_of(name),
             task=task,
             settings=params.active.finetune,
             seeds=(params.seed, position),

@@ -82,7 +82,7 @@ def run_all(jobs: list[Job], workers: int) -> Iterator[Trained]:
     fails, or on Ctrl-C, the other processes are ended at once. Raises the InputError of a job.
     """
     total = sum(job.settings.epochs for job in jobs)
-    with tqdm(total=total, desc="finetune", unit="epoch", disable=None if total else True) as bar:
+    with tqdm(total=total, desc="finetune", unit="epoch", disable=total == 0) as bar:
         if total == 0 or any(job.device != "cpu" for job in jobs):
             for job in jobs:
                 yield run(job, bar.update)

@@ -61,7 +61,10 @@ def correlations(units: Mapping[str, Tensor], pooled: Pooled) -> dict[str, Tenso
 def _by_weights(
     sources: Sequence[Source], settings: Settings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The best of several random orders."""
-    spec, states = sources[0].trace.spec, [source.state for source in sources]
+    """The best of several random orders. Heads of different label spaces have nothing in common, and do not count."""
+    spec, head = sources[0].trace.spec, set[str]()
+    if len({source.task.classes for source in sources}) > 1:
+        head = set(sources[0].graph.output.parameters.values())
+    states = [{name: t for name, t in source.state.items() if name not in head} for source in sources]
     runs = [match_weights(spec, states, generator, settings.sweeps) for _ in range(settings.restarts)]
     return max(runs, key=lambda run: run[1][-1])[0]

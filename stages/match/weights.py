@@ -25,7 +25,7 @@ def match_weights(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Match N networks; network 0 is the reference. With N > 2 each is aligned to the mean of the others.
 
-    Tensors that have not the same shape in all networks (heads of separate label spaces) do not count. Returns
+    Tensors that are left out of the states, or have not the same shape in all, do not count. Returns
     ({group: int64 (N, d)}, the objective after each sweep, which never falls).
     """
     networks = len(states)
@@ -62,9 +62,10 @@ class _Problem:
         self.on: dict[str, list[tuple[str, Span]]] = {}  # parameter -> free groups on its axes
         for name, group in spec.free.items():
             for span in group.spans:
-                shapes = {tuple(state[span.axis.parameter].shape) for state in states}
-                if not span.axis.parameter.endswith(STATISTICS) and len(shapes) == 1:
-                    self.on.setdefault(span.axis.parameter, []).append((name, span))
+                parameter = span.axis.parameter
+                shapes = {tuple(state[parameter].shape) if parameter in state else None for state in states}
+                if not parameter.endswith(STATISTICS) and len(shapes) == 1 and None not in shapes:
+                    self.on.setdefault(parameter, []).append((name, span))
         self.states = [{p: state[p].detach().cpu().double() for p in self.on} for state in states]
 
     def placed(

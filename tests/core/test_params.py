@@ -96,3 +96,11 @@ def test_unknown_methods_and_matchings_are_named():
         params.method("x")
     with pytest.raises(InputError, match="matching: found 'x'; allowed: identity"):
         params.matching("x")
+
+
+def test_a_task_may_have_a_head_of_its_own_width():
+    profile = parse_params(changed(["profiles", "digits_split", "tasks", "low", "classes"], 7)).profiles[
+        "digits_split"
+    ]
+    assert profile.architecture_of("low").arguments == {**profile.architecture.arguments, "classes": 7}
+    assert profile.architecture_of("high") == profile.architecture

@@ -205,7 +205,7 @@ def test_no_change_of_any_layer_makes_it_fit_better(
             continue
         norm = next((n for n in nodes if n.operation == "batch_norm" and n.inputs == (node.name,)), None)
         for gradient, scale in gaps(merged, aligned, batches, fit, node, norm):
-            assert (gradient.abs() <= 1e-9 * scale).all(), node.name
+            assert (gradient.abs() <= 1e-6 * scale).all(), node.name  # the cut of the pseudo-inverse
     assert all(0 <= line.residual <= 1 + 1e-9 for line in record)
 
 
