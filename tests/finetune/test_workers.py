@@ -158,8 +158,13 @@ def wait_for(condition, seconds):
 def training(folder):
     """Start an endless training and wait until epochs are reported."""
     process = start(prepared(folder, epochs=100_000))
-    wait_for(lambda: re.search(r" [1-9]\d*/200000", (folder / "stderr").read_text()), 60)
-    assert len(alive(process)) >= 3
+    try:
+        wait_for(lambda: re.search(r" [1-9]\d*/200000", (folder / "stderr").read_text()), 60)
+        assert len(alive(process)) >= 3
+    except AssertionError:
+        for pid in alive(process):
+            os.kill(pid, signal.SIGKILL)
+        raise
     return process
 
 
