@@ -223,7 +223,7 @@ def test_the_readme_snippet_gives_the_network_of_the_pipeline(default):
     """Six lines of the README, run as they stand, against models/recalibrate/progressive."""
     readme = (ROOT / "README.md").read_text()
     snippet = re.search(r"```python\n(.*?from stages import merge.*?)```", readme, re.S).group(1)
-    assert len(snippet.strip().split("\n")) <= 6
+    assert len([line for line in snippet.split("\n") if line]) <= 6
     default.run("git", "checkout", "-q", "--", ".")
     default.run("dvc", "checkout", "--force")
     setup = """
