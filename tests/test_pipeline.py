@@ -49,16 +49,16 @@ def definition(name: str) -> dict:
     return found.get("do", found)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "probe_sources"])
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_every_file_it_imports(name):
-    missing = closure(f"stages.{name.split('_')[0]}.__main__") - set(definition(name)["deps"])
+    missing = closure(f"stages.{name}.__main__") - set(definition(name)["deps"])
     assert not missing, f"add to the deps of {name} in dvc.yaml: {sorted(missing)}"
 
 
-@pytest.mark.parametrize("name", [*STAGES, "probe_sources"])
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_no_file_it_does_not_import(name):
     code = {dep for dep in definition(name)["deps"] if dep.endswith(".py")}
-    assert code <= closure(f"stages.{name.split('_')[0]}.__main__")
+    assert code <= closure(f"stages.{name}.__main__")
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -1,4 +1,4 @@
-"""Accuracy, linear probes, cost and latency of one row: models/recalibrate/<method> -> reports/probe/<method>.
+"""Accuracy, linear probes, cost and latency of the named rows, or of all: models/recalibrate -> reports/probe.
 
 The rows `oracle` and `ensemble` need no merged network. This is the only stage that sees test images.
 """
@@ -26,7 +26,7 @@ def main(*names: str) -> None:
     sources = load_sources(params, device)
     images = {split: labelled(params, split, device) for split in ("train", "test")}
     tasks = [(source.task.name, len(source.task.classes)) for source in sources]
-    for name in names:
+    for name in names or [*params.methods, "ensemble", "oracle"]:
         if name in ("oracle", "ensemble"):
             row = reference_row(name, sources, profile.labels)
         else:
@@ -61,4 +61,4 @@ def labelled(params: Params, split: str, device: torch.device) -> list[tuple[lis
 
 
 if __name__ == "__main__":
-    command(main, "method", "...")
+    command(main, "...")
