@@ -142,7 +142,7 @@ def test_an_error_of_training_names_the_task(tmp_path):
 
 
 def alive(process):
-    """The processes of the session that ``process`` started, by their ids, without those already ended."""
+    """Ids of the processes in the group that ``process`` leads, without those already ended."""
     command = ["ps", "-o", "pid=,stat=", "-s", str(process.pid)]
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     return [int(line.split()[0]) for line in lines if not line.split()[1].startswith("Z")]
