@@ -65,8 +65,7 @@ def merge(
     if recalibrate not in ("none", "batchnorm"):
         raise InputError(f"recalibrate: found {recalibrate!r}; allowed: none, batchnorm")
     found = _batches(networks, batches)
-    sources = _sources(networks, found, labels, classes)
-    labels = labels or _default_labels(sources)
+    sources, labels = _sources(networks, found, labels, classes)
     moments = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
     pooled = Pooled(
         {g: m.mean.mean(0).cpu() for g, m in moments.items()},
@@ -126,7 +125,8 @@ def _sources(
     batches: Sequence[Batch],
     labels: str | None,
     classes: Mapping[str, Sequence[str]] | None,
-) -> list[Any]:
+) -> tuple[list[Any], str]:
+    """The sources, and whether their labels are shared or separate."""
     example = batches[0].images[:2]
     tasks = []
     for index, (name, network) in enumerate(networks.items()):
@@ -142,8 +142,4 @@ def _sources(
     if labels not in (None, "shared", "separate"):
         raise InputError(f"labels: found {labels!r}; allowed: shared, separate")
     chosen = labels or ("shared" if len(widths) == 1 else "separate")
-    return make_sources(list(networks.values()), tasks, example, chosen)
-
-
-def _default_labels(sources: Sequence[Any]) -> str:
-    return "shared" if len({len(source.task.classes) for source in sources}) == 1 else "separate"
+    return make_sources(list(networks.values()), tasks, example, chosen), chosen
