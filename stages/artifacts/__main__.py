@@ -4,7 +4,8 @@ from pathlib import Path
 
 from stages.core.command import command
 from stages.core.errors import InputError
-from stages.core.params import Profile, load_params
+from stages.core.params import load_params
+from stages.core.profiles import Profile
 
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
@@ -30,7 +31,7 @@ def main() -> None:
 def outputs(profile: Profile) -> dict[str, Path]:
     """Key -> where its file belongs. Raises InputError for keys that cannot be files side by side."""
     models = {task.checkpoint: MODELS / task.checkpoint for task in profile.tasks.values()}
-    data = {task.data.key: DATA / task.data.key for task in profile.tasks.values()}
+    data = {own.key: DATA / own.key for own in profile.data.values()}
     for key in [*models, *data]:
         if {"", ".", ".."} & set(key.split("/")):
             raise InputError(

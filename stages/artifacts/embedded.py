@@ -12,28 +12,29 @@ from stages.core.architectures import build
 from stages.core.artifacts import write_bytes, write_tensors
 from stages.core.device import generator
 from stages.core.errors import InputError
-from stages.core.params import Architecture, Data, Profile
+from stages.core.profiles import Architecture, Data, Profile
 
 
 def materialise(profile: Profile, seed: int, files: Mapping[str, Path]) -> None:
-    """Write the artifacts named in ``files`` (key -> path): digits, and freshly initialised networks.
+    """Write the artifacts named in ``files`` (key -> path): digits, photographs, and freshly initialised networks.
 
     The initial weights depend on ``seed`` and on the task's position; the bytes on nothing else.
 
     Raises InputError for a profile whose data is not embedded, and for a key the profile does not use.
     """
-    for name, task in profile.tasks.items():
-        if task.data.kind != "digits":
+    sets = profile.data
+    for name, own in sets.items():
+        if own.kind not in WRITERS:
             raise InputError(
-                f"source: found 'embedded', but task {name} uses the {task.data.kind} {task.data.key}, "
+                f"source: found 'embedded', but {name} uses the {own.kind} {own.key}, "
                 "which is not embedded; allowed: s3, local"
             )
-    data = {task.data.key: task.data for task in profile.tasks.values()}
+    data = {own.key: own for own in sets.values()}
     tasks = {task.checkpoint: (position, name) for position, (name, task) in enumerate(profile.tasks.items())}
     for key, path in files.items():
         if key in data:
             _check_sizes(profile, data[key])
-            write_digits(path, data[key].size)
+            WRITERS[data[key].kind](path, data[key].size)
         elif key in tasks:
             position, name = tasks[key]
             write_initial(path, profile.architecture_of(name), seed, position)
@@ -48,6 +49,27 @@ def write_digits(path: Path, size: int) -> None:
     found = load_digits()
     images = enlarge(torch.from_numpy(found.images), size)
     write_tensors(path, {"images": images, "labels": torch.from_numpy(found.target).long()})
+
+
+def write_photographs(path: Path, size: int, count: int = 1000) -> None:
+    """Write squares cut from scikit-learn's two photographs as safetensors: images uint8 (count, 3, size, size).
+
+    Half of each photograph, at places and of sides (from ``size`` to the whole height) drawn once and for all.
+    """
+    from sklearn.datasets import load_sample_images  # here: slow to import
+
+    photographs = [torch.from_numpy(image).permute(2, 0, 1) for image in load_sample_images().images]
+    draw = generator(size, count)
+    crops = []
+    for index in range(count):
+        photograph = photographs[index % len(photographs)]
+        height, width = photograph.shape[1:]
+        share, top, left = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
+        side = round(size * (min(height, width) / size) ** share)
+        top, left = int(top * (height - side + 1)), int(left * (width - side + 1))
+        crop = photograph[None, :, top : top + side, left : left + side].double()
+        crops.append(F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True))
+    write_tensors(path, {"images": torch.cat(crops).round().clamp(0, 255).to(torch.uint8)})
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
@@ -74,7 +96,10 @@ def write_initial(path: Path, architecture: Architecture, seed: int, position: i
         raise InputError(f"{path}: found the suffix {Path(path).suffix!r}; allowed: .safetensors, .pth, .pt")
 
 
+WRITERS = {"digits": write_digits, "photographs": write_photographs}
+
+
 def _check_sizes(profile: Profile, data: Data) -> None:
-    sizes = sorted({task.data.size for task in profile.tasks.values() if task.data.key == data.key})
+    sizes = sorted({own.size for own in profile.data.values() if own.key == data.key})
     if len(sizes) > 1:
         raise InputError(f"{data.key}: found the sizes {sizes} in one profile; allowed: one size for one key")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stages.core.architectures import build
 from stages.core.artifacts import read_tensors, write_tensors
 from stages.core.errors import InputError
-from stages.core.params import Architecture
+from stages.core.profiles import Architecture
 
 _WRAPPERS = ("model", "state_dict", "model_ema")  # where training scripts keep the state dict, in this order
 _COUNTER = (

@@ -16,7 +16,7 @@ from stages.core.artifacts import read_tensors
 from stages.core.device import generator
 from stages.core.errors import InputError
 from stages.core.image_folder import ImageFolder
-from stages.core.params import Data
+from stages.core.profiles import Data
 
 Split = Literal["train", "calibration", "test"]
 
@@ -57,8 +57,7 @@ def load_images(data: Data, split: Split, root: Path, limit: int | None = None) 
     path = Path(root) / data.key
     if not path.is_file():
         raise InputError(f"{path}: no such file (data.key: {data.key})")
-    read = _read_digits if data.kind == "digits" else _read_folder
-    images, labels, classes = read(path, data, split, limit)
+    images, labels, classes = _READERS[data.kind](path, data, split, limit)
     if not len(images):
         raise InputError(f"{path}: no images in the {split} split (data.calibration: {data.calibration:g})")
     images = VIEWS[data.view](images).contiguous()
@@ -107,6 +106,25 @@ def _read_digits(
     return images[chosen].unsqueeze(1).expand(-1, data.channels, -1, -1), index[labels[chosen]], classes
 
 
+def _read_photographs(
+    path: Path, data: Data, split: Split, limit: int | None
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    if split != "calibration":
+        raise InputError(f"{path}: photographs have no {split} split; allowed: as a proxy, for calibration")
+    tensors, _ = read_tensors(path)
+    images = tensors.get("images", torch.empty(0))
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, data.size, data.size):
+        raise InputError(
+            f"{path}: found {images.dtype} images of shape {tuple(images.shape)}; "
+            f"allowed: uint8 images of shape (n, 3, {data.size}, {data.size})"
+        )
+    images = images[:limit]
+    if data.channels == 1:  # luminance, ITU-R BT.601, as PIL converts
+        weight = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        images = (images.float() * weight).sum(1, keepdim=True).round().to(torch.uint8)
+    return images, torch.zeros(len(images), dtype=torch.int64), ()
+
+
 def _read_folder(
     path: Path, data: Data, split: Split, limit: int | None
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -122,6 +140,9 @@ def _read_folder(
         names = [members[i][0] for i in order]
         labels = torch.tensor([members[i][1] for i in order], dtype=torch.int64)
         return folder.read(names, data.size, data.channels), labels, classes
+
+
+_READERS = {"digits": _read_digits, "photographs": _read_photographs, "folder": _read_folder}
 
 
 def _share(images: Sequence[str], share: float, position: int, split: Split) -> list[str]:

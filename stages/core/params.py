@@ -5,101 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stages.core.errors import InputError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
-View = Literal["upright", "rotated", "inverted", "mirrored"]
-
-
-class Section(BaseModel):
-    """A mapping of params.yaml: unknown keys and values of another type are refused, nothing is converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Data(Section):
-    """Where a task's images come from. ``key`` is the file's name in the artifact store."""
-
-    kind: Literal["digits", "folder"]
-    key: Key
-    size: Annotated[int, Field(ge=8)]
-    channels: Literal[1, 3] = 3
-    view: View = "upright"
-    classes: list[str] | None = None
-    calibration: Fraction = 0.25  # share of a folder's train images set aside, used without labels
-    mean: list[float] = [0.5]
-    std: list[Positive] = [0.5]
-
-    @model_validator(mode="after")
-    def _check(self) -> "Data":
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.channels):
-                raise ValueError(
-                    f"{name} needs 1 or {self.channels} numbers, found {len(getattr(self, name))}"
-                )
-        if self.classes is not None and len(set(self.classes)) < 2:
-            raise ValueError(f"classes needs at least two different names, found {self.classes}")
-        return self
-
-
-class Task(Section):
-    """A source network (``checkpoint``: the file's name in the artifact store) together with its data.
-
-    ``classes`` is the width of its head where that differs from the architecture's.
-    """
-
-    checkpoint: Key
-    data: Data
-    classes: Count | None = None
-
-
-class Finetune(Section):
-    """SGD with Nesterov momentum, one cycle of warm-up and cosine decay. ``epochs: 0`` keeps the checkpoint."""
-
-    epochs: Annotated[int, Field(ge=0)]
-    batch_size: Count = 64
-    learning_rate: Positive = 0.1
-    momentum: Fraction = 0.9
-    weight_decay: NonNegative = 5e-4
-    warmup: Fraction = 0.15
-    label_smoothing: Fraction = 0.0
-    shift: Annotated[int, Field(ge=0)] = 1  # random translation, pixels
-    flip: bool = False  # random mirror image
-
-
-class Architecture(Section):
-    """A constructor by name and its arguments; stages.core.architectures checks both."""
-
-    name: Name
-    arguments: dict[str, Any] = {}
-
-
-class Profile(Section):
-    """One merging problem: an architecture and two or more tasks."""
-
-    architecture: Architecture
-    labels: Literal["shared", "separate"]
-    tasks: dict[Name, Task]
-    finetune: Finetune
-
-    def architecture_of(self, task: str) -> Architecture:
-        """The profile's architecture with a task's own number of classes."""
-        classes = self.tasks[task].classes
-        own = {} if classes is None else {"classes": classes}
-        return Architecture(name=self.architecture.name, arguments={**self.architecture.arguments, **own})
-
-    @model_validator(mode="after")
-    def _check(self) -> "Profile":
-        if len(self.tasks) < 2:
-            raise ValueError(f"tasks needs at least two tasks, found {list(self.tasks)}")
-        return self
+from stages.core.profiles import Count, Key, Name, NonNegative, Positive, Profile, Section
 
 
 class ArtifactsSection(Section):
@@ -112,7 +21,7 @@ class ArtifactsSection(Section):
     anonymous: bool = True
     cache: str | None = None
     timeout: Positive = 5.0  # seconds without an answer
-    sha256: dict[Key, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}
+    sha256: dict[Key, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}  # noqa: RUF012 (pydantic copies it)
 
 
 class FinetuneSection(Section):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from stages.core.datasets import ImageSet, normalise
 from stages.core.errors import InputError
-from stages.core.params import Data, Finetune
+from stages.core.profiles import Data, Finetune
 
 COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy")
 

@@ -21,7 +21,7 @@ from stages.core.checkpoints import load_network
 from stages.core.datasets import load_images
 from stages.core.device import generator, prepare
 from stages.core.errors import InputError
-from stages.core.params import Architecture, Finetune, Task
+from stages.core.profiles import Architecture, Finetune, Task
 from stages.finetune.train import train
 
 

@@ -7,7 +7,7 @@ from stages.artifacts.embedded import enlarge, materialise
 from stages.core.artifacts import read_tensors
 from stages.core.checkpoints import load_network
 from stages.core.errors import InputError
-from stages.core.params import Profile
+from stages.core.profiles import Profile
 
 
 def profile(suffix=".safetensors", **changes):

@@ -9,7 +9,7 @@ from torch import nn
 from stages.core.architectures import build
 from stages.core.checkpoints import load_into, load_network, read_state, write_network
 from stages.core.errors import InputError
-from stages.core.params import Architecture
+from stages.core.profiles import Architecture
 
 ARCHITECTURE = Architecture(name="resnet", arguments={"depth": 8, "width": 2, "channels": 1, "classes": 3})
 

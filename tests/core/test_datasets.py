@@ -11,7 +11,7 @@ from stages.artifacts.embedded import write_digits
 from stages.core.artifacts import write_tensors
 from stages.core.datasets import VIEWS, batches, load_images, normalise
 from stages.core.errors import InputError
-from stages.core.params import Data
+from stages.core.profiles import Data
 
 SPLITS = ("train", "calibration", "test")
 

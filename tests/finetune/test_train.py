@@ -10,7 +10,7 @@ from torch import nn
 from stages.core.architectures import build
 from stages.core.datasets import ImageSet
 from stages.core.errors import InputError
-from stages.core.params import Data, Finetune
+from stages.core.profiles import Data, Finetune
 from stages.finetune.train import COLUMNS, augment, cycle, parameter_groups, train
 
 CPU = torch.device("cpu")
