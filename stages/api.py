@@ -4,6 +4,7 @@ from stages import merge, load_merged
 merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budget=1.2)
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,21 +13,24 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.allocate.splits import split_units
+from stages.core.alignments.solve import make_alignment
 from stages.core.device import generator
 from stages.core.errors import InputError
-from stages.core.network import MergedNetwork, Task, load_merged
-from stages.core.params import AllocateSection, Fit, Matching
-from stages.core.sources import make_sources
+from stages.core.moments import pool
+from stages.core.network import MergedNetwork, Source, Task, load_merged
+from stages.core.params import AllocateSection, Matching, Method, first_line
+from stages.core.sources import align, make_sources
 from stages.core.sweep import Batch
 from stages.fit.merge import fit_network
-from stages.match.matching import Pooled, make_matching
-from stages.recalibrate.batchnorm import recompute_statistics
+from stages.match.matching import make_matching
+from stages.recalibrate.recalibrate import recalibrate as recalibrate_network
 from stages.statistics.moments import gather
 
 __all__ = ["load_merged", "merge"]
 
 PROGRESSIVE = {"solver": "exact", "inputs": "merged", "targets": "own", "norm": "fold"}
 ACTIVATIONS = {"by": "activations", "similarity": "distance"}
+ALLOCATE = {"by": "measured", "cost": "macs"}
 
 
 def merge(
@@ -39,7 +43,7 @@ def merge(
     match: Mapping[str, Any] = ACTIVATIONS,
     fit: Mapping[str, Any] = PROGRESSIVE,
     recalibrate: str = "batchnorm",
-    cost: str = "macs",
+    allocate: Mapping[str, Any] = ALLOCATE,
     ridge: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
@@ -50,7 +54,7 @@ def merge(
     batches: task name -> unlabelled images of that task as the network takes them: tensors (n, ...), or tuples
     whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N.
     labels: shared (one label space), separate (a head each); by default shared when all have as many classes.
-    classes: class names of each task, by default numbers. match, fit, recalibrate, cost: as in params.yaml; the
+    classes: class names of each task, by default numbers. match, fit, recalibrate, allocate: as in params.yaml; the
     default is `progressive`. Runs on the device of the first network. Raises InputError in one line.
     """
     names = list(networks)
@@ -60,50 +64,40 @@ def merge(
         )
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    matching_settings, fit_settings = _settings(Matching, match), _settings(Fit, fit)
-    allocation_settings = _settings(AllocateSection, {"cost": cost})
-    if recalibrate not in ("none", "batchnorm"):
-        raise InputError(f"recalibrate: found {recalibrate!r}; allowed: none, batchnorm")
+    settings, spending = _checked(Matching, "match", match), _checked(AllocateSection, "allocate", allocate)
+    method = _checked(Method, "", {"match": "given", "fit": dict(fit), "recalibrate": recalibrate})
     found = _batches(networks, batches)
     sources, labels = _sources(networks, found, labels, classes)
-    moments = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
-    pooled = Pooled(
-        {g: m.mean.mean(0).cpu() for g, m in moments.items()},
-        {g: m.second.mean(0).cpu() for g, m in moments.items()},
-    )
-    matching, benefits = make_matching(sources, matching_settings, pooled, generator(seed))
-    splits, allocation, base = split_units(
-        sources[0], benefits, float(budget), len(names), labels, allocation_settings
-    )
-    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": cost}
+    gathered = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
+    statistics = pool(gathered, len(names), len(names))
+    matching, benefits = make_matching(sources, settings, statistics, generator(seed))
+    splits, allocation, base = split_units(sources[0], benefits, float(budget), len(names), labels, spending)
+    alignment = make_alignment(settings, sources, statistics, matching, splits)
+    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": spending.cost}
     network, _ = fit_network(
         sources,
         matching,
         splits,
         found,
-        fit_settings,
+        method.fit,
         labels=labels,
+        alignment=alignment,
         ridge=ridge,
         generator=generator(seed),
-        about={
-            "budget": reached,
-            "method": {"match": dict(match), "fit": dict(fit), "recalibrate": recalibrate},
-        },
+        about={"budget": reached, "method": {**method.model_dump(), "match": settings.model_dump()}},
         progress="fit" if progress else None,
     )
-    if recalibrate == "batchnorm":
-        recompute_statistics(network, found, progress="recalibrate" if progress else None)
+    bar = "recalibrate" if progress else None
+    aligned = align(sources, matching, splits)
+    recalibrate_network(network, method.recalibrate, found, aligned, alignment, progress=bar)
     return network
 
 
-def _settings(section: type, given: Mapping[str, Any]) -> Any:
+def _checked(section: type, name: str, given: Mapping[str, Any]) -> Any:
     try:
         return section.model_validate(dict(given))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        allowed = ", ".join(section.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"{where}: found {first['input']!r}; allowed: {allowed}") from error
+        raise InputError(first_line(error, section, name)) from error
 
 
 def _batches(networks: Mapping[str, nn.Module], batches: Mapping[str, Iterable[Any]]) -> list[Batch]:
@@ -125,17 +119,14 @@ def _sources(
     batches: Sequence[Batch],
     labels: str | None,
     classes: Mapping[str, Sequence[str]] | None,
-) -> tuple[list[Any], str]:
+) -> tuple[list[Source], str]:
     """The sources, and whether their labels are shared or separate."""
     example = batches[0].images[:2]
     tasks = []
     for index, (name, network) in enumerate(networks.items()):
-        device = next(network.parameters()).device
-        own = next(batch.images for batch in batches if batch.task == index)[:1].to(device)
-        mode = network.training
-        with torch.no_grad():
-            width = network.eval()(own).shape[1]
-        network.train(mode)
+        own = next(batch.images for batch in batches if batch.task == index)[:1]
+        with torch.no_grad():  # a copy: the modules of a network can be in different modes
+            width = copy.deepcopy(network).eval()(own.to(next(network.parameters()).device)).shape[1]
         given = (classes or {}).get(name, [str(index) for index in range(width)])
         tasks.append(Task(name, tuple(given)))
     widths = {len(task.classes) for task in tasks}

@@ -94,7 +94,7 @@ def test_a_saved_network_gives_equal_outputs_in_a_fresh_process(tmp_path):
         ({"budget": float("nan")}, "budget: found nan"),
         ({"labels": "mine"}, "labels: found 'mine'"),
         ({"fit": {"solver": "magic"}}, "solver: found 'magic'"),
-        ({"fit": {"solvr": "exact"}}, "solvr: found 'exact'; allowed: solver"),
+        ({"fit": {"solvr": "exact"}}, "fit.solvr: unknown key; allowed: solver"),
         ({"match": {"by": "luck"}}, "by: found 'luck'"),
         ({"recalibrate": "no"}, "recalibrate: found 'no'"),
         ({"batches": {"a": []}}, "batches: found tasks"),

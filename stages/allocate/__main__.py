@@ -16,13 +16,20 @@ def main() -> None:
     params = load_params()
     prepare("cpu", params.threads)
     sources = load_sources(params, torch.device("cpu"))
-    for name in params.match:
+    for name, matching in params.matchings.items():
         tensors, _ = read_tensors(f"models/match/{name}.safetensors")
         benefits = {group: tensors[f"benefit/{group}"] for group in sources[0].trace.spec.free}
+        settings = params.allocate.model_copy(update={"by": matching.allocate or params.allocate.by})
         splits, found, base = split_units(
-            sources[0], benefits, params.budget, len(sources), params.active.labels, params.allocate
+            sources[0], benefits, params.budget, len(sources), params.active.labels, settings
         )
-        about = {"budget": params.budget, "counted": params.allocate.cost, "cost": found.cost, "source": base}
+        about = {
+            "budget": params.budget,
+            "by": settings.by,
+            "counted": settings.cost,
+            "cost": found.cost,
+            "source": base,
+        }
         gap = {"benefit": found.benefit, "bound": found.bound}
         groups = {group: asdict(split) for group, split in splits.items()}
         write_json(

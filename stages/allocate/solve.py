@@ -14,17 +14,18 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from stages.allocate.model import CostModel
+from stages.allocate.simple import prefix, uniform
 from stages.core.errors import InputError
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """separate: units of each group. benefit: reached, and bound: what no split on the grid can exceed."""
+    """separate: units of each group. benefit: reached, and bound: what no split on the grid can exceed, if known."""
 
     separate: Mapping[str, int]
     cost: int
     benefit: float
-    bound: float
+    bound: float | None
 
 
 def allocate(
@@ -34,10 +35,12 @@ def allocate(
     networks: int,
     levels: int = 8,
     nodes: int = 2000,
+    by: str = "measured",
 ) -> Allocation:
     """benefits: of separating each unit of a group, (d,) non-negative, any order. budget: relative to one source.
 
-    nodes: limit of the solver's search tree (a limit in time would not give the same answer twice). Raises
+    by: measured (the largest benefit), uniform or prefix. nodes: limit of the solver's search tree (a limit in time
+    would not give the same answer twice). Raises
     InputError when the budget is not in [1, networks].
     """
     if not 1 <= budget <= networks:
@@ -49,6 +52,8 @@ def allocate(
         bound = sum(t[-1] for t in totals.values())
     elif limit <= model.base:
         separate, bound = dict.fromkeys(model.sizes, 0), 0.0
+    elif by != "measured":
+        separate, bound = {"uniform": uniform, "prefix": prefix}[by](model, limit), None
     else:
         separate, bound = _grid(model, totals, limit, levels, nodes)
         separate = _fill(model, totals, separate, limit)
@@ -56,7 +61,7 @@ def allocate(
     cost = model.cost(separate)
     if cost > limit:
         raise InputError(f"allocation costs {cost}, the budget is {limit}")  # a gate: cannot happen
-    return Allocation(separate, cost, reached, max(float(bound), reached))
+    return Allocation(separate, cost, reached, None if bound is None else max(float(bound), reached))
 
 
 def _grid(

@@ -29,7 +29,7 @@ def split_units(
     """
     model = cost_model(source.trace, source.state, labels, settings.cost, networks)
     gains = {name: benefit.numpy().astype(np.float64) for name, benefit in benefits.items()}
-    found = allocate(model, gains, budget, networks, settings.levels, settings.nodes)
+    found = allocate(model, gains, budget, networks, settings.levels, settings.nodes, settings.by)
     splits = {}
     for name, count in found.separate.items():
         order = np.argsort(-gains[name], kind="stable").tolist()

@@ -264,11 +264,13 @@ def node_parameters(node: Node, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {role: state[name] for role, name in node.parameters.items()}
 
 
-def run_graph(graph: Graph, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The network's output for a batch, in evaluation mode."""
+def run_graph(graph: Graph, state: Mapping[str, Tensor], x: Tensor, before_output: bool = False) -> Tensor:
+    """The network's output for a batch, in evaluation mode, or what its last operation reads first."""
     values = {graph.nodes[0].name: x}
     last = graph.last_uses()
     for node in graph.nodes[1:]:
+        if before_output and node is graph.output:
+            return values[node.inputs[0]]
         values[node.name] = run_node(
             node, [values[name] for name in node.inputs], node_parameters(node, state)
         )

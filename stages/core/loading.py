@@ -1,19 +1,22 @@
-"""The active profile's networks and calibration images, as the stages between finetune and probe need them."""
+"""The active profile's networks, images and statistics, as the stages between finetune and probe need them."""
 
 from pathlib import Path
 
 import torch
 
-from stages.core.artifacts import sha256
+from stages.core.artifacts import read_json, read_tensors, sha256
 from stages.core.checkpoints import load_network
 from stages.core.datasets import load_images, normalise
+from stages.core.moments import Data, Statistics, from_tensors, pool
 from stages.core.network import Source, Task
 from stages.core.params import Params
 from stages.core.sources import make_sources
-from stages.core.sweep import Batch, images_to_batches
+from stages.core.spec import Matching, UnitSplit
+from stages.core.sweep import NO_TASK, Batch, images_to_batches
 
 DATA = Path("data/artifacts")
 NETWORKS = Path("models/finetune")
+MOMENTS = Path("models/statistics/moments.safetensors")
 
 
 def network_path(task: str) -> Path:
@@ -34,10 +37,36 @@ def load_sources(params: Params, device: torch.device) -> list[Source]:
     return [Source(s.trace, s.state, s.task, {"sha256": sha256(network_path(s.task.name))}) for s in sources]
 
 
-def load_calibration(params: Params, images: int, batch_size: int, device: torch.device) -> list[Batch]:
-    """Preprocessed calibration images of every task, at most ``images`` of each, without labels."""
+def load_calibration(
+    params: Params, images: int, batch_size: int, device: torch.device, data: Data = "own"
+) -> list[Batch]:
+    """Preprocessed calibration images without labels: at most ``images`` of every task, or as many of the proxy."""
+    profile = params.active
+    if data == "proxy":
+        wanted, images = [profile.proxy], images * len(profile.tasks)
+    else:
+        wanted = [task.data for task in profile.tasks.values()]
     whole = []
-    for task in params.active.tasks.values():
-        found = load_images(task.data, "calibration", DATA, limit=images)
-        whole.append(normalise(found.images.to(device), task.data.mean, task.data.std))
-    return images_to_batches(whole, batch_size)
+    for own in wanted:
+        found = load_images(own, "calibration", DATA, limit=images)
+        whole.append(normalise(found.images.to(device), own.mean, own.std))
+    batches = images_to_batches(whole, batch_size)
+    return [Batch(batch.images, NO_TASK) for batch in batches] if data == "proxy" else batches
+
+
+def load_statistics(params: Params, data: Data) -> Statistics:
+    """What the statistics stage found, pooled over the tasks' own images or over the proxy's."""
+    tasks = len(params.active.tasks)
+    return pool(from_tensors(read_tensors(MOMENTS)[0]), tasks, tasks, data)
+
+
+def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
+    """What match and allocate left under a matching's name: the pairs, the splits, and the budget reached."""
+    tensors, _ = read_tensors(f"models/match/{name}.safetensors")
+    allocation = read_json(f"models/allocate/{name}.json")
+    splits = {
+        group: UnitSplit(tuple(split["shared"]), tuple(split["separate"]))
+        for group, split in allocation["splits"].items()
+    }
+    units, similarity = ({g: tensors[f"{kind}/{g}"] for g in splits} for kind in ("units", "similarity"))
+    return Matching(units, similarity), splits, allocation["reached"]

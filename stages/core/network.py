@@ -35,7 +35,8 @@ class MergedNetwork(nn.Module):
     """One network that does the jobs of N.
 
     ``net(x)`` gives the logits; for separate label spaces all heads side by side, and ``net(x, task="cub")`` those
-    of one task. ``net.features(x)`` gives what the head(s) read.
+    of one task. ``net.features(x)`` gives what the head(s) read. A network that was corrected for each task
+    (recalibrate: tact) must be told the task.
     """
 
     def __init__(
@@ -94,11 +95,30 @@ class MergedNetwork(nn.Module):
             return head_parts([len(task.classes) for task in self.tasks])
         return parts_of(self.trace.layouts[value], self.shared, self.networks)
 
-    def run_node(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
-        """One operation of the merged network."""
-        if node.parameters:
-            return self.maps[_key(node)](inputs[0])
-        return run_node(node, inputs, {})
+    def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
+        """One operation of the merged network. task: whose correction is applied, where there is one."""
+        if not node.parameters:
+            return run_node(node, inputs, {})
+        return self._corrected(node, self.maps[_key(node)](inputs[0]), task, slice(None))
+
+    def set_correction(self, node: Node, correction: Tensor) -> None:
+        """Scale and shift what a node gives, for each task its own way. correction: (2, T, merged width)."""
+        self.register_buffer(f"correction_{node.name}", correction)
+
+    @property
+    def corrected(self) -> list[str]:
+        """Names of the nodes whose values are corrected for each task."""
+        return [n.name for n in self.trace.graph.nodes if f"correction_{n.name}" in self._buffers]
+
+    def _corrected(self, node: Node, value: Tensor, task: int | None, entries: slice) -> Tensor:
+        correction = self._buffers.get(f"correction_{node.name}")
+        if correction is None or task is None:
+            return value
+        dim = self.trace.layouts[node.name].dim
+        scale, shift = correction[:, task, entries].view(
+            2, *[-1 if d == dim else 1 for d in range(value.dim())]
+        )
+        return value * scale + shift
 
     def map_of(self, node: Node) -> nn.Module:
         """The BlockMap of a linear node, the batch norm of a batch_norm node."""
@@ -106,49 +126,59 @@ class MergedNetwork(nn.Module):
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """x: (n, ...) preprocessed images. Returns (n, classes)."""
-        names = [t.name for t in self.tasks]
-        if task is not None and self.labels == "shared":
-            raise InputError(f"task: found {task!r}; allowed: none, the tasks share one label space")
-        if task is not None and task not in names:
-            raise InputError(f"task: found {task!r}; allowed: {', '.join(names)}")
-        output = self.trace.graph.output
-        values = self._run(x, output)
-        if task is None:
-            return self._joined(
-                output.name, self._on_pieces(output, [values[name] for name in output.inputs])
-            )
-        own = names.index(task)
-        return self.map_of(output).on_pieces(values[output.inputs[0]], own)[0]
+        index, output = self._index(task), self.trace.graph.output
+        if (
+            index is None and self.corrected
+        ):  # separate heads side by side, each with its own task's corrections
+            return torch.cat([self(x, task=own.name) for own in self.tasks], 1)
+        values = self._run(x, output, index)
+        if index is None or self.labels == "shared":
+            pieces = self._on_pieces(output, [values[name] for name in output.inputs], index)
+            return self._joined(output.name, pieces)
+        return self.map_of(output).on_pieces(values[output.inputs[0]], index)[0]
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, task: str | None = None) -> Tensor:
         """What the head reads: (n, merged features)."""
         if self.head is None:
             raise InputError(
                 f"the network ends in {self.trace.graph.output.operation}; allowed: a Linear head"
             )
+        index = self._index(task)
+        if index is None and self.corrected:
+            raise InputError(f"task: not given; allowed: {', '.join(own.name for own in self.tasks)}")
         name = self.head.inputs[0]
-        return self._joined(name, self._run(x, self.head)[name])
+        return self._joined(name, self._run(x, self.head, index)[name])
 
-    def _run(self, x: Tensor, stop: Node) -> dict[str, list[Tensor]]:
+    def _index(self, task: str | None) -> int | None:
+        names = [own.name for own in self.tasks]
+        if task is None and not (self.corrected and self.labels == "shared"):
+            return None
+        if task is not None and self.labels == "shared" and not self.corrected:
+            raise InputError(f"task: found {task!r}; allowed: none, the tasks share one label space")
+        if task not in names:
+            raise InputError(f"task: found {task!r}; allowed: {', '.join(names)}")
+        return names.index(task)
+
+    def _run(self, x: Tensor, stop: Node, task: int | None) -> dict[str, list[Tensor]]:
         """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in."""
         values = {self.trace.graph.nodes[0].name: [x]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:
                 break
-            values[node.name] = self._on_pieces(node, [values[name] for name in node.inputs])
+            values[node.name] = self._on_pieces(node, [values[name] for name in node.inputs], task)
             for name in self._last[node.name]:
                 del values[name]
         return values
 
-    def _on_pieces(self, node: Node, inputs: Sequence[list[Tensor]]) -> list[Tensor]:
-        if node.linear:
-            return self.map_of(node).on_pieces(inputs[0])
-        if node.operation == "concatenate" or (node.parameters and self.training):
+    def _on_pieces(self, node: Node, inputs: Sequence[list[Tensor]], task: int | None) -> list[Tensor]:
+        if node.operation == "concatenate" or (node.parameters and not node.linear and self.training):
             whole = [self._joined(name, own) for name, own in zip(node.inputs, inputs, strict=True)]
-            return self._apart(node.name, self.run_node(node, whole))
-        if node.parameters:
-            return self._norm_pieces(node, inputs[0])
-        return [run_node(node, own, {}) for own in zip(*inputs, strict=True)]
+            return self._apart(node.name, self.run_node(node, whole, task))
+        if not node.parameters:
+            return [run_node(node, own, {}) for own in zip(*inputs, strict=True)]
+        pieces = self.map_of(node).on_pieces(inputs[0]) if node.linear else self._norm_pieces(node, inputs[0])
+        entries = [slice(piece.start, piece.stop) for piece in self._pieces[node.name]]
+        return [self._corrected(node, x, task, own) for x, own in zip(pieces, entries, strict=True)]
 
     def _norm_pieces(self, node: Node, pieces: Sequence[Tensor]) -> list[Tensor]:
         norm, found = self.map_of(node), []
@@ -177,6 +207,7 @@ class MergedNetwork(nn.Module):
             "tasks": [asdict(task) for task in self.tasks],
             "labels": self.labels,
             "shared": self.shared,
+            "corrected": self.corrected,
             "about": self.about,
         }
         units = {f"units/{name}": value for name, value in self.units.items()}
@@ -210,6 +241,8 @@ def _from_header(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> Merge
         name.removeprefix("units/"): tensors.pop(name) for name in list(tensors) if name.startswith("units/")
     }
     network = MergedNetwork(trace, tasks, header["labels"], header["shared"], units, header["about"])
+    for name in header["corrected"]:
+        network.register_buffer(f"correction_{name}", torch.empty_like(tensors[f"correction_{name}"]))
     network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
     network.load_state_dict(tensors)  # after the type is set: it copies into what is there
     return network
@@ -253,9 +286,13 @@ class Source:
     def graph(self) -> Graph:
         return self.trace.graph
 
-    def run_node(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
-        """One operation of the source network."""
+    def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
+        """One operation of the source network, the same for every task."""
         return run_node(node, inputs, node_parameters(node, self.state))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last operation reads."""
+        return run_graph(self.graph, self.state, x, before_output=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The source's own logits."""

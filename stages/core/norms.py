@@ -1,4 +1,6 @@
-"""Batch-norm statistics of a merged network, exact over a whole data set."""
+"""Means and variances over a whole data set, and batch norms that are given them."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -7,20 +9,30 @@ from stages.core.graph import Node
 from stages.core.sweep import Sweep
 
 
-def merged_moments(norm: Node, sweep: Sweep) -> Tensor:
-    """Mean and variance of the merged network's values at a batch norm, tasks weighing alike: float64 (2, width)."""
+def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int | None = None) -> Tensor:
+    """Mean and variance of each entry along ``dim``, tasks weighing alike: float64 (2, width).
+
+    value: a batch's index -> its values. task: only that task's images.
+    """
     count, total, squares, shift = 0.0, 0.0, 0.0, None
     for index, batch in enumerate(sweep.batches):
+        if task not in (None, batch.task):
+            continue
         weight = sweep.weights[batch.task]
-        x = sweep.of_merged(norm.inputs[0], index).double()
-        dims = [dim for dim in range(x.dim()) if dim != 1]
+        x = value(index).double()
+        dims = [other for other in range(x.dim()) if other != dim]
         shift = x.mean(dims, keepdim=True) if shift is None else shift
         x = x - shift
-        count += weight * x.numel() / x.shape[1]
+        count += weight * x.numel() / x.shape[dim]
         total = total + weight * x.sum(dims)
         squares = squares + weight * x.square().sum(dims)
     mean = total / count
     return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
+
+
+def merged_moments(norm: Node, sweep: Sweep) -> Tensor:
+    """Mean and variance of what the merged network's batch norm reads: float64 (2, merged width)."""
+    return moments_of(sweep, lambda index: sweep.of_merged(norm.inputs[0], index), 1)
 
 
 def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) -> None:

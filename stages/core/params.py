@@ -8,7 +8,10 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stages.core.errors import InputError
-from stages.core.profiles import Count, Key, Name, NonNegative, Positive, Profile, Section
+from stages.core.profiles import Count, Fraction, Key, Name, NonNegative, Positive, Profile, Section
+
+Spending = Literal["measured", "uniform", "prefix"]
+Recalibrate = Literal["none", "batchnorm", "repair", "tact"]
 
 
 class ArtifactsSection(Section):
@@ -38,18 +41,50 @@ class StatisticsSection(Section):
 
 
 class Matching(Section):
-    """How units are paired: by their position, by the weights or by the activations."""
+    """How units are paired, and what is done to the shared ones beyond that.
 
-    by: Literal["identity", "weights", "activations"]
+    ``by`` a permutation: identity, weights (Git Re-Basin), activations, dual (MuDSC). By matrices: zip (ZipIt!), cca
+    (CCA Merge), transport (OT Fusion).
+    """
+
+    by: Literal["identity", "weights", "activations", "dual", "zip", "cca", "transport"]
+    data: Literal["own", "proxy"] = "own"  # whose images the activations are of
+    allocate: Spending | None = None  # null: allocate.by
     similarity: Literal["distance", "inner", "correlation"] = "distance"
     sweeps: Count = 100
     restarts: Count = 1
+    rho: Fraction = 0.5  # of the weights; the rest is of the activations
+    alpha: Fraction = 1e-4
+    beta: Fraction = 0.075
+    ridge: Positive = 0.1
+    features: Literal["weights", "activations"] = "activations"
+    regularisation: NonNegative = 0.0  # 0: exact transport
+
+    @model_validator(mode="after")
+    def _check(self) -> "Matching":
+        allowed = ["by", "data", "allocate", *MATCHING_KEYS.get(self.by, ())]
+        for key in self.model_fields_set - set(allowed):
+            raise ValueError(f"{key}: not a setting of by: {self.by}; allowed: {', '.join(allowed)}")
+        return self
+
+
+MATCHING_KEYS = {  # beside those of every matching
+    "weights": ("sweeps", "restarts"),
+    "activations": ("similarity", "sweeps"),
+    "dual": ("rho", "sweeps"),
+    "zip": ("alpha", "beta"),
+    "cca": ("ridge",),
+    "transport": ("features", "regularisation"),
+}
 
 
 class Fit(Section):
-    """``solver: average`` is no fit; ``exact`` is the closed form; ``adam`` the published iteration."""
+    """How the merged layers come to be.
 
-    solver: Literal["average", "exact", "adam"] = "exact"
+    ``solver``: average is no fit, exact the closed form, adam the published iteration of PLeaS, regmean RegMean.
+    """
+
+    solver: Literal["average", "exact", "adam", "regmean"] = "exact"
     inputs: Literal["source", "merged"] = "source"
     targets: Literal["ensemble", "own"] = "ensemble"
     norm: Literal["average", "fold"] = "average"
@@ -57,25 +92,45 @@ class Fit(Section):
     steps: Count = 400
     learning_rate: Positive = 5e-4
     batch_size: Count = 16
+    off_diagonal: Fraction = 0.9  # of regmean: what the off-diagonal entries of a Gram matrix are scaled by
 
     @model_validator(mode="after")
     def _check(self) -> "Fit":
-        if self.solver == "adam" and self.norm == "fold":
+        if self.solver in ("adam", "regmean") and self.norm == "fold":
             raise ValueError(
-                "norm: found fold with solver adam, which has no intercept to fold; allowed: average"
+                f"norm: found fold with solver {self.solver}, which has no intercept to fold; allowed: average"
+            )
+        if self.solver == "regmean" and {"inputs", "targets"} & self.model_fields_set:
+            raise ValueError(
+                "solver regmean: has inputs: source and targets: own by definition; allowed: neither key"
             )
         return self
 
 
 class Method(Section):
-    """A row of the result table: a matching, a fit and a recalibration."""
+    """A row of the result table: a matching, a fit and a recalibration, on the tasks' own images or a proxy's."""
 
     match: Name
     fit: Fit
-    recalibrate: Literal["none", "batchnorm"] = "batchnorm"
+    recalibrate: Recalibrate = "batchnorm"
+    data: Literal["own", "proxy"] = "own"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Method":
+        if self.data == "proxy":
+            if self.fit.solver == "regmean" or self.fit.targets == "own":
+                raise ValueError(
+                    "data: found proxy with targets: own; allowed: targets: ensemble, a proxy has no owner"
+                )
+            if self.recalibrate == "tact":
+                raise ValueError("data: found proxy with recalibrate: tact, which is per task; allowed: own")
+        return self
 
 
 class AllocateSection(Section):
+    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix)."""
+
+    by: Spending = "measured"
     cost: Literal["macs", "parameters"] = "macs"
     levels: Annotated[int, Field(ge=2, le=64)] = 8  # of each group, on the solver's grid
     nodes: Count = 2000  # of the solver's search tree; a limit in time would not give the same answer twice
@@ -93,6 +148,8 @@ class FitSection(Section):
 class RecalibrateSection(Section):
     images: Count
     batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
 
 
 class ProbeSection(Section):
@@ -139,10 +196,21 @@ class Params(Section):
                 raise ValueError(
                     f"methods.{name}.match: found {method.match!r}; allowed: {', '.join(self.match)}"
                 )
+            if self.active.proxy is None and "proxy" in (method.data, self.match[method.match].data):
+                raise ValueError(
+                    f"methods.{name}: uses a proxy, which profile {self.profile} has not; "
+                    "allowed: a `proxy` in the profile, or data: own"
+                )
         for name in ("oracle", "ensemble"):
             if name in self.methods:
                 raise ValueError(f"methods.{name}: this name is taken; the row is always in the table")
         return self
+
+    @property
+    def matchings(self) -> dict[str, Matching]:
+        """The named matchings that a method uses."""
+        used = {method.match for method in self.methods.values()}
+        return {name: matching for name, matching in self.match.items() if name in used}
 
     def method(self, name: str) -> Method:
         return _choice("method", name, self.methods)
@@ -182,12 +250,13 @@ def parse_params(found: Any, path: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(found)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_line(error)}") from error
+        raise InputError(f"{path}: {first_line(error)}") from error
 
 
-def _first_line(error: ValidationError) -> str:
+def first_line(error: ValidationError, section: type[Section] = Params, name: str = "") -> str:
+    """One line: the key (below ``name``), what was found and what is allowed."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in (name, *first["loc"]) if part != "")
     kind = first["type"]
     if kind == "value_error":
         message = str(first["ctx"]["error"])
@@ -195,16 +264,16 @@ def _first_line(error: ValidationError) -> str:
     if kind == "missing":
         return f"{where}: not there; allowed: a value for it"
     if kind == "extra_forbidden":
-        return f"{where}: unknown key; allowed: {', '.join(_siblings(first['loc']))}"
+        return f"{where}: unknown key; allowed: {', '.join(_siblings(section, first['loc']))}"
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     value = first["input"]
     found = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
     return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
 
 
-def _siblings(location: tuple[Any, ...]) -> list[str]:
+def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:
     """Names of the keys allowed beside the unknown key at ``location``."""
-    annotation: Any = Params
+    annotation: Any = section
     for part in location[:-1]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             annotation = annotation.model_fields[part].annotation

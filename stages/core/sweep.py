@@ -24,11 +24,12 @@ from stages.core.network import MergedNetwork, Source
 from stages.core.trace import Trace
 
 GIB = 2**30
+NO_TASK = -1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (n, ...) preprocessed, all of one task (an index)."""
+    """images: (n, ...) preprocessed, all of one task (an index; ``NO_TASK`` for images that belong to none)."""
 
     images: Tensor
     task: int
@@ -100,7 +101,8 @@ class Sweep:
         out: list[Tensor | None] = []
         for index in range(len(self.batches)):
             inputs = [values[name][index].to(self.dtype) for name in node.inputs]
-            out.append(self._actors[actor].run_node(node, inputs).to(self.storage))
+            run = self._actors[actor].run_node
+            out.append(run(node, inputs, self.batches[index].task).to(self.storage))
             for name in done:
                 values[name][index] = None
         values[node.name] = out

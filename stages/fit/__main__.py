@@ -1,28 +1,30 @@
-"""Merge the sources by one method of params.yaml: models/match, models/allocate -> models/fit/<method>."""
+"""Build one method's merged network: models/match, models/allocate -> models/fit/<method>."""
 
 import torch
 
-from stages.core.artifacts import read_json, read_tensors, write_csv, write_text
+from stages.core.alignments.solve import make_alignment
+from stages.core.artifacts import write_csv, write_text
 from stages.core.command import command
 from stages.core.device import generator, prepare
-from stages.core.loading import load_calibration, load_sources
+from stages.core.loading import load_calibration, load_pairing, load_sources, load_statistics
 from stages.core.params import Params, load_params
-from stages.core.spec import Matching, UnitSplit
 from stages.fit.merge import fit_network
 
 
 def main(name: str) -> None:
     params = load_params()
     method, section = params.method(name), params.fit
-    device = prepare(params.device, params.threads)
-    matching, splits, reached = read_alignment(method.match)
+    device, settings = prepare(params.device, params.threads), params.match[method.match]
+    matching, splits, reached = load_pairing(method.match)
+    sources, statistics = load_sources(params, device), load_statistics(params, settings.data)
     network, record = fit_network(
-        load_sources(params, device),
+        sources,
         matching,
         splits,
-        load_calibration(params, section.images, section.batch_size, device),
+        load_calibration(params, section.images, section.batch_size, device, method.data),
         method.fit,
         labels=params.active.labels,
+        alignment=make_alignment(settings, sources, statistics, matching, splits),
         ridge=section.ridge,
         positions=section.positions,
         storage=getattr(torch, section.storage),
@@ -41,21 +43,10 @@ def main(name: str) -> None:
         write_text(f"reports/fit/{name}.csv", "layer,residual\n")
 
 
-def read_alignment(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
-    """What match and allocate left: the matching, the splits, and the budget reached."""
-    tensors, _ = read_tensors(f"models/match/{name}.safetensors")
-    allocation = read_json(f"models/allocate/{name}.json")
-    splits = {
-        group: UnitSplit(tuple(split["shared"]), tuple(split["separate"]))
-        for group, split in allocation["splits"].items()
-    }
-    units, similarity = ({g: tensors[f"{kind}/{g}"] for g in splits} for kind in ("units", "similarity"))
-    return Matching(units, similarity), splits, allocation["reached"]
-
-
 def description(params: Params, name: str, reached: float) -> dict:
     """What a merged file says about itself."""
     data = {task: own.data for task, own in params.active.tasks.items()}
+    method = params.method(name)
     return {
         "profile": params.profile,
         "architecture": params.active.architecture.model_dump(),
@@ -63,7 +54,12 @@ def description(params: Params, name: str, reached: float) -> dict:
             task: {"size": d.size, "channels": d.channels, "mean": d.mean, "std": d.std}
             for task, d in data.items()
         },
-        "method": {"name": name, **params.method(name).model_dump(), "settings": params.fit.model_dump()},
+        "method": {
+            "name": name,
+            **method.model_dump(),
+            "matching": params.match[method.match].model_dump(),
+            "settings": params.fit.model_dump(),
+        },
         "budget": {"asked": params.budget, "reached": reached, "counted": params.allocate.cost},
         "seed": params.seed,
     }

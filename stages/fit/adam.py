@@ -59,11 +59,8 @@ def fit_adam(fitter: "Fitter", node: Node, sweep: Sweep, fitted: Tensor) -> floa
 def _rows(fitter: "Fitter", node: Node, task: int) -> Tensor:
     """Which outputs an image of ``task`` counts for: bool (1, width)."""
     owner = fitter.network.map_of(node).outputs.owner
-    if fitter.network.labels == "separate" and node is fitter.network.trace.graph.output:
-        return (owner == task)[None].to(fitter.sources[0].state[node.parameters["weight"]].device)
-    return torch.ones_like(owner, dtype=torch.bool)[None].to(
-        fitter.sources[0].state[node.parameters["weight"]].device
-    )
+    counted = owner == task if fitter.own_rows(node) else torch.ones_like(owner, dtype=torch.bool)
+    return counted[None].to(fitter.sources[0].state[node.parameters["weight"]].device)
 
 
 @torch.no_grad()

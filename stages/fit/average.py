@@ -1,7 +1,9 @@
 """Averaging: the merge of Git Re-Basin (Ainsworth et al. 2023) extended to separate units, and where a fit starts.
 
-shared <- shared: the mean of the sources. separate of m <- anything: network m's own. shared <- separate of m: its
-own divided by N, since its N copies add up to what the mean of N shared units would have given.
+shared <- shared: the mean of the sources, each seen through its alignment (W = sum_m M_m W_m U_m of ZipIt!, CCA Merge
+and OT Fusion; the plain mean of matched units where an alignment is a permutation). separate of m <- anything:
+network m's own. shared <- separate of m: its own times its share, since the N copies add up to what the mean of N
+shared units would have given.
 """
 
 from collections.abc import Sequence
@@ -9,60 +11,69 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.core.alignment import Alignment, view_states
 from stages.core.blocks import Block, Parts
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork, Source
+from stages.core.spec import State
 
 
-def average_block(weights: Sequence[Tensor], block: Block, inputs: Parts, outputs: Parts) -> Tensor:
-    """weights: each aligned source's (d_out, c_in, ...). Returns the block's (rows, columns, ...)."""
+def average_block(
+    weights: Sequence[Tensor], block: Block, inputs: Parts, outputs: Parts, shares: Sequence[Tensor]
+) -> Tensor:
+    """weights: each source's (d_out, c_in, ...) in merged units; shares: what each counts for, (d_out,).
+
+    Returns the block's (rows, columns, ...).
+    """
     shape = (block.stop - block.start, len(block.columns), *weights[0].shape[2:])
     result = weights[0].new_zeros(shape)
-    for m, weight in enumerate(weights):
+    for m, (weight, share) in enumerate(zip(weights, shares, strict=True)):
         rows, merged_rows = _within(outputs.positions[m], block)
         read = torch.isin(inputs.positions[m], block.columns)
         columns = torch.searchsorted(block.columns, inputs.positions[m][read])
-        share = _share(outputs.owner[merged_rows + block.start], weights)
-        part = weight[rows][:, read] * share.view(-1, *[1] * (weight.dim() - 1))
-        result[merged_rows[:, None], columns] += part
+        own = share[rows].view(-1, *[1] * (weight.dim() - 1))
+        result[merged_rows[:, None], columns] += weight[rows][:, read] * own
     return result
 
 
-def average_vector(vectors: Sequence[Tensor], parts: Parts) -> Tensor:
-    """Biases and norm parameters, each (d,): mean of shared entries, own separate ones. Returns (merged width,)."""
+def average_vector(vectors: Sequence[Tensor], parts: Parts, shares: Sequence[Tensor]) -> Tensor:
+    """Biases and norm parameters, each (d,). Returns (merged width,)."""
     result = vectors[0].new_zeros(parts.width)
-    for vector, positions in zip(vectors, parts.positions, strict=True):
-        result[positions] += vector * _share(parts.owner[positions], vectors)
+    for vector, positions, share in zip(vectors, parts.positions, shares, strict=True):
+        result[positions] += vector * share
     return result
 
 
-def _share(owner: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """What a network's part counts for in each entry: 1/N where the entry is shared, else 1."""
-    share = tensors[0].new_ones(len(owner))
-    share[owner < 0] = 1 / len(tensors)
-    return share
+def entry_shares(network: MergedNetwork, alignment: Alignment, value: str, like: Tensor) -> list[Tensor]:
+    """What each network counts for in its own entries of a value: (d,) each; 1 where they are its own alone."""
+    if network.labels == "separate" and value == network.trace.graph.output.name:
+        return [like.new_ones(len(task.classes)) for task in network.tasks]
+    return list(alignment.shares(network.trace.layouts[value], network.shared, like))
 
 
 @torch.no_grad()
-def fill_average(network: MergedNetwork, sources: Sequence[Source]) -> None:
-    """Give every layer of ``network`` the average of the aligned sources."""
+def fill_average(network: MergedNetwork, sources: Sequence[Source], alignment: Alignment) -> None:
+    """Give every layer of ``network`` the average of the sources, units in merged order."""
+    states = view_states(sources, alignment, network.shared)
     for node in network.trace.graph.nodes:
         if node.linear:
-            _fill_linear(network, node, sources)
+            _fill_linear(network, node, states, alignment)
         elif node.operation == "batch_norm":
             module, parts = network.map_of(node), network.parts(node.name)
+            shares = entry_shares(network, alignment, node.name, module.running_mean)
             for role, name in node.parameters.items():
-                getattr(module, role).copy_(average_vector([s.state[name] for s in sources], parts))
+                getattr(module, role).copy_(average_vector([s[name] for s in states], parts, shares))
 
 
-def _fill_linear(network: MergedNetwork, node: Node, sources: Sequence[Source]) -> None:
+def _fill_linear(network: MergedNetwork, node: Node, states: Sequence[State], alignment: Alignment) -> None:
     module = network.map_of(node)
-    weights = [source.state[node.parameters["weight"]] for source in sources]
+    weights = [state[node.parameters["weight"]] for state in states]
+    shares = entry_shares(network, alignment, node.name, weights[0])
     for block, parameter in zip(module.blocks, module.weights, strict=True):
-        parameter.copy_(average_block(weights, block, module.inputs, module.outputs))
+        parameter.copy_(average_block(weights, block, module.inputs, module.outputs, shares))
     if module.bias is not None:
-        biases = [source.state[node.parameters["bias"]] for source in sources]
-        module.bias.copy_(average_vector(biases, module.outputs))
+        biases = [state[node.parameters["bias"]] for state in states]
+        module.bias.copy_(average_vector(biases, module.outputs, shares))
 
 
 def _within(positions: Tensor, block: Block) -> tuple[Tensor, Tensor]:

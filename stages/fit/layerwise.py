@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.blocks import Block, Parts
-from stages.core.graph import Node, node_parameters
+from stages.core.alignment import Alignment, exclusive_norms, norm_scale
+from stages.core.blocks import Block
+from stages.core.graph import Node
 from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
 from stages.core.network import MergedNetwork, Source, exact_entries
 from stages.core.norms import install_statistics, merged_moments
 from stages.core.params import Fit
 from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam
-from stages.fit.average import average_block
+from stages.fit.average import average_block, entry_shares
 from stages.fit.normal import NormalEquations
 
 CHUNK = 2**24  # entries of one im2col matrix
@@ -33,10 +34,11 @@ class LayerFit:
 
 
 class Fitter:
-    """The visitor that fits ``network`` to the aligned ``sources``.
+    """The visitor that fits ``network`` to the ``sources``, units in merged order, seen through ``alignment``.
 
     ridge: relative to the mean diagonal of G. positions: share of a feature map's positions that is used, drawn
-    with ``generator``. After the sweep ``record`` has one entry per fitted layer.
+    with ``generator``. owned: whether every image has a task. After the sweep
+    ``record`` has one entry per fitted layer.
     """
 
     def __init__(
@@ -47,18 +49,17 @@ class Fitter:
         ridge: float,
         positions: float = 1.0,
         generator: torch.Generator | None = None,
+        alignment: Alignment | None = None,
+        owned: bool = True,
     ) -> None:
+        self.owned = owned
+        self.alignment = alignment or Alignment(len(sources))
         self.network, self.sources, self.fit = network, sources, fit
         self.ridge, self.positions = ridge, positions
         self.generator = generator or torch.Generator().manual_seed(0)
         self.record: list[LayerFit] = []
         self.exact = exact_entries(network)
-        users = network.trace.graph.users()
-        self.norms: dict[str, Node] = {}  # linear node -> the batch norm that alone reads it
-        for node in network.trace.graph.nodes:
-            readers = users[node.name]
-            if node.linear and len(readers) == 1 and readers[0].operation == "batch_norm":
-                self.norms[node.name] = readers[0]
+        self.norms = exclusive_norms(network.trace.graph)
         self.folded = {  # linear nodes that are fitted to what the batch norm behind them gives
             name: norm
             for name, norm in self.norms.items()
@@ -85,7 +86,7 @@ class Fitter:
             )
             return entries * module.weights[0].element_size() + 12 * CHUNK
         taps = module.weights[0].shape[2:].numel()
-        equations = len(self.sources) if self._own_rows(node) else 1
+        equations = len(self.sources) if self.own_rows(node) else 1
         return (
             equations * NormalEquations.bytes(module.inputs.width * taps, module.outputs.width) + 12 * CHUNK
         )
@@ -104,7 +105,7 @@ class Fitter:
         module = self.network.map_of(node)
         taps = module.weights[0].shape[2:].numel()
         norm = self.norms.get(node.name)
-        separate_heads = self._own_rows(node)
+        separate_heads = self.own_rows(node)
         device = sweep.batches[0].images.device
         sizes = module.inputs.width * taps, module.outputs.width
         intercept = module.bias is not None or norm is not None
@@ -149,17 +150,22 @@ class Fitter:
         if node.name not in self.folded:
             return list(module.weights)
         norm, scaled = self.folded[node.name], []
-        for source in self.sources:
-            weight, p = source.state[node.parameters["weight"]], node_parameters(norm, source.state)
-            scale = p["weight"] / (p["running_var"] + norm.attributes["eps"]).sqrt()
-            scaled.append(weight * scale.view(-1, *[1] * (weight.dim() - 1)))
-        return [average_block(scaled, block, module.inputs, module.outputs) for block in module.blocks]
+        trace, shared = self.network.trace, self.network.shared
+        for m, source in enumerate(self.sources):
+            weight = source.state[node.parameters["weight"]]
+            weight = weight * norm_scale(norm, source.state).view(-1, *[1] * (weight.dim() - 1))
+            weight = self.alignment.read(weight, trace.layouts[node.inputs[0]], shared, m)
+            scaled.append(self.alignment.view(weight, trace.layouts[node.name], 0, shared, m))
+        shares = entry_shares(self.network, self.alignment, node.name, scaled[0])
+        return [
+            average_block(scaled, block, module.inputs, module.outputs, shares) for block in module.blocks
+        ]
 
     def _row_sets(self, node: Node, block: Block) -> list[Tensor]:
         """Rows of a block to be solved together: those that are no copies, one network's head at a time."""
         rows = torch.arange(block.start, block.stop)
         rows = rows[~self.exact[node.name][rows]]
-        if self._own_rows(node) and len(rows):
+        if self.own_rows(node) and len(rows):
             owner = self.network.map_of(node).outputs.owner[rows]
             return [rows[owner == m] for m in owner.unique()]
         return [rows] if len(rows) else []
@@ -208,8 +214,7 @@ class Fitter:
         if self.fit.inputs == "merged":
             return sweep.of_merged(node.inputs[0], index)
         values = [sweep.source(m, node.inputs[0], index) for m in range(len(self.sources))]
-        parts = self.network.parts(node.inputs[0])
-        return self._assemble(values, parts, sweep.batches[index].task, _unit_dim(node, values[0]))
+        return self._assemble(values, node.inputs[0], sweep.batches[index].task)
 
     def targets(self, node: Node, sweep: Sweep, index: int) -> Tensor:
         """y of one batch, in the merged network's entries."""
@@ -217,29 +222,33 @@ class Fitter:
         if node.name in self.folded:
             norm = self.folded[node.name]
             values = [s.run_node(norm, [v]) for s, v in zip(self.sources, values, strict=True)]
-        parts = self.network.parts(node.name)
-        return self._assemble(values, parts, sweep.batches[index].task, _unit_dim(node, values[0]))
+        return self._assemble(values, node.name, sweep.batches[index].task)
 
-    def _assemble(self, values: Sequence[Tensor], parts: Parts, task: int, dim: int) -> Tensor:
-        """Separate entries: their own network's. Shared ones: the mean (ensemble) or the owner's (own)."""
+    def _assemble(self, values: Sequence[Tensor], name: str, task: int) -> Tensor:
+        """Separate entries: their own network's. Shared ones: the mean (ensemble) or the owner's (own).
+
+        Where the owner has no part in a merged unit, its value is that of the others.
+        """
+        layout, parts = self.network.trace.layouts[name], self.network.parts(name)
+        values = [
+            self.alignment.view(value, layout, layout.dim, self.network.shared, m)
+            for m, value in enumerate(values)
+        ]
         shape = list(values[0].shape)
-        shape[dim] = parts.width
-        result = values[0].new_empty(shape)
-        device = result.device
-        for m, (value, positions) in enumerate(zip(values, parts.positions, strict=True)):
-            is_shared = parts.owner[positions] < 0
-            if not is_shared.all():
-                own = (~is_shared).nonzero().flatten()
-                result.index_copy_(
-                    dim, positions[own].to(device), value.index_select(dim, own.to(device)).to(result.dtype)
-                )
-            if m == 0 and is_shared.any():
-                kept = is_shared.nonzero().flatten().to(device)
-                if self.fit.targets == "own":
-                    shared = values[task].index_select(dim, kept)
-                else:
-                    shared = sum(v.index_select(dim, kept) for v in values) / len(values)
-                result.index_copy_(dim, positions[kept.cpu()].to(device), shared)
+        shape[layout.dim] = parts.width
+        result = values[0].new_zeros(shape)
+        shares = entry_shares(self.network, self.alignment, name, values[0])
+        for m, (value, share, positions) in enumerate(zip(values, shares, parts.positions, strict=True)):
+            if self.fit.targets == "own":
+                decided = (parts.owner[positions] < 0).to(share.device)
+                if decided.any():
+                    decided &= shares[task] > 0
+                share = torch.where(decided, float(m == task), share)
+            counted = share.nonzero().flatten()
+            part = value if len(counted) == len(share) else value.index_select(layout.dim, counted)
+            if (share[counted] != 1).any():
+                part = part * share[counted].view(*[-1 if d == layout.dim else 1 for d in range(part.dim())])
+            result.index_add_(layout.dim, positions.to(result.device)[counted], part)
         return result
 
     def _rows(self, node: Node, z: Tensor, y: Tensor, kernel: tuple[int, ...]):
@@ -255,9 +264,10 @@ class Fitter:
                 z_rows, y_rows = z_rows[kept], y_rows[kept]
             yield z_rows, y_rows
 
-    def _own_rows(self, node: Node) -> bool:
-        """Heads of separate label spaces are fitted on their own task's rows."""
-        return self.network.labels == "separate" and node is self.network.trace.graph.output
+    def own_rows(self, node: Node) -> bool:
+        """Heads of separate label spaces are fitted on their own task's rows, where images have a task."""
+        separate = self.network.labels == "separate" and node is self.network.trace.graph.output
+        return separate and self.owned
 
     # -- the published iteration --------------------------------------------------------------------------------
 
@@ -271,7 +281,3 @@ class Fitter:
 def layer_of(node: Node) -> str:
     """The module path of a linear node."""
     return node.parameters["weight"].rpartition(".")[0] or node.name
-
-
-def _unit_dim(node: Node, value: Tensor) -> int:
-    return 1 if node.operation == "conv2d" else value.dim() - 1

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.core.alignment import Alignment
 from stages.core.cost import check_built, split_cost
 from stages.core.errors import InputError
 from stages.core.network import MergedNetwork, Source
@@ -15,6 +16,7 @@ from stages.core.spec import Matching, UnitSplit
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 from stages.fit.average import fill_average
 from stages.fit.layerwise import Fitter, LayerFit
+from stages.fit.regmean import RegMean
 
 
 def fit_network(
@@ -25,6 +27,7 @@ def fit_network(
     fit: Fit,
     *,
     labels: str,
+    alignment: Alignment | None = None,
     ridge: float = 1e-3,
     positions: float = 1.0,
     storage: torch.dtype = torch.float32,
@@ -35,11 +38,12 @@ def fit_network(
 ) -> tuple[MergedNetwork, list[LayerFit]]:
     """Merge ``sources`` with a matching and a split of its units.
 
-    batches: unlabelled images of every task, on the sources' device. ridge: see stages.fit.normal. storage: type
-    in which values are kept. memory: GiB, None for what is free. Returns the network and each layer's residual.
-    Raises InputError when it would not fit in memory, or when a gate fails.
+    batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
+    shared units beyond pairing them. ridge: see stages.fit.normal. storage: type in which values are kept. memory:
+    GiB, None for what is free. Returns the network and each layer's residual. Raises InputError when it would not
+    fit in memory, or when a gate fails.
     """
-    aligned = align(sources, matching, splits)
+    aligned, alignment = align(sources, matching, splits), alignment or Alignment(len(sources))
     shared = {name: len(split.shared) for name, split in splits.items()}
     trace = aligned[0].trace
     tasks, units = [s.task for s in aligned], merged_units(matching, splits)
@@ -48,12 +52,13 @@ def fit_network(
     network = MergedNetwork(trace, tasks, labels, shared, units, about)
     example = next(iter(aligned[0].state.values()))
     network.to(device=example.device, dtype=example.dtype)
-    fill_average(network, aligned)
+    fill_average(network, aligned, alignment)
     record: list[LayerFit] = []
     if fit.solver != "average":
-        fitter = Fitter(
-            network, aligned, fit, ridge if fit.ridge is None else fit.ridge, positions, generator
-        )
+        owned = all(batch.task >= 0 for batch in batches)
+        kind = RegMean if fit.solver == "regmean" else Fitter
+        ridge = ridge if fit.ridge is None else fit.ridge
+        fitter = kind(network, aligned, fit, ridge, positions, generator, alignment, owned)
         running = network if fit.inputs == "merged" else None
         needed = peak_bytes(trace, len(aligned), batches, fitter, running, storage)
         check_memory(needed, memory, example.device, "fit")
@@ -73,10 +78,7 @@ def check_separate(network: MergedNetwork, aligned: Sequence[Source], images: Te
     merged = network.features(images)
     name = network.head.inputs[0]
     for source, positions in zip(aligned, network.parts(name).positions, strict=True):
-        values = {network.trace.graph.nodes[0].name: images}
-        for node in network.trace.graph.nodes[1:-1]:
-            values[node.name] = source.run_node(node, [values[i] for i in node.inputs])
-        expected = values[name]
+        expected = source.features(images)
         found = merged.index_select(network.trace.layouts[name].dim, positions.to(merged.device))
         tolerance = 1e-4 if expected.dtype == torch.float32 else 1e-9
         if (found - expected).abs().max() > tolerance * (1 + expected.abs().max()):

@@ -4,23 +4,21 @@ A shared unit can be only one function where the sources have N. What that costs
 that a common function does not explain, weighted by how much the layers that read the group depend on the unit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from stages.core.moments import Statistics
 from stages.core.network import Source
 from stages.core.spec import Matching
 from stages.core.trace import Trace
-from stages.match.similarity import similarity
 
 
-def unit_benefits(
-    sources: Sequence[Source], matching: Matching, mean: Mapping[str, Tensor], second: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def unit_benefits(sources: Sequence[Source], matching: Matching, statistics: Statistics) -> dict[str, Tensor]:
     """Benefit of separating unit j of every free group: {group: float64 (d,)}, non-negative.
 
-    mean {group: (N d,)}, second {group: (N d, N d)}: pooled over tasks. For network m, the unexplained share of a
+    For network m, the unexplained share of a
     tuple is 1 - (its mean correlation with the others), and its weight the share of each reading layer's input
     variance that comes through the unit, summed over layers and averaged over networks.
     """
@@ -29,13 +27,14 @@ def unit_benefits(
     for name in trace.spec.free:
         units = matching.units[name]
         networks, d = units.shape
-        correlation = similarity(mean[name], second[name], networks, "correlation")
+        moments = statistics.after[name]
+        correlation = moments.between("correlation")
         unexplained = torch.zeros(d, dtype=torch.float64)
         for m in range(networks):
             for n in range(m):
-                unexplained += 1 - correlation[m, n][units[m], units[n]].cpu()
+                unexplained += 1 - correlation[m, n][units[m], units[n]]
         unexplained /= networks * (networks - 1) / 2
-        variance = (second[name].diagonal() - mean[name].square()).clamp(min=0).view(networks, d).cpu()
+        variance = moments.covariance.diagonal().clamp(min=0).view(networks, d)
         weight = torch.zeros(d, dtype=torch.float64)
         for m, source in enumerate(sources):
             weight += reading_share(trace, source, name, variance[m])[units[m]] / networks

@@ -1,70 +1,107 @@
 """A matching by any of the known ways, with what the later stages and the report need to know about it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stages.core.alignments.solve import ALIGNMENTS, make_alignment
+from stages.core.moments import Statistics
 from stages.core.network import Source
 from stages.core.params import Matching as Settings
-from stages.core.spec import Matching, identity_matching
-from stages.match.assign import assign_jointly
+from stages.core.spec import Matching, full_split, identity_matching
+from stages.match.assign import assign, assign_jointly
 from stages.match.benefit import unit_benefits
-from stages.match.similarity import similarity
+from stages.match.dual import match_dual
 from stages.match.weights import match_weights
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """Moments over the images of all tasks, which weigh alike: {group: (N d,)} and {group: (N d, N d)}."""
+class Task:
+    """What a way of matching has to go by."""
 
-    mean: Mapping[str, Tensor]
-    second: Mapping[str, Tensor]
+    sources: Sequence[Source]
+    settings: Settings
+    statistics: Statistics
+    generator: torch.Generator
 
 
 def make_matching(
-    sources: Sequence[Source], settings: Settings, pooled: Pooled, generator: torch.Generator
+    sources: Sequence[Source], settings: Settings, statistics: Statistics, generator: torch.Generator
 ) -> tuple[Matching, dict[str, Tensor]]:
     """Match the units of all free groups.
 
     Returns the matching, whose similarity is the correlation of each unit with the reference's whatever the way,
     and the benefit of separating each tuple, {group: (d,)}.
     """
-    spec, networks = sources[0].trace.spec, len(sources)
-    if settings.by == "identity":
-        units = dict(identity_matching(spec, networks).units)
-    elif settings.by == "weights":
-        units = _by_weights(sources, settings, generator)
-    else:
-        units = {
-            name: assign_jointly(
-                similarity(pooled.mean[name], pooled.second[name], networks, settings.similarity),
-                settings.sweeps,
-            )
-            for name in spec.free
-        }
-    matching = Matching(units, correlations(units, pooled))
-    return matching, unit_benefits(sources, matching, pooled.mean, pooled.second)
+    units = WAYS.get(settings.by, _by_alignment)(Task(sources, settings, statistics, generator))
+    matching = Matching(units, correlations(units, statistics))
+    return matching, unit_benefits(sources, matching, statistics)
 
 
-def correlations(units: Mapping[str, Tensor], pooled: Pooled) -> dict[str, Tensor]:
+def correlations(units: Mapping[str, Tensor], statistics: Statistics) -> dict[str, Tensor]:
     """Correlation of each unit with the reference's unit it is matched to: {group: float64 (N, d)}."""
     found = {}
     for name, own in units.items():
         networks, d = own.shape
-        S = similarity(pooled.mean[name], pooled.second[name], networks, "correlation").cpu()
+        S = statistics.after[name].between("correlation")
         found[name] = torch.stack([S[0, m][torch.arange(d), own[m]] for m in range(networks)])
     return found
 
 
-def _by_weights(
-    sources: Sequence[Source], settings: Settings, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The best of several random orders. Heads of different label spaces have nothing in common, and do not count."""
-    spec, head = sources[0].trace.spec, set[str]()
+def _by_position(task: Task) -> dict[str, Tensor]:
+    return dict(identity_matching(task.sources[0].trace.spec, len(task.sources)).units)
+
+
+def _by_activations(task: Task) -> dict[str, Tensor]:
+    return {
+        name: assign_jointly(moments.between(task.settings.similarity), task.settings.sweeps)
+        for name, moments in task.statistics.after.items()
+    }
+
+
+def _by_weights(task: Task) -> dict[str, Tensor]:
+    """The best of several random orders."""
+    spec, states = task.sources[0].trace.spec, _states(task.sources)
+    runs = [
+        match_weights(spec, states, task.generator, task.settings.sweeps)
+        for _ in range(task.settings.restarts)
+    ]
+    return max(runs, key=lambda run: run[1][-1])[0]
+
+
+def _by_both(task: Task) -> dict[str, Tensor]:
+    alike = {name: moments.between("correlation") for name, moments in task.statistics.after.items()}
+    spec, states = task.sources[0].trace.spec, _states(task.sources)
+    return match_dual(spec, states, alike, task.settings.rho, task.generator, task.settings.sweeps)[0]
+
+
+def _by_alignment(task: Task) -> dict[str, Tensor]:
+    """The pairs that an alignment of all units ties most; what it leaves open is decided by correlation."""
+    spec, networks = task.sources[0].trace.spec, len(task.sources)
+    position = identity_matching(spec, networks)
+    alignment = make_alignment(task.settings, task.sources, task.statistics, position, full_split(spec))
+    units = dict(position.units)
+    for name, found in alignment.groups.items():
+        alike = task.statistics.after[name].between("correlation")
+        for m in range(1, networks):
+            units[name][m] = assign(found.unmerges[0] @ found.views[m] + 1e-3 * alike[0, m])
+    return units
+
+
+def _states(sources: Sequence[Source]) -> list[dict[str, Tensor]]:
+    """The sources' weights. Heads of different label spaces have nothing in common, and do not count."""
+    head = set[str]()
     if len({source.task.classes for source in sources}) > 1:
         head = set(sources[0].graph.output.parameters.values())
-    states = [{name: t for name, t in source.state.items() if name not in head} for source in sources]
-    runs = [match_weights(spec, states, generator, settings.sweeps) for _ in range(settings.restarts)]
-    return max(runs, key=lambda run: run[1][-1])[0]
+    return [{name: t for name, t in source.state.items() if name not in head} for source in sources]
+
+
+WAYS: dict[str, Callable[[Task], dict[str, Tensor]]] = {
+    "identity": _by_position,
+    "weights": _by_weights,
+    "activations": _by_activations,
+    "dual": _by_both,
+    **dict.fromkeys(ALIGNMENTS, _by_alignment),
+}

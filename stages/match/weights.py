@@ -31,12 +31,14 @@ def match_weights(
     networks = len(states)
     units = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
     for m in range(1, networks) if networks > 2 else ():  # a start: each to those before it
-        _ascend(_Problem(spec, states[: m + 1]), units, [m], generator, sweeps, tolerance)
-    return units, _ascend(_Problem(spec, states), units, range(1, networks), generator, sweeps, tolerance)
+        _ascend(WeightProblem(spec, states[: m + 1]), units, [m], generator, sweeps, tolerance)
+    return units, _ascend(
+        WeightProblem(spec, states), units, range(1, networks), generator, sweeps, tolerance
+    )
 
 
 def _ascend(
-    problem: "_Problem",
+    problem: "WeightProblem",
     units: Mapping[str, Tensor],
     networks: Sequence[int],
     generator: torch.Generator,
@@ -56,7 +58,9 @@ def _ascend(
     return objectives
 
 
-class _Problem:
+class WeightProblem:
+    """The weights of N networks, and how they look in the reference's order."""
+
     def __init__(self, spec: PermutationSpec, states: Sequence[State]) -> None:
         self.spec = spec
         self.on: dict[str, list[tuple[str, Span]]] = {}  # parameter -> free groups on its axes
@@ -84,6 +88,27 @@ class _Problem:
     def reference(self, units: Mapping[str, Tensor], parameter: str, network: int) -> Tensor:
         """The sum of the other networks' tensors, in the reference's order."""
         return sum(self.placed(units, parameter, n) for n in range(len(self.states)) if n != network)
+
+    def unit_weights(
+        self, units: Mapping[str, Tensor], name: str, network: int, placed: bool = True
+    ) -> Tensor:
+        """All weights of each unit of a group, (d, entries), other axes in the reference's order.
+
+        placed: units in the reference's order too, else in the network's own.
+        """
+        group = self.spec.groups[name]
+        return torch.cat(
+            [
+                _unit_rows(
+                    self.placed(units, span.axis.parameter, network, None if placed else span),
+                    span,
+                    group.size,
+                )
+                for span in group.spans
+                if span.axis.parameter in self.on
+            ],
+            1,
+        )
 
     def improve(self, units: Mapping[str, Tensor], name: str, network: int) -> None:
         """Give one group of one network its best order, if that is better than the one it has."""

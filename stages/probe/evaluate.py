@@ -33,15 +33,17 @@ class Merged:
     network: MergedNetwork
 
     def own(self, x: Tensor, task: int) -> Tensor:
-        if self.network.labels == "shared":
-            return self.network(x)
-        return self.network(x, task=self.network.tasks[task].name)
+        return self.network(x, self._name(task))
 
     def joint(self, x: Tensor, task: int) -> Tensor:
         return self.network(x)
 
     def features(self, x: Tensor, task: int) -> Tensor:
-        return self.network.features(x).flatten(1)
+        return self.network.features(x, self._name(task) if self.network.corrected else None).flatten(1)
+
+    def _name(self, task: int) -> str | None:
+        told = self.network.labels == "separate" or self.network.corrected
+        return self.network.tasks[task].name if told else None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Ensemble:
         return torch.cat([source(x) for source in self.sources], 1)
 
     def features(self, x: Tensor, task: int) -> Tensor:
-        return torch.cat([source_features(source, x) for source in self.sources], 1)
+        return torch.cat([source.features(x).flatten(1) for source in self.sources], 1)
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,7 @@ class Oracle:
         return whole
 
     def features(self, x: Tensor, task: int) -> Tensor:
-        return source_features(self.sources[task], x)
-
-
-def source_features(source: Source, x: Tensor) -> Tensor:
-    """The input of a source's last operation, (n, features)."""
-    values = {source.graph.nodes[0].name: x}
-    last = source.graph.last_uses()
-    for node in source.graph.nodes[1:-1]:
-        values[node.name] = source.run_node(node, [values[name] for name in node.inputs])
-        for name in last[node.name]:
-            values.pop(name, None)
-    return values[source.graph.output.inputs[0]].flatten(1)
+        return self.sources[task].features(x).flatten(1)
 
 
 @torch.no_grad()

@@ -1,22 +1,52 @@
-"""Recompute the statistics of every method's network: models/fit -> models/recalibrate."""
+"""Mend the statistics of every method's network: models/fit -> models/recalibrate."""
 
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from stages.core.alignment import Alignment
+from stages.core.alignments.solve import make_alignment
 from stages.core.command import command
 from stages.core.device import prepare
-from stages.core.loading import load_calibration
-from stages.core.network import load_merged
-from stages.core.params import load_params
-from stages.recalibrate.batchnorm import recompute_statistics
+from stages.core.loading import load_calibration, load_pairing, load_sources, load_statistics
+from stages.core.network import Source, load_merged
+from stages.core.params import Params, load_params
+from stages.core.sources import align
+from stages.recalibrate.recalibrate import recalibrate
 
 
 def main() -> None:
     params = load_params()
     device, section = prepare(params.device, params.threads), params.recalibrate
-    batches = load_calibration(params, section.images, section.batch_size, device)
+    batches = cache(lambda data: load_calibration(params, section.images, section.batch_size, device, data))
+    sources = cache(lambda: load_sources(params, device))
     for name, method in params.methods.items():
         network = load_merged(f"models/fit/{name}.safetensors", device)
-        if method.recalibrate == "batchnorm":
-            recompute_statistics(network, batches, progress=f"recalibrate {name}")
+        aligned = (
+            aligned_sources(params, method.match, sources())
+            if method.recalibrate in ("repair", "tact")
+            else ((), None)
+        )
+        recalibrate(
+            network,
+            method.recalibrate,
+            batches(method.data),
+            *aligned,
+            storage=getattr(torch, section.storage),
+            memory=section.memory,
+            progress=f"recalibrate {name}",
+        )
         network.save(f"models/recalibrate/{name}.safetensors")
+
+
+def aligned_sources(params: Params, match: str, sources: Sequence[Source]) -> tuple[list[Source], Alignment]:
+    """The sources in the merged order of a named matching, and its alignment."""
+    matching, splits, _ = load_pairing(match)
+    settings = params.match[match]
+    statistics = load_statistics(params, settings.data)
+    alignment = make_alignment(settings, sources, statistics, matching, splits)
+    return align(sources, matching, splits), alignment
 
 
 if __name__ == "__main__":

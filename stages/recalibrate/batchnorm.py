@@ -7,6 +7,8 @@ gives with its new statistics: the cumulative average over one full pass, withou
 
 from collections.abc import Sequence
 
+import torch
+
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork, exact_entries
 from stages.core.norms import install_statistics, merged_moments
@@ -30,7 +32,11 @@ class _Statistics:
 
 
 def recompute_statistics(
-    network: MergedNetwork, batches: Sequence[Batch], memory: float | None = None, progress: str | None = None
+    network: MergedNetwork,
+    batches: Sequence[Batch],
+    storage: torch.dtype | None = None,
+    memory: float | None = None,
+    progress: str | None = None,
 ) -> None:
     """Reset and recompute every batch norm of ``network``, in place.
 
@@ -38,6 +44,6 @@ def recompute_statistics(
     statistics: they were trained with them. Raises InputError when it would not fit in memory.
     """
     visitor = _Statistics(network)
-    needed = peak_bytes(network.trace, 0, batches, visitor, network)
+    needed = peak_bytes(network.trace, 0, batches, visitor, network, storage)
     check_memory(needed, memory, batches[0].images.device, "recalibrate")
-    Sweep([], batches, network).run(visitor, progress)
+    Sweep([], batches, network, storage).run(visitor, progress)

@@ -22,14 +22,14 @@ def main() -> None:
         name: tables.read_columns(
             folder / "match" / f"{name}.csv", ["group", "network"], ["similarity", "unmatched"]
         )
-        for name, matching in params.match.items()
+        for name, matching in params.matchings.items()
         if matching.by != "identity"  # pairs by position: the `unmatched` column of the others
     }
     allocations = {
         name: tables.read_columns(
             folder / "allocate" / f"{name}.csv", ["group"], ["units", "shared", "separate", "fraction"]
         )
-        for name in params.match
+        for name in params.matchings
     }
     fits = {
         name: tables.read_columns(folder / "fit" / f"{name}.csv", ["layer"], ["residual"])

@@ -5,26 +5,30 @@ import torch
 from stages.core.artifacts import write_tensors
 from stages.core.command import command
 from stages.core.device import generator, prepare
-from stages.core.loading import load_calibration, load_sources
+from stages.core.loading import MOMENTS, load_calibration, load_sources
+from stages.core.moments import to_tensors
 from stages.core.params import load_params
+from stages.core.sweep import Batch
 from stages.statistics.moments import gather
 
 
 def main() -> None:
     params = load_params()
-    device, section = prepare(params.device, params.threads), params.statistics
-    moments = gather(
+    device, section, profile = prepare(params.device, params.threads), params.statistics, params.active
+    batches = load_calibration(params, section.images, section.batch_size, device)
+    if profile.proxy is not None:  # counted as one more task, so that its moments stay apart
+        proxy = load_calibration(params, section.images, section.batch_size, device, "proxy")
+        batches += [Batch(batch.images, len(profile.tasks)) for batch in proxy]
+    gathered = gather(
         load_sources(params, device),
-        load_calibration(params, section.images, section.batch_size, device),
+        batches,
         positions=section.positions,
         storage=getattr(torch, section.storage),
         memory=section.memory,
         generator=generator(params.seed),
         progress="statistics",
     )
-    tensors = {f"{group}/mean": m.mean for group, m in moments.items()}
-    tensors |= {f"{group}/second": m.second for group, m in moments.items()}
-    write_tensors("models/statistics/moments.safetensors", tensors)
+    write_tensors(MOMENTS, to_tensors(gathered))
 
 
 if __name__ == "__main__":

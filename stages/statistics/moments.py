@@ -1,38 +1,31 @@
 """Joint first and second moments of the networks' features, group by group and task by task, in one sweep.
 
-A group's features are the values that Linear and Conv2d layers read of it (after the non-linearity); a residual
-stream is read at several places, which count alike.
+A group's features are the values that Linear and Conv2d layers read of it, after the non-linearity and, apart from
+that, before it. A residual stream is read at several places, which count alike.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.core.graph import Node
 from stages.core.layers import unit_rows
+from stages.core.moments import PLACES, TaskMoments
 from stages.core.network import Source
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 from stages.core.trace import Trace
 
 CHUNK = 2**24
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Of one group, over the images of each of T tasks: mean (T, N d), second (T, N d, N d), both float64."""
-
-    mean: Tensor
-    second: Tensor
+ENDS = ("input", "linear", "conv2d", "batch_norm", "add", "multiply")  # what non-linearities come behind
 
 
 @dataclass
 class _Sums:
     mean: Tensor
     second: Tensor
-    count: Tensor
-    values: list[str] = field(default_factory=list)
+    count: Tensor  # (T,)
 
 
 class MomentsVisitor:
@@ -44,23 +37,26 @@ class MomentsVisitor:
         self.trace, self.networks, self.tasks = trace, networks, tasks
         self.positions, self.generator = positions, generator
         self.at = places(trace)
-        self.sums: dict[str, _Sums] = {}
+        self.found: dict[tuple[str, str], _Sums] = {}  # (place, group) -> sums of the places' means
 
     def wants(self, node: Node) -> bool:
         return node.name in self.at
 
     def extra_bytes(self, node: Node, images: int) -> int:
-        return sum(24 * (self.networks * g.size) ** 2 for g in self.trace.spec.free.values()) + 12 * CHUNK
+        sizes = [(self.networks * group.size) ** 2 for group in self.trace.spec.free.values()]
+        return 8 * (self.tasks + 1) * (2 * sum(sizes) + max(sizes, default=0)) + 12 * CHUNK
 
     def visit(self, node: Node, sweep: Sweep) -> None:
-        for name in self.at[node.name]:
+        for place, name in self.at[node.name]:
+            sums: dict[str, _Sums] = {}
             for index, batch in enumerate(sweep.batches):
                 values = [sweep.source(m, name, index) for m in range(self.networks)]
-                self._add(name, values, batch.task)
+                self._add(sums, name, values, batch.task)
+            for group, own in sums.items():
+                self._count_alike((place, group), own)
 
-    def _add(self, name: str, values: Sequence[Tensor], task: int) -> None:
-        layout = self.trace.layouts[name]
-        start = 0
+    def _add(self, sums: dict[str, _Sums], name: str, values: Sequence[Tensor], task: int) -> None:
+        layout, start = self.trace.layouts[name], 0
         for segment in layout.segments:
             width = segment.size * segment.block
             if segment.group in self.trace.spec.free:
@@ -69,35 +65,41 @@ class MomentsVisitor:
                 if self.positions < 1 and len(rows) > len(values[0]):
                     count = max(1, round(self.positions * len(rows)))
                     rows = rows[torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)]
-                self._sum(segment.group, rows, task)
+                self._sum(sums, segment.group, rows, task)
             start += width
 
-    def _sum(self, group: str, rows: Tensor, task: int) -> None:
+    def _sum(self, sums: dict[str, _Sums], group: str, rows: Tensor, task: int) -> None:
         """rows: (rows, N d)."""
         d = rows.shape[1]
-        if group not in self.sums:
-            options = {"dtype": torch.float64, "device": rows.device}
-            self.sums[group] = _Sums(
-                torch.zeros(self.tasks, d, **options),
-                torch.zeros(self.tasks, d, d, **options),
-                torch.zeros(self.tasks, **options),
-            )
-        sums = self.sums[group]
+        if group not in sums:
+            sums[group] = self._zeros(d, rows.device)
         for part in rows.split(max(1, CHUNK // d)):
-            sums.mean[task] += part.sum(0, dtype=torch.float64)
-            sums.second[task] += (part.T @ part).double()
-            sums.count[task] += len(part)
+            sums[group].mean[task] += part.sum(0, dtype=torch.float64)
+            sums[group].second[task] += (part.T @ part).double()
+            sums[group].count[task] += len(part)
 
-    def moments(self) -> dict[str, Moments]:
-        return {
-            name: Moments(s.mean / s.count[:, None], s.second / s.count[:, None, None])
-            for name, s in self.sums.items()
-        }
+    def _count_alike(self, key: tuple[str, str], own: _Sums) -> None:
+        if key not in self.found:
+            self.found[key] = self._zeros(own.mean.shape[1], own.mean.device)
+        self.found[key].mean += own.mean / own.count[:, None]
+        self.found[key].second += own.second / own.count[:, None, None]
+        self.found[key].count += 1
+
+    def _zeros(self, d: int, device: torch.device) -> _Sums:
+        shapes = (self.tasks, d), (self.tasks, d, d), (self.tasks,)
+        return _Sums(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def moments(self) -> dict[str, dict[str, TaskMoments]]:
+        gathered: dict[str, dict[str, TaskMoments]] = {place: {} for place in PLACES}
+        for (place, group), s in self.found.items():
+            mean, second = s.mean / s.count[:, None], s.second / s.count[:, None, None]
+            gathered[place][group] = TaskMoments(mean, second)
+        return gathered
 
 
-def places(trace: Trace) -> dict[str, list[str]]:
-    """Where features are taken: {node that is visited: values}. Every free group has at least one."""
-    at: dict[str, list[str]] = {}
+def places(trace: Trace) -> dict[str, list[tuple[str, str]]]:
+    """Where features are taken: {node that is visited: (place, value)}. Every free group has one of each place."""
+    at: dict[str, list[tuple[str, str]]] = {}
     seen: set[str] = set()
     covered: set[str] = set()
     for node in trace.graph.nodes:
@@ -106,12 +108,25 @@ def places(trace: Trace) -> dict[str, list[str]]:
             groups = {s.group for s in trace.layouts[node.inputs[0]].segments} & set(trace.spec.free)
             if groups:
                 covered |= groups
-                at.setdefault(node.name, []).append(node.inputs[0])
+                at.setdefault(node.name, []).append(("after", node.inputs[0]))
     for node in trace.graph.nodes:  # a group that no layer reads: what its layers write
         written = {s.group for s in trace.layouts[node.name].segments} & set(trace.spec.free)
         if node.linear and written - covered:
-            at.setdefault(node.name, []).append(node.name)
+            seen.add(node.name)
+            at.setdefault(node.name, []).append(("after", node.name))
+    nodes = {node.name: node for node in trace.graph.nodes}
+    for name in sorted(set[str]().union(*(_before(nodes, value) for value in seen))):
+        if {s.group for s in trace.layouts[name].segments} & set(trace.spec.free):
+            at.setdefault(name, []).append(("before", name))
     return at
+
+
+def _before(nodes: dict[str, Node], value: str) -> set[str]:
+    """The values in front of the non-linearity (and pooling) that give ``value``."""
+    node = nodes[value]
+    if node.operation in ENDS:
+        return {value}
+    return set[str]().union(*(_before(nodes, name) for name in node.inputs))
 
 
 def gather(
@@ -123,11 +138,11 @@ def gather(
     memory: float | None = None,
     generator: torch.Generator | None = None,
     progress: str | None = None,
-) -> Mapping[str, Moments]:
-    """Moments of every free group of the (unaligned) sources.
+) -> dict[str, dict[str, TaskMoments]]:
+    """Moments of every free group of the (unaligned) sources, by place and group.
 
-    batches: unlabelled images of every task. positions: share of a feature map's positions that is used. memory:
-    GiB, None for what is free. Raises InputError when it would not fit in memory.
+    batches: unlabelled images of every task (a proxy's as one more task). positions: share of a feature map's
+    positions that is used. memory: GiB, None for what is free. Raises InputError when it would not fit in memory.
     """
     trace = sources[0].trace
     generator = generator or torch.Generator().manual_seed(0)

@@ -65,7 +65,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
         (["fit"], None, "fit: not there"),
         (["fit", "ridge"], -1.0, "fit.ridge: found -1.0"),
-        (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, similarity"),
+        (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, data, allocate"),
         (["methods", "average", "match"], "luck", "methods.average.match: found 'luck'; allowed: identity"),
         (["methods", "oracle"], {"match": "identity", "fit": {}}, "methods.oracle: this name is taken"),
         (["methods", "pleas_adam", "fit", "norm"], "fold", "methods.pleas_adam.fit: norm: found fold"),

@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stages.core.alignment import Alignment
 from stages.core.architectures import build
 from stages.core.errors import InputError
 from stages.core.network import MergedNetwork, Source
@@ -47,7 +48,7 @@ def average_network(sources, shared=None):
     sizes = {name: group.size for name, group in spec.free.items()} if shared is None else shared
     network = MergedNetwork(sources[0].trace, [s.task for s in sources], "shared", sizes)
     network.to(next(iter(sources[0].state.values())).dtype)
-    fill_average(network, sources)
+    fill_average(network, sources, Alignment(len(sources)))
     return network
 
 
@@ -116,10 +117,10 @@ def counted_images(monkeypatch):
     for kind in (Source, MergedNetwork):
         run = kind.run_node
 
-        def counting(self, node, inputs, run=run):
+        def counting(self, node, inputs, *task, run=run):
             if node.linear:
                 counts[id(self), node.name] += len(inputs[0])
-            return run(self, node, inputs)
+            return run(self, node, inputs, *task)
 
         monkeypatch.setattr(kind, "run_node", counting)
     return counts

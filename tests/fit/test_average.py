@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.core.alignment import Alignment
 from stages.core.blocks import blocks_of, head_parts, parts_of
 from stages.core.graph import Layout, Segment
 from stages.core.network import MergedNetwork
@@ -46,10 +47,18 @@ def expected_weight(sources, out, into):
     return sources[o][row, column] if i in (-1, o) else torch.zeros(())
 
 
+def shares(parts, networks):
+    return [
+        torch.where(parts.owner[own] < 0, 1 / torch.tensor(networks).double(), 1.0) for own in parts.positions
+    ]
+
+
 def filled(sources, inputs, outputs, kernel=()):
     weight = torch.zeros(outputs.width, inputs.width, *kernel, dtype=torch.float64)
     for block in blocks_of(inputs, outputs):
-        weight[block.start : block.stop, block.columns] = average_block(sources, block, inputs, outputs)
+        weight[block.start : block.stop, block.columns] = average_block(
+            sources, block, inputs, outputs, shares(outputs, len(sources))
+        )
     return weight
 
 
@@ -82,7 +91,8 @@ def test_separate_heads_are_each_network_s_own(into, classes):
 def test_vectors_are_the_mean_where_shared_and_own_elsewhere(groups, networks):
     width = sum(d * block for d, _, block in groups)
     vectors = [torch.randn(width, dtype=torch.float64) for _ in range(networks)]
-    found = average_vector(vectors, parts(groups, networks))
+    merged = parts(groups, networks)
+    found = average_vector(vectors, merged, shares(merged, networks))
     for entry, (owner, index) in zip(found, entries(groups, networks), strict=True):
         own = [vector[index] for vector in vectors] if owner < 0 else [vectors[owner][index]]
         torch.testing.assert_close(entry, sum(own) / len(own), rtol=1e-14, atol=1e-14)
@@ -104,7 +114,7 @@ def test_sharing_everything_is_the_mean_of_all_parameters(small, images, sources
     spec = made[0].trace.spec
     merged = MergedNetwork(made[0].trace, [s.task for s in made], "shared",
                            {n: g.size for n, g in spec.free.items()}).double()  # fmt: skip
-    fill_average(merged, align(made, identity_matching(spec, 2), full_split(spec)))
+    fill_average(merged, align(made, identity_matching(spec, 2), full_split(spec)), Alignment(2))
     mean = {name: (tensor + made[1].state[name]) / 2 for name, tensor in made[0].state.items()}
     network = small(5, bias=True)
     network.load_state_dict(mean)

@@ -2,18 +2,17 @@
 
 import torch
 
+from stages.core.moments import pool
 from stages.core.network import Source, Task
 from stages.core.params import Matching
 from stages.core.sweep import images_to_batches
-from stages.match.matching import Pooled, make_matching
+from stages.match.matching import make_matching
 from stages.statistics.moments import gather
 
 
 def pooled(sources, images):
-    moments = gather(sources, images_to_batches([images(40, m) for m in range(len(sources))], 20))
-    return Pooled(
-        {g: m.mean.mean(0) for g, m in moments.items()}, {g: m.second.mean(0) for g, m in moments.items()}
-    )
+    gathered = gather(sources, images_to_batches([images(40, m) for m in range(len(sources))], 20))
+    return pool(gathered, len(sources), len(sources))
 
 
 def match(sources, settings, found):

@@ -1,0 +1,44 @@
+"""What is done to a merged network after the fit, by name."""
+
+from collections.abc import Sequence
+
+import torch
+
+from stages.core.alignment import Alignment
+from stages.core.network import MergedNetwork, Source
+from stages.core.params import Recalibrate
+from stages.core.sweep import Batch
+from stages.recalibrate.batchnorm import recompute_statistics
+from stages.recalibrate.repair import repair
+
+
+def recalibrate(
+    network: MergedNetwork,
+    way: Recalibrate,
+    batches: Sequence[Batch],
+    sources: Sequence[Source] = (),
+    alignment: Alignment | None = None,
+    *,
+    storage: torch.dtype | None = None,
+    memory: float | None = None,
+    progress: str | None = None,
+) -> None:
+    """Recalibrate ``network`` in place; ``way``: none, batchnorm, repair or tact.
+
+    sources: units in merged order; they and the alignment are for repair and tact alone.
+    """
+    if way == "batchnorm":
+        recompute_statistics(network, batches, storage, memory, progress)
+    elif way != "none":
+        alignment = alignment or Alignment(len(sources))
+        per_task = way == "tact"
+        repair(
+            network,
+            sources,
+            alignment,
+            batches,
+            per_task=per_task,
+            storage=storage,
+            memory=memory,
+            progress=progress,
+        )

@@ -1,0 +1,131 @@
+"""REPAIR (Jordan et al. 2023) and its task-specific form TACT: units get back the mean and deviation they had.
+
+After merging, a unit's values have another mean and, mostly, a smaller deviation than the units it stands for. In
+one sweep every linear map but the last, or the batch norm behind it, gets the share-weighted average of the sources'
+means and deviations, each seen through its alignment: over all images and folded into the weights (``repair``), or
+for each task those of its own network on its own images, kept beside the weights (``tact``).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stages.core.alignment import Alignment, exclusive_norms
+from stages.core.graph import Node
+from stages.core.network import MergedNetwork, Source, exact_entries
+from stages.core.norms import install_statistics, merged_moments, moments_of
+from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
+
+TINY = 1e-6  # of a goal's deviation: below it a unit counts as constant
+
+
+class _Repair:
+    """The visitor. It looks at each place after the sources, before the merged network runs on."""
+
+    def __init__(
+        self, network: MergedNetwork, sources: Sequence[Source], alignment: Alignment, per_task: bool
+    ) -> None:
+        self.network, self.sources, self.alignment, self.per_task = network, sources, alignment, per_task
+        self.exact = exact_entries(network)
+        norms = exclusive_norms(network.trace.graph)
+        self.places = {
+            node.name
+            for node in network.trace.graph.nodes
+            if node.operation == "batch_norm"
+            or (node.linear and node.name not in norms and node is not network.trace.graph.output)
+        }
+
+    def wants(self, node: Node) -> bool:
+        return node.name in self.places
+
+    def extra_bytes(self, node: Node, images: int) -> int:
+        return 0
+
+    def visit(self, node: Node, sweep: Sweep) -> None:
+        if node.operation == "batch_norm":  # first the statistics of what it reads now
+            moments = merged_moments(node, sweep)
+            install_statistics(self.network.map_of(node), moments, self._free(node).to(moments.device))
+        tasks = range(len(self.sources)) if self.per_task else (None,)
+        found = [self._goal_and_own(node, sweep, task) for task in tasks]
+        if self.per_task:
+            self._correct(node, found)
+        else:
+            self._fold(node, *found[0])
+
+    def _free(self, node: Node) -> Tensor:
+        return ~self.exact[node.name]
+
+    def _goal_and_own(self, node: Node, sweep: Sweep, task: int | None) -> tuple[Tensor, Tensor]:
+        """(mean, deviation) that a merged unit should have and those it has: (2, merged width) each."""
+        trace, shared = self.network.trace, self.network.shared
+        layout, parts = trace.layouts[node.name], self.network.parts(node.name)
+        shares = self.alignment.shares(layout, shared, sweep.batches[0].images.double())
+        goal = shares.new_zeros(2, parts.width)
+        for m, positions in enumerate(parts.positions):
+            view = lambda index, m=m: self.alignment.view(  # noqa: E731
+                sweep.source(m, node.name, index), layout, layout.dim, shared, m
+            )
+            share = shares[m]
+            if task is not None:  # the task's own network knows, where it has a part in the unit
+                expert = (parts.owner[positions] < 0).to(share.device) & (shares[task] > 0)
+                share = torch.where(expert, float(m == task), share)
+            goal.index_add_(1, positions.to(goal.device), _deviations(sweep, view, layout.dim, task) * share)
+        now = lambda index: self.network.run_node(node, [sweep.of_merged(node.inputs[0], index)])  # noqa: E731
+        return goal, _deviations(sweep, now, layout.dim, task)
+
+    def _scale_and_shift(self, node: Node, goal: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        free = self._free(node).to(own.device)
+        alive = free & (own[1] > TINY * goal[1])
+        scale = torch.where(alive, goal[1] / own[1].clamp(min=1e-30), 1.0)
+        shift = torch.where(free, goal[0] - scale * own[0], 0.0)
+        return scale, shift
+
+    def _correct(self, node: Node, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+        pairs = [torch.stack(self._scale_and_shift(node, goal, own)) for goal, own in found]
+        example = next(self.network.parameters())
+        self.network.set_correction(node, torch.stack(pairs, 1).to(example))
+
+    @torch.no_grad()
+    def _fold(self, node: Node, goal: Tensor, own: Tensor) -> None:
+        module = self.network.map_of(node)
+        scale, shift = self._scale_and_shift(node, goal, own)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.affine:
+                module.weight.mul_(scale.to(module.weight))
+                module.bias.mul_(scale.to(module.bias)).add_(shift.to(module.bias))
+            return
+        for block, weight in zip(module.blocks, module.weights, strict=True):
+            rows = scale[block.start : block.stop].to(weight)
+            weight.mul_(rows.view(-1, *[1] * (weight.dim() - 1)))
+        if module.bias is not None:  # without one, the deviation alone can be mended
+            module.bias.mul_(scale.to(module.bias)).add_(shift.to(module.bias))
+
+
+def _deviations(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int | None) -> Tensor:
+    """Mean and standard deviation: (2, width)."""
+    mean, variance = moments_of(sweep, value, dim, task)
+    return torch.stack([mean, variance.sqrt()])
+
+
+def repair(
+    network: MergedNetwork,
+    sources: Sequence[Source],
+    alignment: Alignment,
+    batches: Sequence[Batch],
+    *,
+    per_task: bool = False,
+    storage: torch.dtype | None = None,
+    memory: float | None = None,
+    progress: str | None = None,
+) -> None:
+    """Restore means and deviations of ``network``, in place; networks without norm layers too.
+
+    sources: units in merged order; batches: unlabelled images of every task. per_task: TACT; the network must be
+    told the task from then on. Entries that are copies of a source's are left alone, as is the last layer. Raises
+    InputError when it would not fit in memory.
+    """
+    visitor = _Repair(network, sources, alignment, per_task)
+    needed = peak_bytes(network.trace, len(sources), batches, visitor, network, storage)
+    check_memory(needed, memory, batches[0].images.device, "recalibrate")
+    Sweep(sources, batches, network, storage).run(visitor, progress)
