@@ -54,7 +54,7 @@ class Matching(Section):
     sweeps: Count = 100
     restarts: Count = 1
     rho: Fraction = 0.5  # of the weights; the rest is of the activations
-    alpha: Fraction = 1e-4
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1e-4
     beta: Fraction = 0.075
     ridge: Positive = 0.1
     features: Literal["weights", "activations"] = "activations"

@@ -60,6 +60,12 @@ class Fitter:
         self.record: list[LayerFit] = []
         self.exact = exact_entries(network)
         self.norms = exclusive_norms(network.trace.graph)
+        layouts = network.trace.layouts
+        self.scaled = {
+            name: norm
+            for name, norm in self.norms.items()
+            if self.alignment.touches(layouts[name]) and "weight" in norm.parameters
+        }
         self.folded = {  # linear nodes that are fitted to what the batch norm behind them gives
             name: norm
             for name, norm in self.norms.items()
@@ -222,6 +228,11 @@ class Fitter:
         if node.name in self.folded:
             norm = self.folded[node.name]
             values = [s.run_node(norm, [v]) for s, v in zip(self.sources, values, strict=True)]
+        elif node.name in self.scaled:  # what is mixed has the scale that the batch norm behind gives it
+            norm, dim = self.scaled[node.name], self.network.trace.layouts[node.name].dim
+            shape = [-1 if d == dim else 1 for d in range(values[0].dim())]
+            scales = [norm_scale(norm, source.state).view(shape) for source in self.sources]
+            values = [v * scale for v, scale in zip(values, scales, strict=True)]
         return self._assemble(values, node.name, sweep.batches[index].task)
 
     def _assemble(self, values: Sequence[Tensor], name: str, task: int) -> Tensor:

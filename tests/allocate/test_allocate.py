@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.allocate.model import CostModel, cost_model
+from stages.allocate.simple import prefix, uniform
 from stages.allocate.solve import allocate
 from stages.allocate.splits import split_units
 from stages.core.architectures import build
@@ -136,3 +137,46 @@ def test_a_budget_out_of_range_is_refused(source, budget):
     model = cost_model(source.trace, source.state, "shared", "macs", 2)
     with pytest.raises(InputError, match="allowed: a number from 1 to 2"):
         allocate(model, {name: np.ones(d) for name, d in model.sizes.items()}, budget, 2)
+
+
+def test_uniform_is_the_largest_fraction_that_fits(source):
+    model = cost_model(source.trace, source.state, "shared", "macs", 2)
+    for budget in (1.0, 1.1, 1.46, 1.9, 2.0):
+        limit = int(budget * model.base)
+        found = uniform(model, limit)
+        assert model.cost(found) <= limit
+        fractions = sorted({s / d for d in model.sizes.values() for s in range(d + 1)})
+        fits = [
+            r
+            for r in fractions
+            if model.cost({g: int(r * d + 1e-9) for g, d in model.sizes.items()}) <= limit
+        ]
+        assert found == {g: int(fits[-1] * d + 1e-9) for g, d in model.sizes.items()}
+
+
+def test_prefix_merges_the_first_groups(source):
+    model = cost_model(source.trace, source.state, "shared", "macs", 2)
+    for budget in (1.0, 1.1, 1.46, 1.9, 2.0):
+        limit = int(budget * model.base)
+        found = prefix(model, limit)
+        assert model.cost(found) <= limit
+        whole = [found[g] == d for g, d in model.sizes.items()]
+        partial = [g for g, d in model.sizes.items() if 0 < found[g] < d]
+        assert whole == sorted(whole)  # once separate, separate to the end
+        assert len(partial) <= 1
+        if budget < 2:
+            border = next(g for g in reversed(list(model.sizes)) if found[g] < model.sizes[g])
+            assert model.cost(found) + model.step(found, border) > limit  # the budget is used
+
+
+@pytest.mark.parametrize("by", ["uniform", "prefix"])
+@pytest.mark.parametrize("networks", [2, 3])
+def test_every_way_of_spending_keeps_the_ends(source, by, networks):
+    generator = np.random.default_rng(0)
+    model = cost_model(source.trace, source.state, "shared", "macs", networks)
+    benefits = {g: generator.random(d) for g, d in model.sizes.items()}
+    assert set(allocate(model, benefits, 1.0, networks, by=by).separate.values()) == {0}
+    assert allocate(model, benefits, float(networks), networks, by=by).separate == dict(model.sizes)
+    middle = allocate(model, benefits, 1.3, networks, by=by)
+    assert model.base < middle.cost <= 1.3 * model.base
+    assert middle.bound is None

@@ -36,7 +36,8 @@ def cca_transform(S_aa: Tensor, S_bb: Tensor, S_ab: Tensor, ridge: float) -> tup
     """T (k, k) that takes b's units to a's coordinates, and its inverse. All (k, k), float64."""
     half_a, inverse_a = _roots(S_aa, ridge)
     half_b, inverse_b = _roots(S_bb, ridge)
-    U, _, Vt = torch.linalg.svd(inverse_a @ S_ab @ inverse_b)
+    # Of directions that never vary nothing is known: a trace of the identity leaves them with their pairs.
+    U, _, Vt = torch.linalg.svd(inverse_a @ S_ab @ inverse_b + 1e-12 * torch.eye(len(S_ab), dtype=S_ab.dtype))
     return half_a @ U @ Vt @ inverse_b, half_b @ (U @ Vt).T @ inverse_a
 
 

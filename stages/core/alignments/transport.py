@@ -110,7 +110,7 @@ def _sinkhorn(
     plan = np.exp(K + u[:, None] + v)
     plan *= np.minimum(1 / n / plan.sum(1), 1)[:, None]
     plan *= np.minimum(1 / m / plan.sum(0), 1)
-    missing = 1 / n - plan.sum(1), 1 / m - plan.sum(0)
+    missing = np.maximum(1 / n - plan.sum(1), 0), np.maximum(1 / m - plan.sum(0), 0)
     if missing[0].sum() > 0:
         plan += np.outer(*missing) / missing[0].sum()
     return plan

@@ -22,6 +22,8 @@ def _group(moments: Moments, alpha: float, beta: float) -> tuple[list[Tensor], l
     k = moments.sizes[0]
     owner = np.repeat(np.arange(len(moments.sizes)), moments.sizes)
     similarity = moments.similarity("correlation").cpu().numpy()
+    constant = (similarity == 0).all(1)  # what never changes is alike: nothing is lost where such units become one
+    similarity[np.ix_(constant, constant)] = 1.0
     cluster = torch.from_numpy(zip_clusters(similarity, owner, k, alpha, beta))
     indicator = torch.nn.functional.one_hot(cluster, k).double()  # (n, k)
     unmerges = indicator.split(moments.sizes)
@@ -35,40 +37,43 @@ def zip_clusters(
 ) -> np.ndarray:
     """The cluster of each unit, int64 (n,), numbered by their first units: n - width merges.
 
-    similarity (n, n); owner (n,): the network of each unit.
+    similarity (n, n); owner (n,): the network of each unit. A network that has used up its share has no two clusters
+    merged any more that hold units of it apart, unless nothing else is left.
     """
     n = len(similarity)
-    S = similarity.astype(np.float64, copy=True)
+    S = similarity.astype(np.float64, copy=True)  # of all pairs
     np.fill_diagonal(S, -np.inf)
+    open_pairs = S.copy()  # of those that may be merged
     left = {m: int(beta * count) for m, count in enumerate(np.bincount(owner))}
     single = owner.copy()  # the network a cluster lies within, -1 where it spans several
     cluster, alive = np.arange(n), np.ones(n, dtype=bool)
     for m, allowed in left.items():
         if not allowed:
-            S[np.ix_(single == m, single == m)] = -np.inf
-    best = S.argmax(1)
+            open_pairs[np.ix_(single == m, single == m)] = -np.inf
+    best = open_pairs.argmax(1)
     for _ in range(n - width):
-        value = np.where(alive, S[np.arange(n), best], -np.inf)
+        value = np.where(alive, open_pairs[np.arange(n), best], -np.inf)
         i = int(value.argmax())
         if value[i] == -np.inf:
-            raise RuntimeError(
-                "no pair is left to be merged"
-            )  # cannot happen: across networks there always is
+            open_pairs = S.copy()
+            best = open_pairs.argmax(1)
+            i = int(np.where(alive, open_pairs[np.arange(n), best], -np.inf).argmax())
         i, j = sorted((i, int(best[i])))
         network = int(single[i]) if single[i] == single[j] else -1
         alive[j] = False
         cluster[cluster == cluster[j]] = cluster[i]
         single[i] = network
-        S[i] = S[:, i] = alpha * np.minimum(S[i], S[j])
-        S[i, i], S[j], S[:, j] = -np.inf, -np.inf, -np.inf
+        for values in (S, open_pairs):
+            values[i] = values[:, i] = alpha * np.minimum(values[i], values[j])
+            values[i, i], values[j], values[:, j] = -np.inf, -np.inf, -np.inf
         if network >= 0:
             left[network] -= 1
             if not left[network]:
                 own = alive & (single == network)
-                S[np.ix_(own, own)] = -np.inf
-                best = S.argmax(1)
+                open_pairs[np.ix_(own, own)] = -np.inf
+                best = open_pairs.argmax(1)
                 continue
-        _renew(S, best, alive, i, j)
+        _renew(open_pairs, best, alive, i, j)
     return np.unique(cluster, return_inverse=True)[1]
 
 
