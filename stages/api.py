@@ -16,9 +16,10 @@ from stages.allocate.splits import split_units
 from stages.core.alignments.solve import make_alignment
 from stages.core.device import generator
 from stages.core.errors import InputError
+from stages.core.methods import Matching, Method
 from stages.core.moments import pool
 from stages.core.network import MergedNetwork, Source, Task, load_merged
-from stages.core.params import AllocateSection, Matching, Method, first_line
+from stages.core.params import AllocateSection, first_line
 from stages.core.sources import align, make_sources
 from stages.core.sweep import Batch
 from stages.fit.merge import fit_network

@@ -9,6 +9,7 @@ from stages.core.artifacts import read_tensors, write_csv, write_json
 from stages.core.command import command
 from stages.core.device import prepare
 from stages.core.loading import load_sources
+from stages.core.methods import load_methods
 from stages.core.params import load_params
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     params = load_params()
     prepare("cpu", params.threads)
     sources = load_sources(params, torch.device("cpu"))
-    for name, matching in params.matchings.items():
+    for name, matching in load_methods(params).matchings.items():
         tensors, _ = read_tensors(f"models/match/{name}.safetensors")
         benefits = {group: tensors[f"benefit/{group}"] for group in sources[0].trace.spec.free}
         settings = params.allocate.model_copy(update={"by": matching.allocate or params.allocate.by})

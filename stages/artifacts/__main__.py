@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stages.core.command import command
 from stages.core.errors import InputError
+from stages.core.methods import load_methods
 from stages.core.params import load_params
 from stages.core.profiles import Profile
 
@@ -12,6 +13,7 @@ MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
 def main() -> None:
     params = load_params()
+    load_methods(params)  # a mistake in a row is said now, not after the training
     files = outputs(params.active)
     clear(keep=set(files.values()))
     if params.source == "s3":

@@ -8,10 +8,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stages.core.errors import InputError
-from stages.core.profiles import Count, Fraction, Key, Name, NonNegative, Positive, Profile, Section
+from stages.core.profiles import Count, Key, Name, NonNegative, Positive, Profile, Section
 
 Spending = Literal["measured", "uniform", "prefix"]
-Recalibrate = Literal["none", "batchnorm", "repair", "tact"]
 
 
 class ArtifactsSection(Section):
@@ -38,93 +37,6 @@ class StatisticsSection(Section):
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     memory: Positive | None = None  # GiB; null: what the machine has free
-
-
-class Matching(Section):
-    """How units are paired, and what is done to the shared ones beyond that.
-
-    ``by`` a permutation: identity, weights (Git Re-Basin), activations, dual (MuDSC). By matrices: zip (ZipIt!), cca
-    (CCA Merge), transport (OT Fusion).
-    """
-
-    by: Literal["identity", "weights", "activations", "dual", "zip", "cca", "transport"]
-    data: Literal["own", "proxy"] = "own"  # whose images the activations are of
-    allocate: Spending | None = None  # null: allocate.by
-    similarity: Literal["distance", "inner", "correlation"] = "distance"
-    sweeps: Count = 100
-    restarts: Count = 1
-    rho: Fraction = 0.5  # of the weights; the rest is of the activations
-    alpha: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    beta: Fraction = 0.075
-    ridge: Positive = 0.1
-    features: Literal["weights", "activations"] = "activations"
-    regularisation: NonNegative = 0.0  # 0: exact transport
-
-    @model_validator(mode="after")
-    def _check(self) -> "Matching":
-        allowed = ["by", "data", "allocate", *MATCHING_KEYS.get(self.by, ())]
-        for key in self.model_fields_set - set(allowed):
-            raise ValueError(f"{key}: not a setting of by: {self.by}; allowed: {', '.join(allowed)}")
-        return self
-
-
-MATCHING_KEYS = {  # beside those of every matching
-    "weights": ("sweeps", "restarts"),
-    "activations": ("similarity", "sweeps"),
-    "dual": ("rho", "sweeps"),
-    "zip": ("alpha", "beta"),
-    "cca": ("ridge",),
-    "transport": ("features", "regularisation"),
-}
-
-
-class Fit(Section):
-    """How the merged layers come to be.
-
-    ``solver``: average is no fit, exact the closed form, adam the published iteration of PLeaS, regmean RegMean.
-    """
-
-    solver: Literal["average", "exact", "adam", "regmean"] = "exact"
-    inputs: Literal["source", "merged"] = "source"
-    targets: Literal["ensemble", "own"] = "ensemble"
-    norm: Literal["average", "fold"] = "average"
-    ridge: NonNegative | None = None
-    steps: Count = 400
-    learning_rate: Positive = 5e-4
-    batch_size: Count = 16
-    off_diagonal: Fraction = 0.9  # of regmean: what the off-diagonal entries of a Gram matrix are scaled by
-
-    @model_validator(mode="after")
-    def _check(self) -> "Fit":
-        if self.solver in ("adam", "regmean") and self.norm == "fold":
-            raise ValueError(
-                f"norm: found fold with solver {self.solver}, which has no intercept to fold; allowed: average"
-            )
-        if self.solver == "regmean" and {"inputs", "targets"} & self.model_fields_set:
-            raise ValueError(
-                "solver regmean: has inputs: source and targets: own by definition; allowed: neither key"
-            )
-        return self
-
-
-class Method(Section):
-    """A row of the result table: a matching, a fit and a recalibration, on the tasks' own images or a proxy's."""
-
-    match: Name
-    fit: Fit
-    recalibrate: Recalibrate = "batchnorm"
-    data: Literal["own", "proxy"] = "own"
-
-    @model_validator(mode="after")
-    def _check(self) -> "Method":
-        if self.data == "proxy":
-            if self.fit.solver == "regmean" or self.fit.targets == "own":
-                raise ValueError(
-                    "data: found proxy with targets: own; allowed: targets: ensemble, a proxy has no owner"
-                )
-            if self.recalibrate == "tact":
-                raise ValueError("data: found proxy with recalibrate: tact, which is per task; allowed: own")
-        return self
 
 
 class AllocateSection(Section):
@@ -172,12 +84,13 @@ class Params(Section):
     artifacts: ArtifactsSection
     finetune: FinetuneSection
     statistics: StatisticsSection
-    match: dict[Name, Matching]
+    match: dict[Name, dict[str, Any]]  # checked by stages.core.methods, so that a new way retrains no network
     allocate: AllocateSection
     fit: FitSection
     recalibrate: RecalibrateSection
     probe: ProbeSection
-    methods: dict[Name, Method]
+    methods: dict[Name, dict[str, Any]]
+    full: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     profiles: dict[Name, Profile]
 
     @property
@@ -191,38 +104,7 @@ class Params(Section):
         most = len(self.active.tasks)
         if not 1.0 <= self.budget <= most:
             raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
-        for name, method in self.methods.items():
-            if method.match not in self.match:
-                raise ValueError(
-                    f"methods.{name}.match: found {method.match!r}; allowed: {', '.join(self.match)}"
-                )
-            if self.active.proxy is None and "proxy" in (method.data, self.match[method.match].data):
-                raise ValueError(
-                    f"methods.{name}: uses a proxy, which profile {self.profile} has not; "
-                    "allowed: a `proxy` in the profile, or data: own"
-                )
-        for name in ("oracle", "ensemble"):
-            if name in self.methods:
-                raise ValueError(f"methods.{name}: this name is taken; the row is always in the table")
         return self
-
-    @property
-    def matchings(self) -> dict[str, Matching]:
-        """The named matchings that a method uses."""
-        used = {method.match for method in self.methods.values()}
-        return {name: matching for name, matching in self.match.items() if name in used}
-
-    def method(self, name: str) -> Method:
-        return _choice("method", name, self.methods)
-
-    def matching(self, name: str) -> Matching:
-        return _choice("matching", name, self.match)
-
-
-def _choice(what: str, name: str, among: dict[str, Any]) -> Any:
-    if name not in among:
-        raise InputError(f"{what}: found {name!r}; allowed: {', '.join(among)}")
-    return among[name]
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -1,27 +1,33 @@
 """Build one method's merged network: models/match, models/allocate -> models/fit/<method>."""
 
+import time
+
 import torch
 
 from stages.core.alignments.solve import make_alignment
-from stages.core.artifacts import write_csv, write_text
+from stages.core.artifacts import write_csv, write_json, write_text
 from stages.core.command import command
 from stages.core.device import generator, prepare
 from stages.core.loading import load_calibration, load_pairing, load_sources, load_statistics
+from stages.core.methods import Methods, load_methods
 from stages.core.params import Params, load_params
 from stages.fit.merge import fit_network
 
 
 def main(name: str) -> None:
     params = load_params()
-    method, section = params.method(name), params.fit
-    device, settings = prepare(params.device, params.threads), params.match[method.match]
+    methods, section = load_methods(params), params.fit
+    method, settings = methods.method(name), methods.matching_of(name)
+    device = prepare(params.device, params.threads)
     matching, splits, reached = load_pairing(method.match)
     sources, statistics = load_sources(params, device), load_statistics(params, settings.data)
+    batches = load_calibration(params, section.images, section.batch_size, device, method.data)
+    start = time.perf_counter()
     network, record = fit_network(
         sources,
         matching,
         splits,
-        load_calibration(params, section.images, section.batch_size, device, method.data),
+        batches,
         method.fit,
         labels=params.active.labels,
         alignment=make_alignment(settings, sources, statistics, matching, splits),
@@ -30,9 +36,11 @@ def main(name: str) -> None:
         storage=getattr(torch, section.storage),
         memory=section.memory,
         generator=generator(params.seed),
-        about=description(params, name, reached),
+        about=description(params, methods, name, reached),
         progress=f"fit {name}",
     )
+    seconds = time.perf_counter() - start
+    write_json(f"reports/fit/{name}.seconds.json", {"seconds": round(seconds, 3)})
     network.save(f"models/fit/{name}.safetensors")
     if record:
         write_csv(
@@ -43,10 +51,9 @@ def main(name: str) -> None:
         write_text(f"reports/fit/{name}.csv", "layer,residual\n")
 
 
-def description(params: Params, name: str, reached: float) -> dict:
+def description(params: Params, methods: Methods, name: str, reached: float) -> dict:
     """What a merged file says about itself."""
     data = {task: own.data for task, own in params.active.tasks.items()}
-    method = params.method(name)
     return {
         "profile": params.profile,
         "architecture": params.active.architecture.model_dump(),
@@ -56,8 +63,8 @@ def description(params: Params, name: str, reached: float) -> dict:
         },
         "method": {
             "name": name,
-            **method.model_dump(),
-            "matching": params.match[method.match].model_dump(),
+            **methods.method(name).model_dump(),
+            "matching": methods.matching_of(name).model_dump(),
             "settings": params.fit.model_dump(),
         },
         "budget": {"asked": params.budget, "reached": reached, "counted": params.allocate.cost},

@@ -9,8 +9,8 @@ from torch import Tensor
 from stages.core.alignment import Alignment
 from stages.core.cost import check_built, split_cost
 from stages.core.errors import InputError
+from stages.core.methods import Fit
 from stages.core.network import MergedNetwork, Source
-from stages.core.params import Fit
 from stages.core.sources import align, merged_units
 from stages.core.spec import Matching, UnitSplit
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes

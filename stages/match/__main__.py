@@ -1,14 +1,16 @@
 """Pair the units of the sources in every way that a method uses: models/statistics -> models/match/<name>."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from stages.core.artifacts import write_csv, write_tensors
+from stages.core.artifacts import write_csv, write_json, write_tensors
 from stages.core.command import command
 from stages.core.device import generator, prepare
 from stages.core.loading import load_sources, load_statistics
+from stages.core.methods import load_methods
 from stages.core.moments import Statistics
 from stages.core.params import load_params
 from stages.core.spec import Matching
@@ -19,15 +21,17 @@ def main() -> None:
     params = load_params()
     prepare("cpu", params.threads)
     sources = load_sources(params, torch.device("cpu"))
-    for name, settings in params.matchings.items():
-        statistics = load_statistics(params, settings.data)
+    for name, settings in load_methods(params).matchings.items():
+        statistics, start = load_statistics(params, settings.data), time.perf_counter()
         matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
+        seconds = time.perf_counter() - start
         found = {"units": matching.units, "similarity": matching.similarity, "benefit": benefits}
         write_tensors(
             f"models/match/{name}.safetensors",
             {f"{kind}/{group}": tensor for kind, own in found.items() for group, tensor in own.items()},
         )
         write_csv(f"reports/match/{name}.csv", list(rows(matching, statistics)))
+        write_json(f"reports/match/{name}.seconds.json", {"seconds": round(seconds, 3)})
 
 
 def rows(matching: Matching, statistics: Statistics) -> Iterator[dict[str, Any]]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from stages.core.alignments.solve import ALIGNMENTS, make_alignment
+from stages.core.methods import Matching as Settings
 from stages.core.moments import Statistics
 from stages.core.network import Source
-from stages.core.params import Matching as Settings
 from stages.core.spec import Matching, full_split, identity_matching
 from stages.match.assign import assign, assign_jointly
 from stages.match.benefit import unit_benefits

@@ -14,6 +14,7 @@ from stages.core.command import command
 from stages.core.datasets import load_images, normalise
 from stages.core.device import prepare
 from stages.core.loading import DATA, load_sources
+from stages.core.methods import load_methods
 from stages.core.params import Params, load_params
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import evaluate
@@ -23,14 +24,14 @@ from stages.probe.latency import relative_latency
 def main(*names: str) -> None:
     params = load_params()
     device, section, profile = prepare(params.device, params.threads), params.probe, params.active
-    sources = load_sources(params, device)
+    sources, methods = load_sources(params, device), load_methods(params)
     images = {split: labelled(params, split, device) for split in ("train", "test")}
     tasks = [(source.task.name, len(source.task.classes)) for source in sources]
-    for name in names or [*params.methods, "ensemble", "oracle"]:
+    for name in names or [*methods.methods, "ensemble", "oracle"]:
         if name in ("oracle", "ensemble"):
             row = reference_row(name, sources, profile.labels)
         else:
-            params.method(name)
+            methods.method(name)
             row = merged_row(Path(f"models/recalibrate/{name}.safetensors"), sources, profile.labels, device)
         with threadpool_limits(params.threads):
             scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)

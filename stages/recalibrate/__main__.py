@@ -10,6 +10,7 @@ from stages.core.alignments.solve import make_alignment
 from stages.core.command import command
 from stages.core.device import prepare
 from stages.core.loading import load_calibration, load_pairing, load_sources, load_statistics
+from stages.core.methods import Methods, load_methods
 from stages.core.network import Source, load_merged
 from stages.core.params import Params, load_params
 from stages.core.sources import align
@@ -18,13 +19,14 @@ from stages.recalibrate.recalibrate import recalibrate
 
 def main() -> None:
     params = load_params()
+    methods = load_methods(params)
     device, section = prepare(params.device, params.threads), params.recalibrate
     batches = cache(lambda data: load_calibration(params, section.images, section.batch_size, device, data))
     sources = cache(lambda: load_sources(params, device))
-    for name, method in params.methods.items():
+    for name, method in methods.methods.items():
         network = load_merged(f"models/fit/{name}.safetensors", device)
         aligned = (
-            aligned_sources(params, method.match, sources())
+            aligned_sources(params, methods, method.match, sources())
             if method.recalibrate in ("repair", "tact")
             else ((), None)
         )
@@ -40,10 +42,12 @@ def main() -> None:
         network.save(f"models/recalibrate/{name}.safetensors")
 
 
-def aligned_sources(params: Params, match: str, sources: Sequence[Source]) -> tuple[list[Source], Alignment]:
+def aligned_sources(
+    params: Params, methods: Methods, match: str, sources: Sequence[Source]
+) -> tuple[list[Source], Alignment]:
     """The sources in the merged order of a named matching, and its alignment."""
     matching, splits, _ = load_pairing(match)
-    settings = params.match[match]
+    settings = methods.match[match]
     statistics = load_statistics(params, settings.data)
     alignment = make_alignment(settings, sources, statistics, matching, splits)
     return align(sources, matching, splits), alignment

@@ -2,8 +2,8 @@
 
 After merging, a unit's values have another mean and, mostly, a smaller deviation than the units it stands for. In
 one sweep every linear map but the last, or the batch norm behind it, gets the share-weighted average of the sources'
-means and deviations, each seen through its alignment: over all images and folded into the weights (``repair``), or
-for each task those of its own network on its own images, kept beside the weights (``tact``).
+means and deviations on their own task's images, each seen through its alignment: for all images together and folded
+into the weights (``repair``), or for each task those of its own network alone, kept beside the weights (``tact``).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,15 @@ class _Repair:
     """The visitor. It looks at each place after the sources, before the merged network runs on."""
 
     def __init__(
-        self, network: MergedNetwork, sources: Sequence[Source], alignment: Alignment, per_task: bool
+        self,
+        network: MergedNetwork,
+        sources: Sequence[Source],
+        alignment: Alignment,
+        per_task: bool,
+        owned: bool,
     ) -> None:
         self.network, self.sources, self.alignment, self.per_task = network, sources, alignment, per_task
+        self.owned = owned
         self.exact = exact_entries(network)
         norms = exclusive_norms(network.trace.graph)
         self.places = {
@@ -66,11 +72,11 @@ class _Repair:
             view = lambda index, m=m: self.alignment.view(  # noqa: E731
                 sweep.source(m, node.name, index), layout, layout.dim, shared, m
             )
-            share = shares[m]
+            share, seen = shares[m], (m if self.owned else None) if task is None else task
             if task is not None:  # the task's own network knows, where it has a part in the unit
                 expert = (parts.owner[positions] < 0).to(share.device) & (shares[task] > 0)
                 share = torch.where(expert, float(m == task), share)
-            goal.index_add_(1, positions.to(goal.device), _deviations(sweep, view, layout.dim, task) * share)
+            goal.index_add_(1, positions.to(goal.device), _deviations(sweep, view, layout.dim, seen) * share)
         now = lambda index: self.network.run_node(node, [sweep.of_merged(node.inputs[0], index)])  # noqa: E731
         return goal, _deviations(sweep, now, layout.dim, task)
 
@@ -125,7 +131,8 @@ def repair(
     told the task from then on. Entries that are copies of a source's are left alone, as is the last layer. Raises
     InputError when it would not fit in memory.
     """
-    visitor = _Repair(network, sources, alignment, per_task)
+    owned = all(batch.task >= 0 for batch in batches)
+    visitor = _Repair(network, sources, alignment, per_task, owned)
     needed = peak_bytes(network.trace, len(sources), batches, visitor, network, storage)
     check_memory(needed, memory, batches[0].images.device, "recalibrate")
     Sweep(sources, batches, network, storage).run(visitor, progress)

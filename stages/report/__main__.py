@@ -1,48 +1,82 @@
 """Gather what the earlier stages measured into reports/: two metric files, a table and pictures.
 
-Reads reports/{probe,match,allocate,fit}/; writes metrics.json, latency.json, table.md and plots/*.png.
+Reads reports/{probe,match,allocate,fit}/; writes metrics.json, timings.json, table.md and plots/*.png.
 """
 
 from pathlib import Path
 
 from stages.core.artifacts import write_bytes, write_json, write_text
 from stages.core.command import command
+from stages.core.errors import InputError
+from stages.core.methods import load_methods
 from stages.core.params import load_params
 from stages.report import tables
 from stages.report.plots import pictures
 
 
-def main() -> None:
-    """Raises InputError when a file of an earlier stage is missing or malformed."""
+def main(*words: str) -> None:
+    """``--experiments [commits]``: of all experiments instead.
+
+    Raises InputError when a file of an earlier stage is missing or malformed.
+    """
+    if words:
+        return experiments(*words)
     params, folder = load_params(), Path("reports")
-    rows = [*params.methods, *tables.REFERENCES]
+    methods = load_methods(params)
+    rows = [*methods.methods, *tables.REFERENCES]
     metrics = tables.collect_metrics(tables.read_probes(folder / "probe", rows, params.active.tasks))
-    latencies = tables.collect_latencies(tables.read_latencies(folder / "probe", rows))
+    timings = tables.collect_timings(
+        latency={row: tables.read_time(folder / "probe" / f"{row}.latency.json", "latency") for row in rows},
+        seconds={row: seconds(folder, row, method.match) for row, method in methods.methods.items()},
+    )
     matches = {
         name: tables.read_columns(
             folder / "match" / f"{name}.csv", ["group", "network"], ["similarity", "unmatched"]
         )
-        for name, matching in params.matchings.items()
+        for name, matching in methods.matchings.items()
         if matching.by != "identity"  # pairs by position: the `unmatched` column of the others
     }
     allocations = {
         name: tables.read_columns(
             folder / "allocate" / f"{name}.csv", ["group"], ["units", "shared", "separate", "fraction"]
         )
-        for name in params.matchings
+        for name in methods.matchings
     }
     fits = {
         name: tables.read_columns(folder / "fit" / f"{name}.csv", ["layer"], ["residual"])
-        for name, method in params.methods.items()
+        for name, method in methods.methods.items()
         if method.fit.solver != "average"
     }
     caption = f"{params.profile}, budget {params.budget}, seed {params.seed}"
     write_json(folder / tables.METRICS, metrics)
-    write_json(folder / tables.LATENCY, latencies)
-    write_text(folder / tables.TABLE, tables.markdown(metrics, latencies, f"Merged networks: {caption}"))
+    write_json(folder / tables.TIMINGS, timings)
+    write_text(folder / tables.TABLE, tables.markdown(metrics, timings, f"Merged networks: {caption}"))
     for name, content in pictures(metrics, matches, allocations, fits, params.budget, caption):
         write_bytes(folder / "plots" / name, content)
 
 
+def seconds(folder: Path, method: str, match: str) -> float | None:
+    """Time to merge: matching and fit."""
+    times = [
+        tables.read_time(folder / kind / f"{name}.seconds.json", "seconds")
+        for kind, name in (("match", match), ("fit", method))
+    ]
+    return None if None in times else sum(times)
+
+
+def experiments(option: str, commits: str = "1") -> None:
+    """Write reports/experiments/. Raises InputError for other words, and when there is no experiment."""
+    from stages.report.comparison import comparisons
+    from stages.report.experiments import markdown, read_runs
+
+    if option != "--experiments" or not commits.isdecimal():
+        raise InputError(f"report: found {option} {commits}; allowed: nothing, or --experiments [commits]")
+    folder, runs = Path("reports/experiments"), read_runs(int(commits))
+    write_text(folder / "runs.csv", runs.to_csv(index=False))
+    write_text(folder / "table.md", markdown(runs))
+    for name, content in comparisons(runs):
+        write_bytes(folder / name, content)
+
+
 if __name__ == "__main__":
-    command(main)
+    command(main, "...")

@@ -4,7 +4,6 @@ A colour belongs to a method or a matching, whatever else is in the picture (the
 and Tol's, made for colour-blind readers too). ``Palette`` is {name: colour}, in the order of drawing.
 """
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 
@@ -14,35 +13,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stages.report.style import GREY, STYLE, colours, png
 from stages.report.tables import AVERAGE, REFERENCES, Metrics, average_accuracies, best_methods
 
 Palette = Mapping[str, str]
 Tables = Mapping[str, pd.DataFrame]
 Points = Mapping[str, tuple[float, float]]
 
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-}
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps lines off a text
-_GREY = "#666666"
-_COLOURS = {
-    "average": "#8c8c8c",
-    "git_rebasin": "#E69F00",
-    "activation_matching": "#56B4E9",
-    "pleas": "#009E73",
-    "pleas_adam": "#0072B2",
-    "progressive": "#D55E00",
-    "identity": "#8c8c8c",
-    "weights": "#E69F00",
-    "activations": "#0072B2",
-}
-_SPARE = ("#CC79A7", "#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#117733")
 _MARKERS = "osD^vPX*"
 _MANY = 24  # more names than this do not fit under an axis
 
@@ -59,7 +37,7 @@ def pictures(
     methods = colours([row for row in metrics if row not in REFERENCES])
     matchings = colours(list(allocations))
     with matplotlib.style.context(
-        ["default", _STYLE]
+        ["default", STYLE]
     ):  # a reader's own matplotlibrc must not change the bytes
         for name, figure in (
             ("accuracy", _accuracy(metrics, methods, caption)),
@@ -68,16 +46,7 @@ def pictures(
             ("residual", _residual(fits, methods, caption)),
             ("separate", _separate(allocations, matchings, budget, caption)),
         ):
-            content = io.BytesIO()
-            figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
-            yield f"{name}.png", content.getvalue()
-
-
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each method or matching: its own if it has one, else the next spare one."""
-    unknown = [name for name in names if name not in _COLOURS]
-    spare = {name: _SPARE[index % len(_SPARE)] for index, name in enumerate(unknown)}
-    return {name: _COLOURS.get(name) or spare[name] for name in names}
+            yield f"{name}.png", png(figure)
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -103,7 +72,7 @@ def _accuracy(metrics: Metrics, palette: Palette, caption: str) -> Figure:
         axes.barh(row, scores.get(name, 0), color=colour, height=0.66)
         shown = f"{scores[name]:.1f}" if name in scores else "not measured"
         axes.text(1.02, row, shown, weight="bold" if name in best else "normal", **side)
-    axes.text(1.02, -0.62, "mean", color=_GREY, **side)
+    axes.text(1.02, -0.62, "mean", color=GREY, **side)
     tasks = [name for name in next(iter(metrics.values())) if name != AVERAGE]
     style = {"linestyle": "", "mfc": "white", "mec": "black", "ms": 6.5, "zorder": 4}
     for index, (task, offset) in enumerate(zip(tasks, np.linspace(-0.16, 0.16, len(tasks)), strict=True)):
@@ -149,8 +118,8 @@ def _accuracy_cost(metrics: Metrics, palette: Palette, budget: float, caption: s
     axes.set(xlim=(1 - 0.2 * (most - 1), most + 0.4 * (most - 1)), ylim=(low - margin, high + margin))
     axes.set(xlabel="cost (multiply-accumulates, x one source network)", ylabel="average accuracy (%)")
     axes.set_xticks(np.arange(1, most + 0.01, 0.25 if most < 3 else 0.5))
-    axes.axvline(budget, color=_GREY, linestyle=":")
-    axes.text(budget, low - margin, f"budget {budget} ", color=_GREY, va="bottom", ha="right")
+    axes.axvline(budget, color=GREY, linestyle=":")
+    axes.text(budget, low - margin, f"budget {budget} ", color=GREY, va="bottom", ha="right")
     if "oracle" in scores:
         axes.axhline(scores["oracle"], color="black")
         side = {"transform": axes.get_yaxis_transform(), "va": "center"}
@@ -198,7 +167,7 @@ def _similarity(matches: Tables, palette: Palette, caption: str) -> Figure:
         _line(axes, mean["similarity"], color=palette[name], label=name)
     if means:
         baseline = pd.concat([mean["unmatched"] for mean in means.values()], axis=1).mean(axis=1)
-        _line(axes, baseline, color=_GREY, label="unmatched (by position)", linestyle="--")
+        _line(axes, baseline, color=GREY, label="unmatched (by position)", linestyle="--")
         figure.legend(loc="outside right center", alignment="left", title="matching by")
     axes.set(ylim=(min(0.0, axes.get_ylim()[0]), 1.03), ylabel="correlation of paired units (1: the same)")
     return figure
@@ -238,7 +207,7 @@ def _separate(allocations: Tables, palette: Palette, budget: float, caption: str
         places = np.arange(len(groups)) + (index - (len(shares) - 1) / 2) * width
         axes.bar(places, share.to_numpy(), width, color=palette[name], label=f"{name} ({total:.0f} %)")
     if most == 0:
-        axes.text(0.5, 0.5, "0 % in every group", transform=axes.transAxes, ha="center", color=_GREY, size=16)
+        axes.text(0.5, 0.5, "0 % in every group", transform=axes.transAxes, ha="center", color=GREY, size=16)
     axes.set(ylim=(0, 105 if most == 0 else min(105, 1.15 * most)), ylabel="separate units (% of the group)")
     axes.grid(axis="x", visible=False)
     figure.legend(loc="outside right center", alignment="left", title="matching by")
@@ -253,7 +222,7 @@ def _figure(width: float, height: float, title: str, caption: str) -> tuple[Figu
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 / height))  # what is drawn stays below these two
     figure.text(0.01, 1 - 0.08 / height, title, weight="bold", size=12, va="top")
-    figure.text(0.01, 1 - 0.32 / height, caption, size=9.5, color=_GREY, va="top")
+    figure.text(0.01, 1 - 0.32 / height, caption, size=9.5, color=GREY, va="top")
     return figure, figure.add_subplot()
 
 

@@ -10,7 +10,7 @@ from stages.report import tables
 
 
 def main() -> None:
-    """Reads reports/metrics.json, latency.json and the title of table.md.
+    """Reads reports/metrics.json, timings.json and the title of table.md.
 
     Raises InputError when one of them is missing or not what the report stage writes.
     """
@@ -20,9 +20,9 @@ def main() -> None:
 def shown(folder: Path) -> str:
     """The text to print for a folder of reports. Raises InputError as ``main`` does."""
     try:
-        metrics, latencies = read_json(folder / tables.METRICS), read_json(folder / tables.LATENCY)
+        metrics, timings = read_json(folder / tables.METRICS), read_json(folder / tables.TIMINGS)
         title = (folder / tables.TABLE).read_text().splitlines()[0].lstrip("# ")
-        table = tables.terminal(metrics, latencies, title)
+        table = tables.terminal(metrics, timings, title)
     except (InputError, FileNotFoundError) as error:
         raise InputError(f"{folder}: no report here yet ({error}); {tables.REPAIR}") from error
     except (AttributeError, IndexError, KeyError, TypeError, StopIteration) as error:

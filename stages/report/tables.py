@@ -28,7 +28,7 @@ REFERENCES = ("ensemble", "oracle")  # rows that are no merged network
 AVERAGE = "average"
 REPAIR = "run: dvc repro report"
 METRICS = "metrics.json"
-LATENCY = "latency.json"
+TIMINGS = "timings.json"
 TABLE = "table.md"
 
 _COSTS = {"macs": "MACs (x)", "parameters": "parameters (x)"}
@@ -50,13 +50,9 @@ def read_probes(folder: str | Path, rows: Iterable[str], tasks: Iterable[str]) -
     return {row: _probe(Path(folder) / f"{row}.json", tasks) for row in rows}
 
 
-def read_latencies(folder: str | Path, rows: Iterable[str]) -> dict[str, float | None]:
-    """Read ``<folder>/<row>.latency.json``, ``{"latency": times one source or null}``, of every row.
-
-    Raises InputError when a file is missing or malformed.
-    """
-    paths = {row: Path(folder) / f"{row}.latency.json" for row in rows}
-    return {row: _numbers(path, "", _mapping(path)).get("latency") for row, path in paths.items()}
+def read_time(path: str | Path, name: str) -> float | None:
+    """Read ``{name: number or null}``. Raises InputError when the file is missing or malformed."""
+    return _numbers(Path(path), "", _mapping(Path(path))).get(name)
 
 
 def read_columns(path: str | Path, names: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
@@ -103,9 +99,14 @@ def collect_metrics(probes: Mapping[str, Probe]) -> Metrics:
     return metrics
 
 
-def collect_latencies(latencies: Mapping[str, float | None]) -> dict[str, float]:
-    """The measured latencies, 2 decimals; rows without one are left out."""
-    return {row: round(value, 2) for row, value in latencies.items() if value is not None}
+def collect_timings(**times: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+    """{row: {latency, seconds}}, 2 decimals: what is measured, and differs from run to run; None is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for name, values in times.items():
+        for row, value in values.items():
+            if value is not None:
+                found.setdefault(row, {})[name] = round(value, 2)
+    return found
 
 
 def average_accuracies(metrics: Metrics) -> dict[str, float]:
@@ -119,13 +120,13 @@ def best_methods(metrics: Metrics) -> list[str]:
     return [row for row, score in scores.items() if score == max(scores.values())]
 
 
-def markdown(metrics: Metrics, latencies: Mapping[str, float], title: str) -> str:
+def markdown(metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str) -> str:
     """The result table as a Markdown page: title, table with the best methods in bold, explanation."""
-    header, rows = _cells(metrics, latencies, "**{}**", "**{}**")
+    header, rows = _cells(metrics, timings, "**{}**", "**{}**")
     table = tabulate(rows, header, "pipe", colalign=_alignment(header), disable_numparse=True)
     lines = [
         "Accuracy in percent; the best average of the merged methods is in bold.",
-        "Costs, parameters and latency are relative to one source network.",
+        "Costs, parameters and latency are relative to one source network; seconds: matching and fit.",
         "*oracle*: each source network on its own task.",
         "*ensemble*: all source networks side by side, logits averaged.",
     ]
@@ -137,16 +138,16 @@ def markdown(metrics: Metrics, latencies: Mapping[str, float], title: str) -> st
     return f"# {title}\n\n{table}\n\n" + "\n".join(lines) + "\n"
 
 
-def terminal(metrics: Metrics, latencies: Mapping[str, float], title: str) -> str:
+def terminal(metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str) -> str:
     """The result table for a terminal: the best methods carry a star."""
-    header, rows = _cells(metrics, latencies, "{} *", "* {}")
+    header, rows = _cells(metrics, timings, "{} *", "* {}")
     table = tabulate(rows, header, "simple", colalign=_alignment(header), disable_numparse=True)
     legend = "* best average of the merged methods; accuracy in percent, x: relative to one source network"
     return f"{title}\n\n{table}\n\n{legend}\n"
 
 
 def _cells(
-    metrics: Metrics, latencies: Mapping[str, float], best_name: str, best_score: str
+    metrics: Metrics, timings: Mapping[str, Mapping[str, float]], best_name: str, best_score: str
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, the best methods' in the given formats, without columns that have no value."""
     best = best_methods(metrics)
@@ -159,7 +160,8 @@ def _cells(
     columns["average"] |= {row: best_score.format(columns["average"][row]) for row in best}
     for metric, name in _COSTS.items():
         columns[name] = {row: _times(averages[row].get(metric)) for row in metrics}
-    columns["latency (x)"] = {row: _times(latencies.get(row)) for row in metrics}
+    for name, kind in (("latency (x)", "latency"), ("seconds", "seconds")):
+        columns[name] = {row: _times(timings.get(row, {}).get(kind)) for row in metrics}
     header = [name for name, cells in columns.items() if set(cells.values()) != {_ABSENT}]
     return header, [[columns[name][row] for name in header] for row in metrics]
 

@@ -13,9 +13,9 @@ from stages.core.alignment import Alignment, view_states
 from stages.core.alignments.solve import make_alignment
 from stages.core.cost import built_cost, source_cost
 from stages.core.graph import run_graph
+from stages.core.methods import Fit, Matching
 from stages.core.moments import pool
 from stages.core.network import load_merged
-from stages.core.params import Fit, Matching
 from stages.core.sources import align
 from stages.core.spec import full_split
 from stages.core.sweep import images_to_batches
@@ -272,7 +272,8 @@ def test_repair_restores_mean_and_deviation(way, kept, problem):
     merged, aligned, alignment = found.merge(WAYS[way], AVERAGE, kept and kept(found.spec))
     recalibrate(merged, "repair", found.batches, aligned, alignment)
     x = torch.cat([batch.images for batch in found.batches])
-    theirs, trace_ = [source_values(source, x) for source in aligned], merged.trace
+    own = [torch.cat([b.images for b in found.batches if b.task == m]) for m in range(len(aligned))]
+    theirs, trace_ = [source_values(s, y) for s, y in zip(aligned, own, strict=True)], merged.trace
     mine, behind = watched(merged, x), {"bn1", "bn2", "bn3", "conv4", "hidden"}
     for node in trace_.graph.nodes:
         if node.name not in behind:
@@ -306,7 +307,7 @@ def test_repair_of_a_network_without_norm_layers_is_folded_into_its_weights(imag
     collapsed = unit_statistics(watched(merged, torch.cat(tasks))["b"])[1]
     recalibrate(merged, "repair", found.batches, aligned, alignment)
     assert {name: list(t.shape) for name, t in merged.state_dict().items()} == before
-    values = [source_values(source, torch.cat(tasks))["b"] for source in aligned]
+    values = [source_values(source, x)["b"] for source, x in zip(aligned, tasks, strict=True)]
     goal = sum(torch.stack(unit_statistics(v)) for v in values) / 2
     seen = torch.stack(unit_statistics(watched(merged, torch.cat(tasks))["b"]))
     torch.testing.assert_close(seen, goal)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from stages.core.errors import InputError
+from stages.core.methods import load_methods
 from stages.core.params import load_params, parse_params
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
 )
 def test_anything_else_is_one_line(path, value, message):
     with pytest.raises(InputError) as error:
-        parse_params(changed(path, value))
+        load_methods(parse_params(changed(path, value)))
     assert str(error.value).startswith(f"params.yaml: {message}")
     assert "\n" not in str(error.value)
 
@@ -90,12 +91,49 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
-def test_unknown_methods_and_matchings_are_named():
-    params = load_params(ROOT / "params.yaml")
+def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="method: found 'x'; allowed: average"):
-        params.method("x")
-    with pytest.raises(InputError, match="matching: found 'x'; allowed: identity"):
-        params.matching("x")
+        load_methods(load_params(ROOT / "params.yaml")).method("x")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"match": "activations", "fit": {}, "data": "proxy"}, None),
+        (
+            {"match": "activations", "fit": {"targets": "own"}, "data": "proxy"},
+            "found proxy, which has no owner",
+        ),
+        ({"match": "activations", "fit": {}, "data": "proxy", "recalibrate": "tact"}, "which is per task"),
+        (
+            {"match": "zip", "fit": {"solver": "regmean", "norm": "fold"}},
+            "norm: found fold with solver regmean",
+        ),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(row, message):
+    params = parse_params(changed(["methods", "mine"], row))
+    if message is None:
+        assert load_methods(params).method("mine").data == "proxy"
+    else:
+        with pytest.raises(InputError, match=f"methods.mine.*{message}"):
+            load_methods(params)
+
+
+def test_a_proxy_that_is_not_there_is_named():
+    content = changed(["methods", "mine"], {"match": "activations_proxy", "fit": {}})
+    del content["profiles"]["digits"]["proxy"]
+    with pytest.raises(InputError, match=r"methods\.mine: uses a proxy, which profile digits has not"):
+        load_methods(parse_params(content))
+
+
+def test_the_full_list_holds_the_short_one():
+    methods = load_methods(load_params(ROOT / "params.yaml"))
+    assert methods.full.items() >= methods.methods.items()
+    assert {methods.match[m.match].by for m in methods.full.values()} == {
+        "identity", "weights", "activations", "dual", "zip", "cca", "transport"
+    }  # fmt: skip
+    assert {m.recalibrate for m in methods.full.values()} == {"none", "batchnorm", "repair", "tact"}
 
 
 def test_a_task_may_have_a_head_of_its_own_width():

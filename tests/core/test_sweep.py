@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from stages.core.alignment import Alignment
 from stages.core.architectures import build
 from stages.core.errors import InputError
+from stages.core.methods import Fit
 from stages.core.network import MergedNetwork, Source
-from stages.core.params import Fit
 from stages.core.spec import full_split, identity_matching
 from stages.core.sweep import Batch, Sweep, check_memory, images_to_batches, peak_bytes, task_weights
 from stages.fit.average import fill_average

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.core.cost import built_cost, source_cost, split_cost
 from stages.core.errors import InputError
+from stages.core.methods import Fit
 from stages.core.network import load_merged
-from stages.core.params import Fit
 from stages.core.spec import Matching, full_split
 from stages.core.sweep import Batch
 from stages.core.trace import trace, verify

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from stages.core.methods import Fit, Matching
 from stages.core.network import Task
-from stages.core.params import Fit, Matching
 from stages.core.sources import make_sources
 from stages.core.spec import full_split, identity_matching
 from stages.core.sweep import Batch

@@ -2,9 +2,9 @@
 
 import torch
 
+from stages.core.methods import Matching
 from stages.core.moments import pool
 from stages.core.network import Source, Task
-from stages.core.params import Matching
 from stages.core.sweep import images_to_batches
 from stages.match.matching import make_matching
 from stages.statistics.moments import gather

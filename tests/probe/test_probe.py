@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from stages.core.methods import Fit
 from stages.core.network import MergedNetwork
-from stages.core.params import Fit
 from stages.core.spec import full_split, identity_matching
 from stages.core.sweep import images_to_batches
 from stages.fit.merge import fit_network

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from stages.core.params import Fit
+from stages.core.methods import Fit
 from stages.core.spec import full_split, identity_matching
 from stages.core.sweep import images_to_batches
 from stages.fit.merge import fit_network

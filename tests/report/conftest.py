@@ -48,12 +48,13 @@ def make_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         params |= {"profile": profile, "budget": budget, "seed": 0}
         params["methods"] = {
             name: {
-                "match": "activations",
+                "match": {"average": "identity", "git_rebasin": "weights"}.get(name, "activations"),
                 "fit": {"solver": "exact" if name.startswith(FITTED) else "average"},
             }
             for name in accuracies
             if name not in ("ensemble", "oracle")
         }
+        params["full"] = {}
         params["match"] = {name: {"by": name} for name in ("identity", "weights", "activations")}
         shutil.rmtree(tmp_path / "reports", ignore_errors=True)
         for stage in ("probe", "match", "allocate", "fit"):
@@ -108,10 +109,12 @@ def _tables(folder: Path, groups: Sequence[str], methods: Mapping[str, dict], bu
             separate = round(64 * (budget - 1) * noise.random())
             allocate.append(f"{group},64,{64 - separate},{separate},{separate / 64}")
         (folder / f"match/{name}.csv").write_text("\n".join(match) + "\n")
+        (folder / f"match/{name}.seconds.json").write_text('{"seconds": 0.5}')
         (folder / f"allocate/{name}.csv").write_text("\n".join(allocate) + "\n")
     for order, (method_name, method) in enumerate(methods.items()):
         rows = [
             f"{g},{0.4 / (1 + order) * noise.random() + 0.002 * i}" for i, g in enumerate([*groups, "linear"])
         ]
+        (folder / f"fit/{method_name}.seconds.json").write_text('{"seconds": 1.25}')
         if method["fit"]["solver"] != "average":
             (folder / f"fit/{method_name}.csv").write_text("\n".join(["layer,residual", *rows]) + "\n")

@@ -27,7 +27,7 @@ def no_pictures(monkeypatch):
 
 
 def written(reports: Path) -> dict[str, bytes]:
-    texts = [reports / name for name in ("metrics.json", "latency.json", "table.md")]
+    texts = [reports / name for name in ("metrics.json", "timings.json", "table.md")]
     return {path.name: path.read_bytes() for path in [*texts, *(reports / "plots").iterdir()]}
 
 
@@ -63,8 +63,14 @@ def test_metrics_are_exactly_what_was_measured_rounded(make_reports):
         )
         + "\n"
     )
-    latency = json.loads((reports / "latency.json").read_text())
-    assert latency == {"average": 1.07, "progressive": 1.07, "ensemble": 2.15, "oracle": 1.07}
+    timings = json.loads((reports / "timings.json").read_text())
+    merged = {"latency": 1.07, "seconds": 1.75}
+    assert timings == {
+        "average": merged,
+        "progressive": merged,
+        "ensemble": {"latency": 2.15},
+        "oracle": {"latency": 1.07},
+    }
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -74,7 +80,7 @@ def test_table_has_one_row_per_method_and_the_best_in_bold(make_reports):
     lines = (reports / "table.md").read_text().splitlines()
     assert lines[0] == "# Merged networks: digits, budget 1.0, seed 0"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    costs = ["MACs (x)", "parameters (x)", "latency (x)"]
+    costs = ["MACs (x)", "parameters (x)", "latency (x)", "seconds"]
     assert cells[0] == ["method", "upright", "rotated", "average", "linear probe", *costs]
     assert cells[2] == ["average", "30.0", "40.1", "35.1", "38.1", "1.00", "1.00", "1.07"]
     assert cells[3] == ["**progressive**", "98.5", "97.9", "**98.2**", "99.9", "1.00", "1.00", "1.07"]
@@ -180,7 +186,9 @@ def test_absent_and_null_metrics_leave_gaps(make_reports):
         (reports / f"probe/{row}.json").write_text(json.dumps(empty))
         (reports / f"probe/{row}.latency.json").write_text('{"latency": null}')
     main()
-    assert json.loads((reports / "latency.json").read_text()) == {}
+    assert json.loads((reports / "timings.json").read_text()) == {
+        row: {"seconds": 1.75} for row in TWO if row not in ("ensemble", "oracle")
+    }
     assert "| method      |" in (reports / "table.md").read_text()
 
 

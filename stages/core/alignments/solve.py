@@ -7,9 +7,9 @@ from stages.core.alignments.cca import align_cca
 from stages.core.alignments.problem import Problem, make_problem
 from stages.core.alignments.transport import align_transport
 from stages.core.alignments.zipping import align_zip
+from stages.core.methods import Matching as Settings
 from stages.core.moments import Statistics
 from stages.core.network import Source
-from stages.core.params import Matching as Settings
 from stages.core.sources import align, merged_units
 from stages.core.spec import Matching, UnitSplit
 

@@ -22,7 +22,9 @@ def _group(moments: Moments, alpha: float, beta: float) -> tuple[list[Tensor], l
     k = moments.sizes[0]
     owner = np.repeat(np.arange(len(moments.sizes)), moments.sizes)
     similarity = moments.similarity("correlation").cpu().numpy()
-    constant = (similarity == 0).all(1)  # what never changes is alike: nothing is lost where such units become one
+    constant = (similarity == 0).all(
+        1
+    )  # what never changes is alike: nothing is lost where such units become one
     similarity[np.ix_(constant, constant)] = 1.0
     cluster = torch.from_numpy(zip_clusters(similarity, owner, k, alpha, beta))
     indicator = torch.nn.functional.one_hot(cluster, k).double()  # (n, k)

@@ -1,0 +1,139 @@
+"""Every finished experiment in one table, with mean and spread over seeds, and pictures of it.
+
+python -m stages.report --experiments      ->  reports/experiments/{runs.csv, table.md, *.png}
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from stages.core.errors import InputError
+from stages.report.tables import AVERAGE, REFERENCES
+
+METRICS = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
+RUN = ("profile", "budget", "seed")
+
+
+def read_runs(commits: int = 1) -> pd.DataFrame:
+    """One line per experiment and method: what was set, and the averages over tasks.
+
+    Of experiments with the same profile, budget and seed the last one to have a method counts. commits: how many
+    commits back experiments are looked for. Raises InputError when there is none with results.
+    """
+    from dvc.api import exp_show  # here: slow to import
+    from dvc.exceptions import DvcException
+
+    try:
+        found = exp_show(num=commits)
+    except DvcException as error:
+        raise InputError(
+            f"experiments: dvc cannot list them ({error}); allowed: a DVC project with git"
+        ) from error
+    rows = [row for experiment in reversed(found) for row in _rows(experiment)]
+    if not rows:
+        raise InputError("experiments: found none with results; run: dvc exp run, or dvc queue start")
+    runs = pd.DataFrame(rows).drop_duplicates([*RUN, "method"], keep="last")
+    return runs.sort_values([*RUN], kind="stable").reset_index(drop=True)
+
+
+def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    ending = f".{AVERAGE}.accuracy"
+    for key, value in experiment.items():
+        if not key.endswith(ending) or value is None:
+            continue
+        method = key.removesuffix(ending)
+        row = {"experiment": experiment.get("Experiment") or experiment.get("rev"), "method": method}
+        row |= {name: experiment.get(name) for name in RUN}
+        row["images"] = experiment.get("fit.images")
+        for name in METRICS:
+            place = method if name in ("latency", "seconds") else f"{method}.{AVERAGE}"
+            row[name] = experiment.get(f"{place}.{name}")
+        row["matching"] = experiment.get(f"methods.{method}.match")
+        row["fit"] = fit_name(
+            {
+                key: experiment.get(f"methods.{method}.fit.{key}")
+                for key in ("solver", "inputs", "targets", "norm")
+            }
+        )
+        recalibrated = experiment.get(f"methods.{method}.recalibrate")
+        row["recalibration"] = None if row["fit"] is None else recalibrated or "batchnorm"
+        if None not in [row[name] for name in RUN]:
+            yield row
+
+
+def fit_name(fit: Mapping[str, Any]) -> str | None:
+    """A short name: average, regmean, or inputs and targets of the least squares. None where there is no fit."""
+    if fit["solver"] in (None, "average", "regmean"):
+        return fit["solver"]
+    parts = [fit["inputs"] or "source", fit["targets"] or "ensemble"]
+    return ", ".join(
+        [
+            *parts,
+            *(["folded"] if fit["norm"] == "fold" else []),
+            *(["adam"] if fit["solver"] == "adam" else []),
+        ]
+    )
+
+
+def summary(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Mean, standard deviation and number of seeds of every metric, for each combination of ``keys``."""
+    metrics = [name for name in METRICS if name in runs]
+    numbers = runs.assign(**{name: pd.to_numeric(runs[name]) for name in metrics})
+    grouped = numbers.groupby([*keys, "method"], sort=False)
+    table = pd.concat({"mean": grouped[metrics].mean(), "std": grouped[metrics].std()}, axis=1)
+    table["seeds"] = grouped["seed"].nunique()
+    return table
+
+
+def markdown(runs: pd.DataFrame) -> str:
+    """The table of all methods, one column of accuracies for each profile, at the smallest budget that was run."""
+    budget = runs["budget"].min()
+    runs = runs[runs["budget"] == budget]
+    table, profiles = summary(runs, ["profile"]), list(dict.fromkeys(runs["profile"]))
+    methods = order(runs)
+    header = ["method", *profiles]
+    for name in profiles:
+        if table.loc[name]["mean", "joint"].notna().any():
+            header.insert(header.index(name) + 1, f"{name}, joint")
+    header += ["MACs (x)", "latency (x)", "seconds"]
+    lines = []
+    for method in methods:
+        line = [method]
+        for name in header[1:-3]:
+            profile, _, joint = name.partition(", ")
+            line.append(_cell(table, (profile, method), "joint" if joint else "accuracy"))
+        own = runs[runs["method"] == method]
+        line += [_mean(own[name]) for name in ("macs", "latency", "seconds")]
+        lines.append(line)
+    seeds = int(table["seeds"].max())
+    images = ", ".join(map(str, sorted(set(runs["images"].dropna().astype(int)))))
+    text = [
+        f"Average accuracy over the tasks in percent at budget {budget:g}: mean and standard deviation over "
+        f"{seeds} seed{'s' if seeds > 1 else ''}.",
+        f"Calibration images per task: {images}. Costs are relative to one source; seconds: matching and fit.",
+    ]
+    body = tabulate(
+        lines, header, "pipe", colalign=["left"] + ["right"] * (len(header) - 1), disable_numparse=True
+    )
+    return "# All experiments\n\n" + body + "\n\n" + "\n".join(text) + "\n"
+
+
+def order(runs: pd.DataFrame) -> list[str]:
+    """Methods from the worst to the best on average over profiles, the references last."""
+    means = runs.groupby(["method", "profile"])["accuracy"].mean().groupby("method").mean()
+    methods = means.sort_values().index
+    return [m for m in methods if m not in REFERENCES] + [m for m in REFERENCES if m in methods]
+
+
+def _cell(table: pd.DataFrame, key: tuple[str, str], metric: str) -> str:
+    if key not in table.index or pd.isna(table.loc[key, ("mean", metric)]):
+        return "-"
+    mean, deviation = table.loc[key, ("mean", metric)], table.loc[key, ("std", metric)]
+    return f"{mean:.1f}" if pd.isna(deviation) else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def _mean(values: pd.Series) -> str:
+    mean = pd.to_numeric(values).mean()
+    return "-" if pd.isna(mean) else f"{mean:.2f}"
