@@ -28,11 +28,17 @@ def average_block(weights: Sequence[Tensor], block: Block, inputs: Parts, output
     return result
 
 
-def average_vector(vectors: Sequence[Tensor], parts: Parts) -> Tensor:
-    """Biases and norm parameters, each (d,): mean of shared entries, own separate ones. Returns (merged width,)."""
-    result = vectors[0].new_zeros(parts.width)
+def average_vector(vectors: Sequence[Tensor], parts: Parts, dim: int = 0) -> Tensor:
+    """Biases and other parameters with one entry per unit on ``dim``: mean of shared entries, own separate ones.
+
+    Returns the same shape with the merged width on ``dim``.
+    """
+    shape, every = list(vectors[0].shape), [1] * vectors[0].dim()
+    shape[dim], every[dim] = parts.width, -1
+    result = vectors[0].new_zeros(shape)
     for vector, positions in zip(vectors, parts.positions, strict=True):
-        result[positions] += vector * _share(parts.owner[positions], vectors)
+        share = _share(parts.owner[positions], vectors).view(every)
+        result.index_add_(dim, positions.to(vector.device), vector * share)
     return result
 
 
@@ -49,10 +55,11 @@ def fill_average(network: MergedNetwork, sources: Sequence[Source]) -> None:
     for node in network.trace.graph.nodes:
         if node.linear:
             _fill_linear(network, node, sources)
-        elif node.operation == "batch_norm":
+        elif node.parameters:
             module, parts = network.map_of(node), network.parts(node.name)
             for role, name in node.parameters.items():
-                getattr(module, role).copy_(average_vector([s.state[name] for s in sources], parts))
+                tensors, dim = [s.state[name] for s in sources], network.trace.unit_dim(node, role)
+                getattr(module, role).copy_(average_vector(tensors, parts, dim))
 
 
 def _fill_linear(network: MergedNetwork, node: Node, sources: Sequence[Source]) -> None:

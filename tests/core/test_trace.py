@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.core.architectures import build
 from stages.core.errors import InputError
-from stages.core.graph import run_graph
+from stages.core.operations import run_graph
 from stages.core.spec import Axis, PermutationSpec, Span
 from stages.core.trace import trace, verify
 
