@@ -44,16 +44,16 @@ def read_graph(module: nn.Module, example: Tensor) -> Graph:
         raise InputError(
             f"{type(module).__name__}: cannot be traced ({error}); allowed: a forward without branches on values"
         ) from error
-    return Graph(tuple(_Reader(traced, observe(traced, example)).read()))
+    return Graph(tuple(_Reader(module, traced, observe(traced, example)).read()))
 
 
 class _Reader:
     """Reads a torch.fx graph into nodes."""
 
-    def __init__(self, traced: torch.fx.GraphModule, observed: Observed) -> None:
+    def __init__(self, module: nn.Module, traced: torch.fx.GraphModule, observed: Observed) -> None:
         self.traced, self.observed = traced, observed
         self.modules = dict(traced.named_modules())
-        self.state = traced.state_dict(keep_vars=True)
+        self.state = module.state_dict(keep_vars=True)
         self.alias: dict[str, str] = {}
         self.lone: dict[str, str] = {}  # a parameter that is read directly -> its name in the state dict
         self.used: dict[int, str] = {}  # parameters by identity: tied ones have two names

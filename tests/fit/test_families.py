@@ -12,11 +12,10 @@ from stages.allocate.model import cost_model
 from stages.core.cost import built_cost, source_cost, split_cost
 from stages.core.network import load_merged
 from stages.core.params import Fit
-from stages.core.spec import full_split
+from stages.core.spec import full_split, identity_matching
 from stages.core.sweep import Batch
 from stages.core.trace import trace, verify
 from stages.fit.merge import fit_network
-from stages.match.weights import match_weights
 from stages.recalibrate.batchnorm import recompute_statistics
 
 AVERAGE = Fit(solver="average")
@@ -73,7 +72,8 @@ def mlp_with_layer_norm():
 
 
 FAMILIES = {  # name: (constructor, image size)
-    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), 2),
+    "mlp": (lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), 2),
     "mlp with layer norm": (mlp_with_layer_norm, 2),
     "vgg": (lambda: narrow_vgg(False), 32),
     "vgg_bn": (lambda: narrow_vgg(True), 32),
@@ -115,6 +115,14 @@ def spread(network, seed):
     return network
 
 
+def alone(source, x):
+    """Every value of one source."""
+    values = {source.graph.nodes[0].name: x}
+    for node in source.graph.nodes[1:]:
+        values[node.name] = source.run_node(node, [values[name] for name in node.inputs])
+    return values
+
+
 def batches(x):
     return [Batch(x[:3], 0), Batch(x[3:], 1)]
 
@@ -147,16 +155,15 @@ def test_the_trace_is_verified_and_a_permuted_copy_is_the_same_function(family, 
 @pytest.mark.parametrize(
     "fit", [AVERAGE, PROGRESSIVE, PUBLISHED], ids=["average", "progressive", "published"]
 )
-def test_a_permuted_copy_merges_to_the_network_itself_at_any_size(family, copies, sources, splits, fit):
+def test_a_permuted_copy_merges_to_the_network_itself_at_any_size(
+    family, copies, sources, splits, calibrate, fit
+):
     make, x = family
-    pair, matching = copies(make(0), x)
+    pair, matching = copies(calibrate(make(0), x), x)
     made = sources(pair, x)
     for split in (full_split(made[0].trace.spec), splits(made[0].trace.spec, 1)):
         found = merged(made, matching, split, x, fit)
-        if fit is AVERAGE:
-            torch.testing.assert_close(found(x), pair[0](x), rtol=1e-8, atol=1e-8)
-        else:  # batch norm takes the statistics of these images: what is fitted is another function then
-            assert torch.isfinite(found(x)).all()
+        torch.testing.assert_close(found(x), pair[0](x), rtol=1e-7, atol=1e-7)
 
 
 @torch.no_grad()
@@ -166,13 +173,17 @@ def test_everything_separate_gives_the_sources_side_by_side(family, sources, tmp
     made = sources(networks, x, "separate")
     spec = made[0].trace.spec
     split = full_split(spec, dict.fromkeys(spec.free, ()))
-    matching = copies_identity(spec)
+    matching = identity_matching(spec, 2)
     for fit in (AVERAGE, PROGRESSIVE):
         found = merged(made, matching, split, x, fit, "separate")
-        if fit is AVERAGE:
-            recompute_statistics(found, batches(x))  # leaves copies alone
-            for source, name in zip(networks, "ab", strict=True):
-                torch.testing.assert_close(found(x, task=name), source(x), rtol=1e-8, atol=1e-8)
+        recompute_statistics(found, batches(x))  # leaves copies alone
+        name = found.head.inputs[0]
+        features = found.features(x)
+        for source, positions in zip(made, found.parts(name).positions, strict=True):
+            torch.testing.assert_close(features[:, positions], alone(source, x)[name], rtol=1e-8, atol=1e-8)
+        for source, task in zip(networks, "ab", strict=True):
+            if fit is AVERAGE:  # the heads are the sources' own
+                torch.testing.assert_close(found(x, task=task), source(x), rtol=1e-8, atol=1e-8)
 
 
 @torch.no_grad()
@@ -184,7 +195,7 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
     spec, state = made[0].trace.spec, made[0].state
     for seed in range(4):
         split = splits(spec, seed)
-        found = merged(made, copies_identity(spec), split, x, AVERAGE)
+        found = merged(made, identity_matching(spec, 2), split, x, AVERAGE)
         shared = {name: len(s.shared) for name, s in split.items()}
         for kind in ("macs", "parameters"):
             counted = built_cost(found, kind)
@@ -193,17 +204,16 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
             assert counted == model.cost({name: len(s.separate) for name, s in split.items()})
         with FlopCounterMode(display=False) as counter:
             found(x[:1])
-        assert counter.get_total_flops() == 2 * built_cost(found, "macs")
+        attention = sum(
+            found.trace.hidden_macs(n) * found.parts(n.name).width for n in found.trace.graph.nodes
+        )
+        assert counter.get_total_flops() == 2 * (
+            built_cost(found, "macs") - attention
+        )  # torch counts it on a GPU
         found.save(tmp_path / "merged")
         loaded = load_merged(tmp_path / "merged")
         assert torch.equal(loaded(x), found(x))
-        assert loaded.trace.spec == found.trace.spec
+        assert loaded.trace.layouts == found.trace.layouts
     assert source_cost(made[0].trace, state, "shared", "parameters") == sum(
         state[name].numel() for name, _ in make(0).named_parameters()
     )
-
-
-def copies_identity(spec):
-    from stages.core.spec import identity_matching
-
-    return identity_matching(spec, 2)
