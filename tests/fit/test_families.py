@@ -9,6 +9,7 @@ from torchvision.models import mobilenetv2, resnet, vgg, vision_transformer
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from stages.allocate.model import cost_model
+from stages.api import merge
 from stages.core.cost import built_cost, source_cost, split_cost
 from stages.core.network import load_merged
 from stages.core.params import Fit
@@ -217,3 +218,21 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
     assert source_cost(made[0].trace, state, "shared", "parameters") == sum(
         state[name].numel() for name, _ in make(0).named_parameters()
     )
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_independent_networks_merge_at_any_budget(family, by):
+    make, x = family
+    networks, images = {"a": make(0), "b": make(1)}, {"a": [x[:3]], "b": [x[3:]]}
+    for budget in (1.0, 1.4, 2.0):
+        match = {"by": by, "similarity": "distance"}
+        found = merge(networks, images, budget, match=match, progress=False)
+        reached = built_cost(found, "macs") / source_cost(
+            found.trace, networks["a"].state_dict(), "shared", "macs"
+        )
+        assert found.about["budget"]["reached"] == pytest.approx(reached)
+        assert reached <= budget
+        if budget != 1.4:
+            assert reached == budget
+        with torch.no_grad():
+            assert torch.isfinite(found(x)).all()
