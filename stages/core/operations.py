@@ -62,11 +62,15 @@ def _attention(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 
 def _add_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return x[0] + p["value"]
+    return x[0] + _seen(p["value"], a)
 
 
 def _multiply_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return x[0] * p["value"]
+    return x[0] * _seen(p["value"], a)
+
+
+def _seen(value: Tensor, a: Attributes) -> Tensor:
+    return value.view(a["view"]) if "view" in a else value
 
 
 def _concatenate_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
@@ -75,10 +79,11 @@ def _concatenate_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 
 def _select(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """A copy: a view would hold on to all that was left behind."""
     if "index" in a:
-        return x[0].select(a["dim"], a["index"])
+        return x[0].select(a["dim"], a["index"]).clone()
     every = [slice(None)] * a["dim"]
-    return x[0][(*every, slice(*a["range"]))]
+    return x[0][(*every, slice(*a["range"]))].clone()
 
 
 OPERATIONS: dict[str, Operation] = {

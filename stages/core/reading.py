@@ -5,30 +5,21 @@ guessed: what is not listed there is an error that names it.
 """
 
 import copy
+import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
+from stages.core.calls import Calls
 from stages.core.errors import InputError
 from stages.core.graph import Graph, Node
 from stages.core.operations import OPERATIONS
 from stages.core.shapes import Observed, observe
-from stages.core.vocabulary import (
-    ALIAS,
-    BINARY,
-    CALLS,
-    MODULES,
-    PERMUTES,
-    RESHAPES,
-    TORCHVISION_ALIASES,
-    Recipe,
-    flatten_recipe,
-)
-
-Call = tuple[str, dict[str, Any], tuple[torch.fx.Node, ...]]  # operation, attributes, inputs
+from stages.core.vocabulary import ALIAS, BINARY, CALLS, MODULES, RESHAPES, STATE, Recipe
 
 
 def read_graph(module: nn.Module, example: Tensor) -> Graph:
@@ -39,12 +30,34 @@ def read_graph(module: nn.Module, example: Tensor) -> Graph:
     """
     module = copy.deepcopy(module).eval()
     try:
-        traced = torch.fx.symbolic_trace(module)
+        traced = _with_one_input(module, torch.fx.symbolic_trace(module, _defaults(module)))
     except (torch.fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(
             f"{type(module).__name__}: cannot be traced ({error}); allowed: a forward without branches on values"
         ) from error
     return Graph(tuple(_Reader(module, traced, observe(traced, example)).read()))
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """What the arguments of a forward are when it is called with the images alone."""
+    arguments = list(inspect.signature(module.forward).parameters.values())[1:]
+    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
+
+
+def _with_one_input(module: nn.Module, traced: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Arguments that have their defaults are no inputs: the forward saw the values, only checks read the inputs."""
+    given = _defaults(module)
+    inputs = [fx for fx in traced.graph.nodes if fx.op == "placeholder"]
+    for name, fx in list(zip(inspect.signature(module.forward).parameters, inputs, strict=False))[1:]:
+        if name in given:
+            _erase(traced.graph, fx)
+    return traced
+
+
+def _erase(graph: torch.fx.Graph, fx: torch.fx.Node) -> None:
+    for user in list(fx.users):
+        _erase(graph, user)
+    graph.erase_node(fx)
 
 
 class _Reader:
@@ -56,8 +69,10 @@ class _Reader:
         self.state = module.state_dict(keep_vars=True)
         self.alias: dict[str, str] = {}
         self.lone: dict[str, str] = {}  # a parameter that is read directly -> its name in the state dict
+        self.viewed: dict[str, Sequence[int]] = {}  # the shape a lone parameter is given
         self.used: dict[int, str] = {}  # parameters by identity: tied ones have two names
         self.nodes: list[Node] = []
+        self.calls = Calls(observed, self.lone, self._unknown)
 
     def read(self) -> list[Node]:
         for fx in self.traced.graph.nodes:
@@ -176,21 +191,28 @@ class _Reader:
         if fx.name in self.alias:
             return None
         if not lone:
-            return *self._call(fx), {}
+            return *self.calls.read(fx), {}
         if fx.target == "expand" and self.observed.shape(fx)[1:] == tuple(self._tensor(lone[0]).shape[1:]):
             self.lone[fx.name] = self.lone[lone[0].name]  # over the batch: what reads it does that
             return None
+        if fx.target in RESHAPES and self._tensor(lone[0]).dim() == 1:
+            self.lone[fx.name], self.viewed[fx.name] = self.lone[lone[0].name], self.observed.shape(fx)
+            return None
         if fx.target in BINARY and len(lone) == 1 and len(fx.all_input_nodes) == len(fx.args) == 2:
             value = next(arg for arg in fx.args if arg is not lone[0])
-            shape = list(self._tensor(lone[0]).shape)
+            attributes = {"shape": list(self._tensor(lone[0]).shape)}
+            if lone[0].name in self.viewed:  # (d,) seen as (1, d, 1, 1)
+                attributes["shape"] = shape = list(self.viewed[lone[0].name])
+                attributes["view"] = [1 if n == 1 else -1 for n in shape]
             operation = f"{BINARY[fx.target][0]}_parameter"
-            return operation, {"shape": shape}, (value,), {"value": self.lone[lone[0].name]}
+            return operation, attributes, (value,), {"value": self.lone[lone[0].name]}
         if CALLS.get(fx.target, ("",))[0] == "concatenate":
             return self._concatenate(fx)
-        if CALLS.get(fx.target, ("",))[0] == "layer_norm":
-            _, given, inputs = self._call(fx)
-            roles = {role: self.lone.get(getattr(given.pop(role, None), "name", "")) for role in _AFFINE}
-            return "layer_norm", given, inputs, {role: name for role, name in roles.items() if name}
+        operation = CALLS.get(fx.target, ("",))[0]
+        if operation in ("layer_norm", "batch_norm", "linear", "conv2d"):
+            _, given, inputs = self.calls.read(fx)
+            names = {role: self.lone.get(getattr(given.pop(role, None), "name", "")) for role in STATE}
+            return operation, given, inputs, {role: name for role, name in names.items() if name}
         raise self._unknown(fx, f"parameter {self.lone[lone[0].name]} read directly")
 
     def _tensor(self, fx: torch.fx.Node) -> Tensor:
@@ -216,115 +238,6 @@ class _Reader:
             )
             name = new
 
-    def _call(self, fx: torch.fx.Node) -> Call:
-        if fx.target in BINARY:
-            return self._binary(fx)
-        if fx.target in RESHAPES:
-            return self._reshape(fx)
-        if fx.target in PERMUTES:
-            return self._permute(fx)
-        if fx.target is operator.getitem:
-            return self._select(fx)
-        where = f"{getattr(fx.target, '__module__', '')}.{getattr(fx.target, '__name__', '')}"
-        if where in TORCHVISION_ALIASES:
-            return ALIAS, {}, fx.args[:1]
-        if fx.target not in CALLS:
-            raise self._unknown(fx, f"operation {getattr(fx.target, '__name__', fx.target)}")
-        operation, names = CALLS[fx.target]
-        args, kwargs = self._resolved(fx.args), self._resolved(fx.kwargs)
-        given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
-        given.pop("inplace", None)
-        if given.get("return_indices") is False:
-            del given["return_indices"]
-        surplus = [*args[1 + len(names) :], *(given.keys() - names)]
-        if surplus:
-            raise self._unknown(fx, f"{operation} with {surplus[0]}")
-        if any(isinstance(v, torch.fx.Node) and v.name not in self.lone for v in given.values()):
-            raise self._unknown(fx, f"{operation} whose settings depend on a value")
-        return self._settled(fx, operation, given, tuple(args[0]) if operation == "concatenate" else args[:1])
-
-    def _settled(
-        self, fx: torch.fx.Node, operation: str, given: dict[str, Any], inputs: tuple[torch.fx.Node, ...]
-    ) -> Call:
-        """Settings in one spelling."""
-        if operation == "flatten":
-            operation, given, _ = flatten_recipe(given.get("start_dim", 0), given.get("end_dim", -1))
-        elif operation == "mean":
-            dims = given.get("dim")
-            given = {
-                "dims": list(dims) if isinstance(dims, tuple | list) else [dims],
-                "keepdim": bool(given.get("keepdim", False)),
-            }
-            if given["dims"] == [None]:
-                raise self._unknown(fx, "mean over everything")
-        elif operation == "concatenate":
-            given.setdefault("dim", 0)
-        elif operation == "layer_norm":
-            if len(given.pop("normalized_shape")) > 1:
-                raise self._unknown(fx, "layer norm over several dimensions")
-            given.setdefault("eps", 1e-5)
-        elif operation == ALIAS:
-            given = {}
-        return operation, given, inputs
-
-    def _binary(self, fx: torch.fx.Node) -> Call:
-        joined, single = BINARY[fx.target]
-        args = self._resolved(fx.args)
-        values = tuple(arg for arg in args if isinstance(arg, torch.fx.Node))
-        numbers = [arg for arg in args if isinstance(arg, int | float)]
-        if len(args) != 2 or fx.kwargs or len(values) + len(numbers) != 2 or not values:
-            raise self._unknown(fx, f"{joined} of {len(args)} arguments")
-        if numbers:
-            return single, {"value": numbers[0]}, values
-        return joined, {}, values
-
-    def _reshape(self, fx: torch.fx.Node) -> Call:
-        """What joins neighbouring dimensions and keeps the batch is a flatten, whatever it is called."""
-        before, after = self.observed.shape(fx.args[0]), self.observed.shape(fx)
-        if before and after and before[0] == after[0]:
-            if before == after:
-                return ALIAS, {}, fx.args[:1]
-            gone = len(before) - len(after)
-            if after[1:] == (torch.Size(before[1:]).numel(),):
-                return "flatten", {}, fx.args[:1]
-            for start in range(len(before) - gone - 1, 0, -1):
-                joined = torch.Size(before[start : start + gone + 1]).numel()
-                if gone > 0 and (*before[:start], joined, *before[start + gone + 1 :]) == after:
-                    return "flatten", {"start": start, "end": start + gone}, fx.args[:1]
-        what = getattr(fx.target, "__name__", fx.target)
-        raise self._unknown(fx, f"{what} to ({', '.join(map(str, fx.args[1:]))})")
-
-    def _permute(self, fx: torch.fx.Node) -> Call:
-        dims = self._resolved(fx.args[1:])
-        if len(dims) == 1 and isinstance(dims[0], tuple | list):
-            dims = tuple(dims[0])
-        ndim = len(self.observed.shape(fx) or dims)
-        if fx.kwargs or not all(isinstance(d, int) for d in dims):
-            raise self._unknown(fx, f"{getattr(fx.target, '__name__', fx.target)} by keyword")
-        order = [d % ndim for d in dims]
-        if fx.target in ("transpose", torch.transpose):
-            order, (a, b) = list(range(ndim)), order
-            order[a], order[b] = b, a
-        return "permute", {"dims": order}, fx.args[:1]
-
-    def _select(self, fx: torch.fx.Node) -> Call:
-        """x[:, 0] or x[:, 1:]: one index or range of one dimension."""
-        index = self._resolved(fx.args[1])
-        index = index if isinstance(index, tuple) else (index,)
-        picked = [(dim, i) for dim, i in enumerate(index) if i != slice(None)]
-        if len(picked) == 1:
-            dim, i = picked[0]
-            if isinstance(i, int) and not isinstance(i, bool):
-                return "select", {"dim": dim, "index": i}, fx.args[:1]
-            bounds = [i.start, i.stop] if isinstance(i, slice) and i.step is None else [operator]
-            if all(b is None or isinstance(b, int) for b in bounds):
-                return "select", {"dim": dim, "range": bounds}, fx.args[:1]
-        raise self._unknown(fx, "operation getitem")
-
-    def _resolved(self, args: Any) -> Any:
-        """Arguments with numbers that do not depend on the batch in the place of the nodes that compute them."""
-        return torch.fx.node.map_arg(args, self.observed.number)
-
     # -- refusals -----------------------------------------------------------------------------------------------
 
     def _failed(self, fx: torch.fx.Node) -> InputError:
@@ -347,9 +260,6 @@ class _Reader:
             f"{path or 'the network'}: no rule for {what} ({fx.name}); allowed: "
             f"{', '.join(sorted(OPERATIONS))}; rewrite it with these, or add a rule to stages/core/rules.py"
         )
-
-
-_AFFINE = ("weight", "bias")
 
 
 def _upto(nodes: list[Node], output: str) -> list[Node]:

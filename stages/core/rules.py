@@ -127,12 +127,12 @@ def with_parameter(
         )
     if node.operation == "concatenate_parameter" and node.attributes["dim"] % len(out) == layout.dim:
         raise InputError(f"{node.name}: a parameter beside the units of a value; allowed: another dimension")
-    groups.place(node.parameters["value"], dim, layout)
+    groups.place(node.parameters["value"], 0 if "view" in node.attributes else dim, layout)
     return layout
 
 
 def parameter_dim(node: Node, layout: Layout, shape: Sequence[int]) -> int:
-    """The dimension of a node's lone parameter that lies on the units of the value it is joined with."""
+    """Which dimension of a lone parameter, in the shape it is given, lies on the units it is joined with."""
     return layout.dim - (len(shape) - len(node.attributes["shape"]))
 
 

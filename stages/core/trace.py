@@ -44,7 +44,7 @@ class Trace:
 
     def unit_dim(self, node: Node, role: str) -> int:
         """Which dimension of a node's parameter lies on the units of its output."""
-        if role != "value":
+        if role != "value" or "view" in node.attributes:
             return 0
         return parameter_dim(node, self.layouts[node.inputs[0]], self.shapes[node.inputs[0]])
 

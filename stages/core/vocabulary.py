@@ -15,6 +15,7 @@ from stages.core.errors import InputError
 
 Recipe = tuple[str, dict[str, Any], tuple[str, ...]]  # operation, attributes, parameter roles
 
+STATE = ("weight", "bias", "running_mean", "running_var")  # what norms may have
 ALIAS = "alias"  # passes its input on
 
 MODULES: dict[type[nn.Module], Callable[[Any], Recipe]] = {
@@ -23,8 +24,8 @@ MODULES: dict[type[nn.Module], Callable[[Any], Recipe]] = {
     nn.Dropout2d: lambda m: (ALIAS, {}, ()),
     nn.Linear: lambda m: ("linear", {}, ("weight", "bias")),
     nn.Conv2d: lambda m: ("conv2d", _conv_attributes(m), ("weight", "bias")),
-    nn.BatchNorm1d: lambda m: ("batch_norm", {"eps": m.eps}, _NORM),
-    nn.BatchNorm2d: lambda m: ("batch_norm", {"eps": m.eps}, _NORM),
+    nn.BatchNorm1d: lambda m: ("batch_norm", {"eps": m.eps}, STATE),
+    nn.BatchNorm2d: lambda m: ("batch_norm", {"eps": m.eps}, STATE),
     nn.LayerNorm: lambda m: ("layer_norm", {"eps": m.eps}, _AFFINE),
     nn.GroupNorm: lambda m: ("group_norm", {"groups": m.num_groups, "eps": m.eps}, _AFFINE),
     nn.InstanceNorm2d: lambda m: ("group_norm", {"groups": m.num_features, "eps": m.eps}, _AFFINE),
@@ -50,7 +51,6 @@ MODULES: dict[type[nn.Module], Callable[[Any], Recipe]] = {
     nn.Tanh: lambda m: ("tanh", {}, ()),
 }
 _AFFINE = ("weight", "bias")
-_NORM = ("weight", "bias", "running_mean", "running_var")
 
 # Functions and methods of one name mean the same: (operation, names of the arguments after the input).
 CALLS: dict[Any, tuple[str, tuple[str, ...]]] = {
@@ -69,6 +69,12 @@ CALLS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.avg_pool2d: ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
     F.adaptive_avg_pool2d: ("adaptive_avg_pool2d", ("output_size",)),
     F.adaptive_max_pool2d: ("adaptive_max_pool2d", ("output_size",)),
+    F.linear: ("linear", ("weight", "bias")),
+    F.conv2d: ("conv2d", ("weight", "bias", "stride", "padding", "dilation", "groups")),
+    F.batch_norm: (
+        "batch_norm",
+        ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    ),
     F.layer_norm: ("layer_norm", ("normalized_shape", "weight", "bias", "eps")),
     **dict.fromkeys((F.dropout, F.dropout2d, "contiguous"), (ALIAS, ("p", "training", "inplace"))),
     **dict.fromkeys((torch.flatten, "flatten"), ("flatten", ("start_dim", "end_dim"))),

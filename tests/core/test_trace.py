@@ -399,11 +399,25 @@ def test_a_second_input_is_refused_by_name():
             super().__init__()
             self.fc = nn.Linear(4, 2)
 
-        def forward(self, x, mask=None):
+        def forward(self, x, mask):
             return self.fc(x)
 
     with pytest.raises(InputError, match="mask: a second input"):
         trace(Two(), torch.zeros(1, 4))
+
+
+def test_an_input_that_has_a_default_takes_it():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x, mask=None, twice=True, times=3):
+            x = self.fc(x if mask is None else x * mask) * times
+            return x + x if twice else x
+
+    network, x = Optional().double(), torch.rand(2, 4).double()
+    verify(network, trace(network, x), x)
 
 
 # -- nothing is left behind ---------------------------------------------------------------------------------------
