@@ -5,6 +5,7 @@ guessed: what is not listed there is an error that names it.
 """
 
 import copy
+import dataclasses
 import inspect
 import operator
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from stages.core.attention import PACKED, Attention, find_attention
 from stages.core.calls import Calls
 from stages.core.errors import InputError
 from stages.core.graph import Graph, Node
@@ -73,6 +75,8 @@ class _Reader:
         self.used: dict[int, str] = {}  # parameters by identity: tied ones have two names
         self.nodes: list[Node] = []
         self.calls = Calls(observed, self.lone, self._unknown)
+        self.attention = dict(find_attention(traced, observed))
+        self.skipped = {fx for found in self.attention.values() for fx in found.inside}
 
     def read(self) -> list[Node]:
         for fx in self.traced.graph.nodes:
@@ -88,6 +92,10 @@ class _Reader:
                 self.lone[fx.name] = str(fx.target)
             elif self._multihead(fx):
                 self._read_multihead(fx)
+            elif fx in self.attention:
+                self._read_attention(fx, self.attention[fx])
+            elif fx in self.skipped:
+                continue
             elif self.observed.tensor(fx):
                 self._read(fx)
             if self.observed.failed is fx:
@@ -173,15 +181,22 @@ class _Reader:
         for weights in (u for u in fx.users if u.target is not operator.getitem or u.args[1] != 0):
             if weights.users:
                 raise self._unknown(fx, "attention whose weights are read; allowed: its first output")
-        packed = {"packed": [".query", ".key", ".value"]}
         first, heads, last = f"{fx.name}_in_proj", f"{fx.name}_heads", fx.name
         names = {"weight": f"{path}.in_proj_weight", "bias": f"{path}.in_proj_bias"}
-        self._append(fx, first, "linear", packed, [self._name(fx.args[0])], names)
+        self._append(fx, first, "linear", {"packed": PACKED}, [self._name(fx.args[0])], names)
         self._append(fx, heads, "attention", {"head_dim": module.head_dim}, [first], {})
         names = {"weight": f"{path}.out_proj.weight", "bias": f"{path}.out_proj.bias"}
         self._append(fx, last, "linear", {}, [heads], names)
         for user in fx.users:
             self.alias[user.name] = last
+
+    def _read_attention(self, fx: torch.fx.Node, found: Attention) -> None:
+        name = self._name(found.packed)
+        at = next(i for i, node in enumerate(self.nodes) if node.name == name)
+        if self.nodes[at].operation != "linear":
+            raise self._unknown(fx, "attention whose queries, keys and values are not one Linear's alone")
+        self.nodes[at] = dataclasses.replace(self.nodes[at], attributes={"packed": PACKED})
+        self._append(fx, fx.name, "attention", {"head_dim": found.head_dim}, [name], {})
 
     # -- functions and methods ----------------------------------------------------------------------------------
 

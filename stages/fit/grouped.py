@@ -28,7 +28,7 @@ class PartEquations:
     @staticmethod
     def bytes(parts: int, a: int, b: int) -> int:
         """Memory of the sums and of the solves."""
-        return 8 * parts * (4 * a * a + 3 * a * b)
+        return 8 * parts * (4 * a * a + 5 * a * b)
 
     def add(self, z: Tensor, y: Tensor, weight: float) -> None:
         """The products are taken in the type of z, the sums in float64."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from live import Live
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import mobilenetv2, resnet, vgg, vision_transformer
@@ -11,11 +12,13 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from stages.allocate.model import cost_model
 from stages.api import merge
 from stages.core.cost import built_cost, source_cost, split_cost
-from stages.core.network import load_merged
+from stages.core.network import MergedNetwork, load_merged
 from stages.core.params import Fit
 from stages.core.spec import full_split, identity_matching
-from stages.core.sweep import Batch
+from stages.core.sweep import Batch, Sweep, images_to_batches, peak_bytes
 from stages.core.trace import trace, verify
+from stages.fit.average import fill_average
+from stages.fit.layerwise import Fitter
 from stages.fit.merge import fit_network
 from stages.recalibrate.batchnorm import recompute_statistics
 
@@ -49,6 +52,25 @@ class Normed(nn.Module):
         return self.fc(F.relu(x).mean((2, 3)))
 
 
+class Written(nn.Module):
+    """Attention written out, as many models have it, with a scale of the branch and a mean over tokens."""
+
+    def __init__(self, heads=2, width=8):
+        super().__init__()
+        self.heads, self.stem, self.norm = heads, nn.Conv2d(3, width, 4, stride=4), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.fc = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, tokens, width = x.shape
+        y = self.qkv(self.norm(x)).reshape(n, tokens, 3, self.heads, width // self.heads)
+        q, k, v = y.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        return self.fc((x + self.out(y) * self.scale).mean(1))
+
+
 class Grouped(nn.Module):
     """Grouped convolutions that change the width, with a bias, and a depthwise one with two outputs a channel."""
 
@@ -78,7 +100,7 @@ FAMILIES = {  # name: (constructor, image size)
     "mlp with layer norm": (mlp_with_layer_norm, 2),
     "vgg": (lambda: narrow_vgg(False), 32),
     "vgg_bn": (lambda: narrow_vgg(True), 32),
-    "resnet": (lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, width_per_group=64), 32),
+    "resnet": (lambda: narrowed(resnet.BasicBlock), 32),
     "wide_resnet": (lambda: narrowed(resnet.Bottleneck, width_per_group=8), 32),
     "resnext": (lambda: narrowed(resnet.Bottleneck, groups=4, width_per_group=4), 32),
     "mobilenet_v2": (lambda: mobilenetv2.MobileNetV2(
@@ -88,6 +110,7 @@ FAMILIES = {  # name: (constructor, image size)
     "one group": (lambda: Normed(lambda c: nn.GroupNorm(1, c)), 8),
     "instance norm": (lambda: Normed(lambda c: nn.InstanceNorm2d(c, affine=True)), 8),
     "convnext": (lambda: ConvNeXt([CNBlockConfig(4, 6, 1), CNBlockConfig(6, None, 1)], num_classes=3), 32),
+    "written attention": (Written, 8),
     "vit": (lambda: vision_transformer.VisionTransformer(16, 8, 2, 2, 8, 12, num_classes=3), 16),
 }  # fmt: skip
 
@@ -95,7 +118,7 @@ FAMILIES = {  # name: (constructor, image size)
 def narrowed(block, **arguments):
     network = resnet.ResNet(block, [1, 1, 1, 1], num_classes=3, **arguments)
     network.layer3 = network.layer4 = nn.Identity()
-    network.fc = nn.Linear(512, 3)
+    network.fc = nn.Linear(128 * block.expansion, 3)
     return network
 
 
@@ -218,6 +241,26 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
     assert source_cost(made[0].trace, state, "shared", "parameters") == sum(
         state[name].numel() for name, _ in make(0).named_parameters()
     )
+
+
+@pytest.mark.parametrize("fit", [PROGRESSIVE, PUBLISHED], ids=["progressive", "published"])
+def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, monkeypatch):
+    monkeypatch.setattr("stages.fit.layerwise.CHUNK", 2**15)
+    make, x = family
+    made = sources([make(0), make(1)], x)
+    shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
+    network = MergedNetwork(made[0].trace, [source.task for source in made], "shared", shared).double()
+    fill_average(network, made)
+    own = torch.randn(60, *x.shape[1:], dtype=x.dtype)
+    data = images_to_batches([own, own.clone()], 2)
+    fitter = Fitter(network, made, fit, 1e-3)
+    running = network if fit.inputs == "merged" else None
+    promised = peak_bytes(made[0].trace, 2, data, fitter, running, x.dtype)
+    sweep = Sweep(made, data, running, x.dtype)
+    with Live() as live:
+        sweep.run(fitter)
+    found = live.peak + sum(batch.images.nbytes for batch in data)
+    assert found <= 1.05 * promised
 
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
