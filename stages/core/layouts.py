@@ -4,6 +4,19 @@ Some operations keep units in *parts*: the heads of an attention, the groups of 
 norm. Whole parts may change places, and so may the units inside one part, but no unit leaves its part. The parts are
 then the units of a group of their own, the *outer* one, which values are laid out by; the order inside the parts is
 an ``Inner`` of the spec, which is permuted but never split.
+
+What may be separate follows. Every group that is not fixed (images, logits) may be separate unit by unit at any budget
+from 1 to N, and all of them are at budget N:
+
+- MLP, VGG, ResNet, DenseNet: hidden units and channels; a residual stream is one group. Behind a flatten a unit is
+  its whole map, so that VGG's 7x7 maps stay together.
+- depthwise convolutions (MobileNet, ConvNeXt): they join the channels before and after, one group.
+- grouped convolutions (ResNeXt): one conv-group with its inputs and outputs is a unit, 32 in a 32x4d block.
+- group norm: one of its groups is a unit of the stream it normalises; one group alone is as a layer norm.
+- layer norm: single units; each network's view is normalised by itself (stages.core.merged), a shared unit by the
+  mean of the views' statistics, so that nothing and everything separate are both exact.
+- attention (ViT): the stream with class token and position embedding, the MLPs' hidden units, and whole heads:
+  queries, keys and values of a head stay together.
 """
 
 from dataclasses import dataclass

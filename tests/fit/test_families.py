@@ -279,3 +279,25 @@ def test_independent_networks_merge_at_any_budget(family, by):
             assert reached == budget
         with torch.no_grad():
             assert torch.isfinite(found(x)).all()
+
+
+UNITS = {  # what may be separate: {group: units}, orders inside units
+    "vit": (
+        {"conv_proj": 8, "encoder.layers.encoder_layer_0.self_attention.heads": 2,
+         "encoder.layers.encoder_layer_0.mlp.0": 12, "encoder.layers.encoder_layer_1.self_attention.heads": 2,
+         "encoder.layers.encoder_layer_1.mlp.0": 12},
+        {f"encoder.layers.encoder_layer_{i}.self_attention.{what}" for i in (0, 1) for what in ("query", "value")},
+    ),
+    "grouped": ({"grouped.groups": 3, "between": 4}, {"stem", "grouped", "twice"}),
+    "group norm": ({"first.groups": 2, "second.groups": 2}, {"stem", "branch"}),
+    "one group": ({"stem": 8, "branch": 4}, set()),
+    "instance norm": ({"stem": 8, "branch": 4}, set()),
+    "convnext": ({"features.0.0": 4, "features.1.0.block.3": 16, "features.2.1": 6, "features.3.0.block.3": 24}, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_units_that_may_be_separate(name):
+    make, side = FAMILIES[name]
+    spec = trace(make(), torch.zeros(1, 3, side, side)).spec
+    assert ({name: g.size for name, g in spec.free.items()}, set(spec.inner)) == UNITS[name]
