@@ -146,11 +146,14 @@ class Calls:
             dim, i = picked[0]
             if isinstance(i, int) and not isinstance(i, bool):
                 return "select", {"dim": dim, "index": i}, fx.args[:1]
-            bounds = [i.start, i.stop] if isinstance(i, slice) and i.step is None else [operator]
-            if all(b is None or isinstance(b, int) for b in bounds):
-                return "select", {"dim": dim, "range": bounds}, fx.args[:1]
+            if isinstance(i, slice) and i.step is None and _whole(i.start) and _whole(i.stop):
+                return "select", {"dim": dim, "range": [i.start, i.stop]}, fx.args[:1]
         raise self.unknown(fx, "operation getitem")
 
     def _resolved(self, args: Any) -> Any:
         """Arguments with numbers that do not depend on the batch in the place of the nodes that compute them."""
         return torch.fx.node.map_arg(args, self.observed.number)
+
+
+def _whole(bound: Any) -> bool:
+    return bound is None or isinstance(bound, int)
