@@ -100,12 +100,18 @@ def copies():
         generator = torch.Generator().manual_seed(seed)
         spec = trace(network, example).spec
         networks, units = [network], {g: [torch.arange(v.size)] for g, v in spec.free.items()}
+        units |= {i: [torch.arange(v.size).repeat(v.parts, 1)] for i, v in spec.inner.items()}
         for _ in range(1, n):
             orders = {g: torch.randperm(v.size, generator=generator) for g, v in spec.free.items()}
+            for i, v in spec.inner.items():
+                rows = [torch.randperm(v.size, generator=generator) for _ in range(v.parts)]
+                orders[i] = torch.stack(rows)
+                undone = orders[v.outer].argsort() if v.outer in orders else torch.arange(v.parts)
+                units[i].append(orders[i][undone].argsort(-1))
             networks.append(copy.deepcopy(network))
             networks[-1].load_state_dict(permute(network.state_dict(), spec, orders))
-            for g, order in orders.items():
-                units[g].append(order.argsort())
+            for g in spec.free:
+                units[g].append(orders[g].argsort())
         stacked = {g: torch.stack(rows) for g, rows in units.items()}
         return networks, Matching(stacked, {g: torch.ones(u.shape).double() for g, u in stacked.items()})
 

@@ -11,7 +11,7 @@ that read d_i. All numbers are integers, and cost(d) = N * base.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stages.core.cost import counted_nodes
+from stages.core.cost import counted_nodes, entry_cost
 from stages.core.spec import State
 from stages.core.trace import Trace
 
@@ -53,21 +53,16 @@ def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int
             scale = (trace.positions(node) if kind == "macs" else 1) * weight[0, 0].numel()
             d_out, d_in = weight.shape[:2]
             base += scale * d_out * d_in
-            group = out.segments[0].group
-            if group in free:
-                linear[group] += extra * scale * d_in
-            for s in trace.layouts[node.inputs[0]].segments:
-                if s.group in free:
-                    linear[s.group] += extra * scale * d_out * s.block
-                    if group in free:
-                        pair = (s.group, group)
-                        product[pair] = product.get(pair, 0) + extra * scale * s.block
-        if kind == "parameters":
-            roles = [
-                r for r in ("weight", "bias") if r in node.parameters and not (node.linear and r == "weight")
-            ]
-            base += len(roles) * out.width
-            for s in out.segments:
-                if s.group in free:
-                    linear[s.group] += extra * len(roles) * s.block
+            for o in (s for s in out.segments if s.group in free):
+                linear[o.group] += extra * scale * d_in * o.block
+            for i in (s for s in trace.layouts[node.inputs[0]].segments if s.group in free):
+                linear[i.group] += extra * scale * d_out * i.block
+                for o in (s for s in out.segments if s.group in free):
+                    pair = (i.group, o.group)
+                    product[pair] = product.get(pair, 0) + extra * scale * i.block * o.block
+        each = entry_cost(trace, state, node, kind)
+        base += each * out.width
+        for s in out.segments:
+            if s.group in free:
+                linear[s.group] += extra * each * s.block
     return CostModel({name: group.size for name, group in free.items()}, base, linear, product)

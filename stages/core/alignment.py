@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from stages.core.errors import InputError
-from stages.core.graph import Graph, Layout, Node, node_parameters
+from stages.core.graph import Graph, Node, node_parameters
+from stages.core.layouts import Layout
 from stages.core.network import Source
 
 
@@ -123,7 +124,7 @@ def _view_state(
     for node in source.graph.nodes:
         out = layouts[node.name]
         view = lambda tensor, layout=out: alignment.view(tensor, layout, 0, shared, network)  # noqa: E731
-        if node.linear and node.attributes.get("groups", 1) == 1:
+        if node.linear:
             norm = norms.get(node.name)
             if norm is not None and "weight" in norm.parameters and alignment.touches(out):
                 _fold(state, node, norm)
@@ -144,7 +145,7 @@ def _view_state(
             state[node.parameters["running_var"]] = variance
             if node.name in folded:
                 state[node.parameters["weight"]] = (variance + node.attributes["eps"]).sqrt()
-        elif node.parameters:
+        elif node.parameters or node.operation == "attention":
             group = next(s.group for s in out.segments if s.group in alignment.groups)
             raise InputError(
                 f"{node.name}: {node.operation} works on single units of group {group}; "
@@ -154,11 +155,11 @@ def _view_state(
 
 
 def exclusive_norms(graph: Graph) -> dict[str, Node]:
-    """{linear node: the batch norm that alone reads it}."""
+    """{linear map: the batch norm that alone reads it}."""
     users, norms = graph.users(), {}
     for node in graph.nodes:
         readers = users[node.name]
-        if node.linear and len(readers) == 1 and readers[0].operation == "batch_norm":
+        if node.fitted and len(readers) == 1 and readers[0].operation == "batch_norm":
             norms[node.name] = readers[0]
     return norms
 

@@ -1,6 +1,10 @@
 """Network constructors by name, with their arguments checked: what `architecture` in params.yaml means."""
 
-from collections.abc import Callable, Mapping
+import importlib
+import inspect
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +74,22 @@ def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
     return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)))
 
 
+def mlp(inputs: int, widths: Sequence[int], classes: int) -> nn.Sequential:
+    """(n, ...) of ``inputs`` entries each -> (n, classes): a Linear and a ReLU for each of ``widths``, then `fc`."""
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+    for i, (c_in, c_out) in enumerate(itertools.pairwise([inputs, *widths]), start=1):
+        layers |= {f"linear{i}": nn.Linear(c_in, c_out), f"relu{i}": nn.ReLU()}
+    return nn.Sequential(OrderedDict(layers, fc=nn.Linear([inputs, *widths][-1], classes)))
+
+
 @dataclass(frozen=True)
 class _Argument:
-    """One argument of a constructor: all are whole numbers. ``default`` None: it must be given."""
+    """One argument of a constructor: a whole number, or a list of them. ``default`` None: it must be given."""
 
     accepts: Callable[[int], bool]
     allowed: str
     default: int | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,10 +99,12 @@ class _Entry:
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:
-    def constructor(classes: int) -> nn.Module:
-        import torchvision.models  # here: slow to import, and needed by these four names only
+    def constructor(classes: int, **arguments: int) -> nn.Module:
+        import torchvision.models  # here: slow to import, and needed by these names only
 
-        return getattr(torchvision.models, name)(weights=None, num_classes=classes)
+        if "size" in arguments:
+            arguments["image_size"] = arguments.pop("size")
+        return getattr(torchvision.models, name)(weights=None, num_classes=classes, **arguments)
 
     return constructor
 
@@ -104,25 +119,44 @@ _RESNET = _Entry(
         "classes": _CLASSES,
     },
 )
+_MLP = _Entry(
+    mlp,
+    {
+        "inputs": _Argument(lambda n: n >= 1, "a whole number from 1"),
+        "widths": _Argument(lambda n: n >= 1, "a list of whole numbers from 1", several=True),
+        "classes": _CLASSES,
+    },
+)
+_VIT = {"size": _Argument(lambda n: n >= 16 and n % 16 == 0, "a multiple of 16", 224), "classes": _CLASSES}
+_TORCHVISION = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d"),
+    *("vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "mobilenet_v2"),
+)
 _REGISTRY: dict[str, _Entry] = {
     "resnet": _RESNET,
-    **{
-        name: _Entry(_torchvision(name), {"classes": _CLASSES})
-        for name in ("resnet18", "resnet34", "resnet50", "resnet101")
-    },
+    "mlp": _MLP,
+    **{name: _Entry(_torchvision(name), {"classes": _CLASSES}) for name in _TORCHVISION},
+    "vit_b_16": _Entry(_torchvision("vit_b_16"), _VIT),
 }
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Build a freshly initialised network, in training mode, from the global random state.
 
-    `resnet` takes depth, width, channels and classes (``ResNet``); `resnet18`, `resnet34`, `resnet50` and
-    `resnet101` are torchvision's, without weights, and take classes. All can be traced by torch.fx.
+    `resnet` takes depth, width, channels and classes (``ResNet``), `mlp` inputs, widths and classes (``mlp``). The
+    other names are torchvision's, without weights, and take classes; `vit_b_16` also size, in pixels. A name
+    `package.module:function` is any other constructor that can be imported, `timm:create_model` say: it is called
+    with the arguments as they are, `classes` as `num_classes` where it knows no `classes`.
 
-    Raises InputError for an unknown name or argument, a missing one, or a value that is not allowed.
+    Raises InputError for an unknown name or argument, a missing one, a value that is not allowed, and a constructor
+    that cannot be imported or called.
     """
+    if ":" in name:
+        return _import_and_call(name, arguments)
     if name not in _REGISTRY:
-        raise InputError(f"architecture.name: found {name!r}; allowed: {', '.join(_REGISTRY)}")
+        raise InputError(
+            f"architecture.name: found {name!r}; allowed: {', '.join(_REGISTRY)}, or package.module:function"
+        )
     entry = _REGISTRY[name]
     for key in arguments:
         if key not in entry.arguments:
@@ -132,11 +166,45 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return entry.constructor(**{key: _value(key, arguments, spec) for key, spec in entry.arguments.items()})
 
 
-def _value(key: str, arguments: Mapping[str, Any], spec: _Argument) -> int:
+def _value(key: str, arguments: Mapping[str, Any], spec: _Argument) -> int | list[int]:
     if key not in arguments and spec.default is not None:
         return spec.default
     found = arguments.get(key)
-    if isinstance(found, bool) or not isinstance(found, int) or not spec.accepts(found):
+    several = isinstance(found, list | tuple) and spec.several
+    entries = found if several else [found]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and spec.accepts(n) for n in entries)
+    if not whole or several != spec.several:
         kind = f"{found!r} ({type(found).__name__})" if key in arguments else "nothing"
         raise InputError(f"architecture.arguments.{key}: found {kind}; allowed: {spec.allowed}")
     return found
+
+
+def _import_and_call(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network that ``package.module:function`` gives."""
+    where, _, attribute = name.partition(":")
+    try:
+        constructor = getattr(importlib.import_module(where), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"architecture.name: {name} cannot be imported ({_line(error)}); allowed: package.module:function of an "
+            "installed package"
+        ) from error
+    given = dict(arguments)
+    try:
+        if "classes" in given and "classes" not in inspect.signature(constructor).parameters:
+            given["num_classes"] = given.pop("classes")
+        network = constructor(**given)
+    except Exception as error:  # whatever a constructor of someone else raises
+        raise InputError(
+            f"architecture.arguments: {name} cannot be called with {', '.join(given) or 'nothing'} ({_line(error)}); "
+            "allowed: arguments it knows"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"architecture.name: {name} gave {type(network).__name__}; allowed: a function that builds a torch module"
+        )
+    return network
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.core.graph import Layout, Node
+from stages.core.graph import Node
+from stages.core.layouts import Layout
 
 
 @dataclass(frozen=True)

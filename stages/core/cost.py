@@ -1,12 +1,14 @@
 """What a merged network costs, counted two ways: from the split alone, and from the network that was built.
 
 A linear map with merged input parts i and output parts o has k_o rows that read all k_i + N s_i inputs and N s_o
-rows that read d_i. The heads of separate label spaces are outside the budget: they are there at any size.
+rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention) costs the same per entry of
+the merged output as of the source's. The heads of separate label spaces are outside the budget: they are there at
+any size.
 """
 
 from collections.abc import Mapping
 
-from stages.core.blocks import BlockMap, parts_of
+from stages.core.blocks import parts_of
 from stages.core.errors import InputError
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork
@@ -17,22 +19,40 @@ KINDS = ("macs", "parameters")
 
 
 def counted_nodes(trace: Trace, labels: str) -> list[Node]:
-    """The nodes with parameters that count towards the budget."""
+    """The nodes that count towards the budget."""
     return [
         n
         for n in trace.graph.nodes
-        if n.parameters and not (labels == "separate" and n is trace.graph.output)
+        if (n.parameters or trace.hidden_macs(n)) and not (labels == "separate" and n is trace.graph.output)
     ]
 
 
+def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
+    """What one entry of a node's output costs beside the weight of a dense linear map, the same in every merge.
+
+    macs: of grouped convolutions and attention. parameters: biases, norms, grouped weights, lone parameters.
+    """
+    if kind == "macs" and not node.grouped:
+        return trace.hidden_macs(node)
+    roles = ["weight"] if kind == "macs" else _alone(node)
+    entries = sum(state[node.parameters[role]].numel() for role in roles) // trace.layouts[node.name].width
+    return entries * (trace.positions(node) if kind == "macs" else 1)
+
+
+def _alone(node: Node) -> list[str]:
+    """Roles of the trained parameters that have entries of their own for each unit of the output."""
+    roles = ("bias", "value") if node.linear else ("weight", "bias", "value")
+    return [role for role in roles if role in node.parameters]
+
+
 def source_cost(trace: Trace, state: State, labels: str, kind: str) -> int:
-    """Multiply-accumulates per image (of linear maps), or trained parameters, of one source network."""
+    """Multiply-accumulates per image (of linear maps and attention), or trained parameters, of one source network."""
     total = 0
     for node in counted_nodes(trace, labels):
-        if kind == "macs":
-            total += trace.positions(node) * state[node.parameters["weight"]].numel() if node.linear else 0
-        else:
-            total += sum(state[node.parameters[role]].numel() for role in _trained(node))
+        if node.linear:
+            times = trace.positions(node) if kind == "macs" else 1
+            total += times * state[node.parameters["weight"]].numel()
+        total += entry_cost(trace, state, node, kind) * trace.layouts[node.name].width
     return total
 
 
@@ -50,10 +70,7 @@ def split_cost(
             k = int((outputs.owner < 0).sum())
             weights = (k * inputs.width + (outputs.width - k) * weight.shape[1]) * taps
             total += weights * (trace.positions(node) if kind == "macs" else 1)
-            if kind == "parameters" and "bias" in node.parameters:
-                total += outputs.width
-        elif kind == "parameters":
-            total += len(_trained(node)) * outputs.width
+        total += entry_cost(trace, state, node, kind) * outputs.width
     return total
 
 
@@ -61,11 +78,14 @@ def built_cost(network: MergedNetwork, kind: str, heads: bool = False) -> int:
     """The same, counted on the blocks of the network that was built. heads: count those of separate label spaces."""
     total = 0
     for node in counted_nodes(network.trace, "shared" if heads else network.labels):
-        module = network.map_of(node)
         if kind == "parameters":
-            total += sum(parameter.numel() for parameter in module.parameters())
-        elif isinstance(module, BlockMap):
-            total += network.trace.positions(node) * sum(weight.numel() for weight in module.weights)
+            module = network.map_of(node) if node.parameters else None
+            total += sum(p.numel() for p in module.parameters()) if module is not None else 0
+        elif node.fitted:
+            weights = network.map_of(node).weights
+            total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
+        else:
+            total += network.trace.hidden_macs(node) * network.parts(node.name).width
     return total
 
 
@@ -74,7 +94,3 @@ def check_built(network: MergedNetwork, kind: str, promised: int) -> None:
     found = built_cost(network, kind)
     if found != promised:
         raise InputError(f"the built network has {found} {kind}, allocation said {promised}")
-
-
-def _trained(node: Node) -> list[str]:
-    return [role for role in ("weight", "bias") if role in node.parameters]

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from stages.core.artifacts import read_tensors, write_tensors
 from stages.core.blocks import BlockMap, Parts, head_parts, held_pieces, parts_of
 from stages.core.errors import InputError
-from stages.core.graph import Graph, Node, node_parameters, run_graph, run_node
+from stages.core.graph import Graph, Node, node_parameters
+from stages.core.merged import NORMS, MergedLayer, merged_layer
+from stages.core.operations import run_graph, run_node
 from stages.core.spec import State
 from stages.core.trace import Trace, lay_out
 
@@ -76,6 +78,10 @@ class MergedNetwork(nn.Module):
                 affine = "weight" in node.parameters
                 width = self.parts(node.name).width
                 self.maps[_key(node)] = norm(width, eps=node.attributes["eps"], affine=affine)
+            elif node.inputs:
+                layer = merged_layer(node, trace, self.parts(node.inputs[0]), self.parts(node.name))
+                if layer is not None:
+                    self.maps[_key(node)] = layer
         self._pieces = {name: held_pieces(self.parts(name)) for name in trace.layouts}
         self.eval()
 
@@ -97,7 +103,7 @@ class MergedNetwork(nn.Module):
 
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
         """One operation of the merged network. task: whose correction is applied, where there is one."""
-        if not node.parameters:
+        if _key(node) not in self.maps:
             return run_node(node, inputs, {})
         return self._corrected(node, self.maps[_key(node)](inputs[0]), task, slice(None))
 
@@ -121,7 +127,7 @@ class MergedNetwork(nn.Module):
         return value * scale + shift
 
     def map_of(self, node: Node) -> nn.Module:
-        """The BlockMap of a linear node, the batch norm of a batch_norm node."""
+        """The BlockMap of a linear node, the batch norm of a batch_norm node, the MergedLayer of others."""
         return self.maps[_key(node)]
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
@@ -171,7 +177,11 @@ class MergedNetwork(nn.Module):
         return values
 
     def _on_pieces(self, node: Node, inputs: Sequence[list[Tensor]], task: int | None) -> list[Tensor]:
-        if node.operation == "concatenate" or (node.parameters and not node.linear and self.training):
+        if (
+            node.operation in ("concatenate", "attention")
+            or (node.parameters and not node.linear and self.training)
+            or (_key(node) in self.maps and isinstance(self.map_of(node), MergedLayer))
+        ):
             whole = [self._joined(name, own) for name, own in zip(node.inputs, inputs, strict=True)]
             return self._apart(node.name, self.run_node(node, whole, task))
         if not node.parameters:
@@ -259,11 +269,19 @@ def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:
         parts = network.parts(node.name)
         if node.operation == "input":
             exact[node.name] = torch.ones(parts.width, dtype=torch.bool)
-        elif node.linear:
+        elif node.linear or (node.operation in NORMS and node.attributes.get("groups", 1) == 1):
             read = exact[node.inputs[0]]
             inputs = network.parts(node.inputs[0])
             whole = torch.tensor([bool(read[p].all()) for p in inputs.positions])
             exact[node.name] = (parts.owner >= 0) & whole[parts.owner]
+        elif node.grouped or node.operation in NORMS:  # each part of the units alone
+            count = network.map_of(node).attributes["groups"]
+            whole = exact[node.inputs[0]].view(count, -1).all(1)
+            exact[node.name] = (parts.owner >= 0) & whole.repeat_interleave(parts.width // count)
+        elif node.operation == "attention":  # queries, keys and values
+            exact[node.name] = exact[node.inputs[0]].view(3, -1).all(0)
+        elif node.parameters:
+            exact[node.name] = exact[node.inputs[0]] & (parts.owner >= 0)
         elif node.operation == "concatenate":
             exact[node.name] = torch.cat([exact[name] for name in node.inputs])
         else:

@@ -1,156 +1,154 @@
 """A module's forward as a graph of named operations, read off its torch.fx trace.
 
-Modules, functions and methods that mean the same become the same operation. Nothing is guessed: what is not listed
-here is an error that names it.
+Modules, functions and methods that mean the same become the same operation (stages.core.vocabulary). Nothing is
+guessed: what is not listed there is an error that names it.
 """
 
 import copy
+import dataclasses
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from stages.core.attention import PACKED, Attention, find_attention
+from stages.core.calls import Calls
 from stages.core.errors import InputError
-from stages.core.graph import OPERATIONS, Graph, Node
-
-Recipe = tuple[str, dict[str, Any], tuple[str, ...]]  # operation, attributes, parameter roles
-ALIAS = "alias"  # passes its input on
-
-MODULES: dict[type[nn.Module], Callable[[Any], Recipe]] = {
-    nn.Identity: lambda m: (ALIAS, {}, ()),
-    nn.Dropout: lambda m: (ALIAS, {}, ()),
-    nn.Dropout2d: lambda m: (ALIAS, {}, ()),
-    nn.Linear: lambda m: ("linear", {}, ("weight", "bias")),
-    nn.Conv2d: lambda m: ("conv2d", _conv_attributes(m), ("weight", "bias")),
-    nn.BatchNorm1d: lambda m: ("batch_norm", {"eps": m.eps}, _NORM),
-    nn.BatchNorm2d: lambda m: ("batch_norm", {"eps": m.eps}, _NORM),
-    nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
-    nn.MaxPool2d: lambda m: ("max_pool2d", _pool_attributes(m) | {"dilation": m.dilation}, ()),
-    nn.AvgPool2d: lambda m: (
-        "avg_pool2d",
-        _pool_attributes(m) | {"count_include_pad": m.count_include_pad},
-        (),
-    ),
-    nn.AdaptiveAvgPool2d: lambda m: ("adaptive_avg_pool2d", {"output_size": m.output_size}, ()),
-    nn.AdaptiveMaxPool2d: lambda m: ("adaptive_max_pool2d", {"output_size": m.output_size}, ()),
-    nn.ReLU: lambda m: ("relu", {}, ()),
-    nn.ReLU6: lambda m: ("relu6", {}, ()),
-    nn.GELU: lambda m: ("gelu", {"approximate": m.approximate}, ()),
-    nn.SiLU: lambda m: ("silu", {}, ()),
-    nn.LeakyReLU: lambda m: ("leaky_relu", {"negative_slope": m.negative_slope}, ()),
-    nn.ELU: lambda m: ("elu", {"alpha": m.alpha}, ()),
-    nn.Hardswish: lambda m: ("hardswish", {}, ()),
-    nn.Hardsigmoid: lambda m: ("hardsigmoid", {}, ()),
-    nn.Mish: lambda m: ("mish", {}, ()),
-    nn.Sigmoid: lambda m: ("sigmoid", {}, ()),
-    nn.Tanh: lambda m: ("tanh", {}, ()),
-}
-_NORM = ("weight", "bias", "running_mean", "running_var")
-
-# Functions and methods of one name mean the same: (operation, names of the arguments after the input).
-CALLS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    **dict.fromkeys((F.relu, torch.relu, "relu", "relu_"), ("relu", ())),
-    **dict.fromkeys((torch.sigmoid, "sigmoid"), ("sigmoid", ())),
-    **dict.fromkeys((torch.tanh, "tanh"), ("tanh", ())),
-    F.relu6: ("relu6", ()),
-    F.gelu: ("gelu", ("approximate",)),
-    F.silu: ("silu", ()),
-    F.leaky_relu: ("leaky_relu", ("negative_slope",)),
-    F.elu: ("elu", ("alpha",)),
-    F.hardswish: ("hardswish", ()),
-    F.hardsigmoid: ("hardsigmoid", ()),
-    F.mish: ("mish", ()),
-    F.max_pool2d: ("max_pool2d", ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    F.avg_pool2d: ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
-    F.adaptive_avg_pool2d: ("adaptive_avg_pool2d", ("output_size",)),
-    F.adaptive_max_pool2d: ("adaptive_max_pool2d", ("output_size",)),
-    **dict.fromkeys((F.dropout, F.dropout2d, "contiguous"), (ALIAS, ("p", "training", "inplace"))),
-    **dict.fromkeys((torch.flatten, "flatten"), ("flatten", ("start_dim", "end_dim"))),
-    **dict.fromkeys((torch.mean, "mean"), ("mean", ("dim", "keepdim"))),
-    **dict.fromkeys((torch.cat, torch.concat), ("concatenate", ("dim",))),
-}
-BINARY: dict[Any, tuple[str, str]] = {  # (on two values, on a value and a number)
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), ("add", "shift")),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), ("multiply", "scale")),
-}
+from stages.core.graph import Graph, Node
+from stages.core.operations import OPERATIONS
+from stages.core.shapes import Observed, observe
+from stages.core.vocabulary import ALIAS, BINARY, CALLS, MODULES, RESHAPES, STATE, Recipe
 
 
-def read_graph(module: nn.Module) -> Graph:
+def read_graph(module: nn.Module, example: Tensor) -> Graph:
     """Read a module, which is left as it is.
 
-    Raises InputError naming the operation and the module's path when there is no rule for it.
+    example: (n, ...), of which the shape counts. Raises InputError naming the operation and the module's path when
+    there is no rule for it.
     """
     module = copy.deepcopy(module).eval()
     try:
-        traced = torch.fx.symbolic_trace(module)
+        traced = _with_one_input(module, torch.fx.symbolic_trace(module, _defaults(module)))
     except (torch.fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(
             f"{type(module).__name__}: cannot be traced ({error}); allowed: a forward without branches on values"
         ) from error
-    return Graph(tuple(_Reader(traced).read()))
+    return Graph(tuple(_Reader(module, traced, observe(traced, example)).read()))
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """What the arguments of a forward are when it is called with the images alone."""
+    arguments = list(inspect.signature(module.forward).parameters.values())[1:]
+    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
+
+
+def _with_one_input(module: nn.Module, traced: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Arguments that have their defaults are no inputs: the forward saw the values, only checks read the inputs."""
+    given = _defaults(module)
+    inputs = [fx for fx in traced.graph.nodes if fx.op == "placeholder"]
+    for name, fx in list(zip(inspect.signature(module.forward).parameters, inputs, strict=False))[1:]:
+        if name in given:
+            _erase(traced.graph, fx)
+    return traced
+
+
+def _erase(graph: torch.fx.Graph, fx: torch.fx.Node) -> None:
+    for user in list(fx.users):
+        _erase(graph, user)
+    graph.erase_node(fx)
 
 
 class _Reader:
     """Reads a torch.fx graph into nodes."""
 
-    def __init__(self, traced: torch.fx.GraphModule) -> None:
-        self.traced = traced
+    def __init__(self, module: nn.Module, traced: torch.fx.GraphModule, observed: Observed) -> None:
+        self.traced, self.observed = traced, observed
         self.modules = dict(traced.named_modules())
+        self.state = module.state_dict(keep_vars=True)
         self.alias: dict[str, str] = {}
-        self.sizes: dict[
-            str, tuple[str, int | None]
-        ] = {}  # x.shape or x.size(0): which value, which dimension
+        self.lone: dict[str, str] = {}  # a parameter that is read directly -> its name in the state dict
+        self.viewed: dict[str, Sequence[int]] = {}  # the shape a lone parameter is given
         self.used: dict[int, str] = {}  # parameters by identity: tied ones have two names
+        self.nodes: list[Node] = []
+        self.calls = Calls(observed, self.lone, self._unknown)
+        self.attention = dict(find_attention(traced, observed))
+        self.skipped = {fx for found in self.attention.values() for fx in found.inside}
 
     def read(self) -> list[Node]:
-        nodes = []
         for fx in self.traced.graph.nodes:
             if fx.op == "placeholder":
-                if nodes:
+                if self.nodes:
                     raise InputError(f"{fx.target}: a second input; allowed: networks of one input")
-                nodes.append(Node(fx.name, "input"))
+                self.nodes.append(Node(fx.name, "input"))
             elif fx.op == "output":
                 if not isinstance(fx.args[0], torch.fx.Node):
                     raise InputError("the network returns several values; allowed: one tensor")
-                nodes = _upto(nodes, self._name(fx.args[0]))
-            elif not self._size(fx):
-                node = self._node(fx)
-                if node is not None:
-                    nodes.append(node)
-        return nodes
+                return _upto(self.nodes, self._name(fx.args[0]))
+            elif fx.op == "get_attr":
+                self.lone[fx.name] = str(fx.target)
+            elif self._multihead(fx):
+                self._read_multihead(fx)
+            elif fx in self.attention:
+                self._read_attention(fx, self.attention[fx])
+            elif fx in self.skipped:
+                continue
+            elif self.observed.tensor(fx):
+                self._read(fx)
+            if self.observed.failed is fx:
+                raise self._failed(fx)
+        return self.nodes
 
     def _name(self, fx: torch.fx.Node) -> str:
         return self.alias.get(fx.name, fx.name)
 
-    def _node(self, fx: torch.fx.Node) -> Node | None:
-        if fx.op != "get_attr" and not fx.args:
+    def _read(self, fx: torch.fx.Node) -> None:
+        if not fx.args:
             raise self._unknown(fx, f"{fx.target} whose input is given by keyword")
         if fx.op == "call_module":
             operation, attributes, roles = self._module(fx)
-            inputs = fx.args
-        elif fx.op in ("call_function", "call_method"):
-            operation, attributes, inputs = self._call(fx)
-            roles = ()
+            inputs, parameters = fx.args, {role: f"{fx.target}.{role}" for role in roles}
         else:
-            raise self._unknown(fx, f"parameter {fx.target} read directly")
-        if any(not isinstance(i, torch.fx.Node) or i.name in self.sizes for i in inputs):
+            found = self._with_parameter(fx)
+            if found is None:
+                return
+            operation, attributes, inputs, parameters = found
+        if any(not isinstance(i, torch.fx.Node) or not self._value(i) for i in inputs):
             raise self._unknown(fx, f"{operation} of something that is not a value of the network")
         if operation == ALIAS:
             self.alias[fx.name] = self._name(inputs[0])
-            return None
-        parameters = {}
-        for role in roles:
-            tensor = getattr(self.modules[fx.target], role)
+        else:
+            self._append(fx, fx.name, operation, attributes, [self._name(i) for i in inputs], parameters)
+
+    def _append(
+        self,
+        fx: torch.fx.Node,
+        name: str,
+        operation: str,
+        attributes: dict[str, Any],
+        inputs: list[str],
+        parameters: dict[str, str],
+    ) -> None:
+        kept = {}
+        for role, parameter in parameters.items():
+            tensor = self.state.get(parameter)
             if tensor is not None:
-                parameters[role] = name = f"{fx.target}.{role}"
+                kept[role] = parameter
                 if id(tensor) in self.used:
-                    raise self._unknown(fx, f"{name} used a second time (first in {self.used[id(tensor)]})")
+                    raise self._unknown(
+                        fx, f"{parameter} used a second time (first in {self.used[id(tensor)]})"
+                    )
                 self.used[id(tensor)] = fx.name
-        return Node(fx.name, operation, tuple(self._name(i) for i in inputs), attributes, parameters)
+        self.nodes.append(Node(name, operation, tuple(inputs), attributes, kept))
+
+    def _value(self, fx: torch.fx.Node) -> bool:
+        """Whether a node is a value of the network: a tensor that is no parameter."""
+        return fx.name not in self.lone and (self.observed.tensor(fx) or fx.name in self.alias)
+
+    # -- modules ------------------------------------------------------------------------------------------------
 
     def _module(self, fx: torch.fx.Node) -> Recipe:
         module = self.modules[fx.target]
@@ -159,75 +157,112 @@ class _Reader:
         recipe = MODULES[type(module)](module)
         if recipe[0] == "batch_norm" and module.running_mean is None:
             raise self._unknown(fx, "batch norm without running statistics")
-        if recipe[0] == "conv2d" and (module.groups != 1 or module.padding_mode != "zeros"):
-            raise self._unknown(
-                fx, f"convolution with groups={module.groups}, padding_mode={module.padding_mode!r}"
-            )
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            raise self._unknown(fx, f"convolution with padding_mode={module.padding_mode!r}")
+        if recipe[0] == "layer_norm" and len(module.normalized_shape) > 1:
+            raise self._unknown(fx, f"layer norm over {len(module.normalized_shape)} dimensions")
+        if recipe[0] == "group_norm" and getattr(module, "track_running_stats", False):
+            raise self._unknown(fx, "instance norm with running statistics")
         return recipe
 
-    def _call(self, fx: torch.fx.Node) -> tuple[str, dict[str, Any], tuple[torch.fx.Node, ...]]:
-        if fx.target in BINARY:
-            return self._binary(fx)
-        if fx.target in ("view", "reshape") or fx.target is torch.reshape:
-            return self._reshape(fx)
-        if fx.target not in CALLS:
-            raise self._unknown(fx, f"operation {getattr(fx.target, '__name__', fx.target)}")
-        operation, names = CALLS[fx.target]
-        given = dict(zip(names, fx.args[1:], strict=False)) | dict(fx.kwargs)
-        given.pop("inplace", None)
-        if given.get("return_indices") is False:
-            del given["return_indices"]
-        surplus = [*fx.args[1 + len(names) :], *(given.keys() - names)]
-        if surplus:
-            raise self._unknown(fx, f"{operation} with {surplus[0]}")
-        if any(isinstance(value, torch.fx.Node) for value in given.values()):
-            raise self._unknown(fx, f"{operation} whose settings depend on a value")
-        inputs = tuple(fx.args[0]) if operation == "concatenate" else (fx.args[0],)
-        if operation == "flatten":
-            operation, given, _ = _flatten(given.get("start_dim", 0), given.get("end_dim", -1))
-        elif operation == "mean":
-            dims = given.get("dim")
-            given = {"dims": list(dims) if isinstance(dims, tuple | list) else [dims]}
-            given["keepdim"] = bool(fx.kwargs.get("keepdim", fx.args[2] if len(fx.args) > 2 else False))
-            if given["dims"] == [None]:
-                raise self._unknown(fx, "mean over everything")
-        elif operation == "concatenate":
-            given.setdefault("dim", 0)
-        elif operation == ALIAS:
-            given = {}
-        return operation, given, inputs
+    def _multihead(self, fx: torch.fx.Node) -> bool:
+        return fx.op == "call_module" and type(self.modules[fx.target]) is nn.MultiheadAttention
 
-    def _binary(self, fx: torch.fx.Node) -> tuple[str, dict[str, Any], tuple[torch.fx.Node, ...]]:
-        joined, single = BINARY[fx.target]
-        values = tuple(arg for arg in fx.args if isinstance(arg, torch.fx.Node))
-        numbers = [arg for arg in fx.args if isinstance(arg, int | float)]
-        if len(fx.args) != 2 or fx.kwargs or len(values) + len(numbers) != 2 or not values:
-            raise self._unknown(fx, f"{joined} of {len(fx.args)} arguments")
-        if numbers:
-            return single, {"value": numbers[0]}, values
-        return joined, {}, values
+    def _read_multihead(self, fx: torch.fx.Node) -> None:
+        """Self-attention: one Linear to queries, keys and values, the attention, one Linear out of the heads."""
+        module, path = self.modules[fx.target], str(fx.target)
+        if len(fx.args) < 3 or not fx.args[0] is fx.args[1] is fx.args[2]:
+            raise self._unknown(fx, "attention whose query, key and value are not one tensor")
+        given = {"key_padding_mask", "attn_mask", "is_causal"} & {k for k, v in fx.kwargs.items() if v}
+        if given or len(fx.args) > 3:
+            raise self._unknown(fx, f"attention with {next(iter(given), 'positional settings')}")
+        if not module.batch_first or module.bias_k is not None or module.add_zero_attn:
+            raise self._unknown(fx, "attention with batch_first=False, bias_k or add_zero_attn")
+        for weights in (u for u in fx.users if u.target is not operator.getitem or u.args[1] != 0):
+            if weights.users:
+                raise self._unknown(fx, "attention whose weights are read; allowed: its first output")
+        first, heads, last = f"{fx.name}_in_proj", f"{fx.name}_heads", fx.name
+        names = {"weight": f"{path}.in_proj_weight", "bias": f"{path}.in_proj_bias"}
+        self._append(fx, first, "linear", {"packed": PACKED}, [self._name(fx.args[0])], names)
+        self._append(fx, heads, "attention", {"head_dim": module.head_dim}, [first], {})
+        names = {"weight": f"{path}.out_proj.weight", "bias": f"{path}.out_proj.bias"}
+        self._append(fx, last, "linear", {}, [heads], names)
+        for user in fx.users:
+            self.alias[user.name] = last
 
-    def _reshape(self, fx: torch.fx.Node) -> tuple[str, dict[str, Any], tuple[torch.fx.Node, ...]]:
-        """Only x.view(x.size(0), -1), which is a flatten."""
-        shape = fx.args[1:]
-        if len(shape) == 1 and isinstance(shape[0], tuple | list):
-            shape = tuple(shape[0])
-        first = self.sizes.get(getattr(shape[0], "name", "")) if shape else None
-        if first != (self._name(fx.args[0]), 0) or shape[1:] != (-1,) or fx.kwargs:
-            what = getattr(fx.target, "__name__", fx.target)
-            raise self._unknown(fx, f"{what} to ({', '.join(map(str, shape))})")
-        return "flatten", {}, (fx.args[0],)
+    def _read_attention(self, fx: torch.fx.Node, found: Attention) -> None:
+        name = self._name(found.packed)
+        at = next(i for i, node in enumerate(self.nodes) if node.name == name)
+        if self.nodes[at].operation != "linear":
+            raise self._unknown(fx, "attention whose queries, keys and values are not one Linear's alone")
+        self.nodes[at] = dataclasses.replace(self.nodes[at], attributes={"packed": PACKED})
+        self._append(fx, fx.name, "attention", {"head_dim": found.head_dim}, [name], {})
 
-    def _size(self, fx: torch.fx.Node) -> bool:
-        """Remember x.size(), x.shape and one entry of them; they are no operations."""
-        if fx.op not in ("call_function", "call_method"):
-            return False
-        if fx.target == "size" or (fx.target is getattr and fx.args[1] == "shape"):
-            dim = fx.args[1] if fx.target == "size" and len(fx.args) > 1 else fx.kwargs.get("dim")
-            self.sizes[fx.name] = (self._name(fx.args[0]), dim)
-        elif fx.target is operator.getitem and getattr(fx.args[0], "name", None) in self.sizes:
-            self.sizes[fx.name] = (self.sizes[fx.args[0].name][0], fx.args[1])
-        return fx.name in self.sizes
+    # -- functions and methods ----------------------------------------------------------------------------------
+
+    def _with_parameter(self, fx: torch.fx.Node) -> tuple[Any, ...] | None:
+        """(operation, attributes, inputs, parameters); None when there is nothing to run."""
+        lone = [arg for arg in fx.all_input_nodes if arg.name in self.lone]
+        if fx.name in self.alias:
+            return None
+        if not lone:
+            return *self.calls.read(fx), {}
+        if fx.target == "expand" and self.observed.shape(fx)[1:] == tuple(self._tensor(lone[0]).shape[1:]):
+            self.lone[fx.name] = self.lone[lone[0].name]  # over the batch: what reads it does that
+            return None
+        if fx.target in RESHAPES and self._tensor(lone[0]).dim() == 1:
+            self.lone[fx.name], self.viewed[fx.name] = self.lone[lone[0].name], self.observed.shape(fx)
+            return None
+        if fx.target in BINARY and len(lone) == 1 and len(fx.all_input_nodes) == len(fx.args) == 2:
+            value = next(arg for arg in fx.args if arg is not lone[0])
+            attributes = {"shape": list(self._tensor(lone[0]).shape)}
+            if lone[0].name in self.viewed:  # (d,) seen as (1, d, 1, 1)
+                attributes["shape"] = shape = list(self.viewed[lone[0].name])
+                attributes["view"] = [1 if n == 1 else -1 for n in shape]
+            operation = f"{BINARY[fx.target][0]}_parameter"
+            return operation, attributes, (value,), {"value": self.lone[lone[0].name]}
+        if CALLS.get(fx.target, ("",))[0] == "concatenate":
+            return self._concatenate(fx)
+        operation = CALLS.get(fx.target, ("",))[0]
+        if operation in ("layer_norm", "batch_norm", "linear", "conv2d"):
+            _, given, inputs = self.calls.read(fx)
+            names = {role: self.lone.get(getattr(given.pop(role, None), "name", "")) for role in STATE}
+            return operation, given, inputs, {role: name for role, name in names.items() if name}
+        raise self._unknown(fx, f"parameter {self.lone[lone[0].name]} read directly")
+
+    def _tensor(self, fx: torch.fx.Node) -> Tensor:
+        name = self.lone[fx.name]
+        if name not in self.state:
+            raise self._unknown(fx, f"buffer {name}, which is not in the state dict,")
+        return self.state[name]
+
+    def _concatenate(self, fx: torch.fx.Node) -> None:
+        """Parameters (a class token) before and after one value, one node each."""
+        parts = list(fx.args[0])
+        values = [i for i, part in enumerate(parts) if part.name not in self.lone]
+        dim = fx.args[1] if len(fx.args) > 1 else fx.kwargs.get("dim", 0)
+        if len(values) != 1:
+            raise self._unknown(fx, f"concatenation of parameters and {len(values)} values")
+        at, name = values[0], self._name(parts[values[0]])
+        order = [*reversed(parts[:at]), *parts[at + 1 :]]
+        for i, part in enumerate(order):
+            new = fx.name if i == len(order) - 1 else f"{fx.name}_{i}"
+            attributes = {"dim": dim, "first": i < at, "shape": list(self._tensor(part).shape)}
+            self._append(
+                fx, new, "concatenate_parameter", attributes, [name], {"value": self.lone[part.name]}
+            )
+            name = new
+
+    # -- refusals -----------------------------------------------------------------------------------------------
+
+    def _failed(self, fx: torch.fx.Node) -> InputError:
+        node = self.nodes[-1]
+        what = f"{node.name}: {node.operation}" if node.name == fx.name else f"{fx.name}: {fx.target}"
+        shapes = ", ".join(str(s) for s in map(self.observed.shape, fx.all_input_nodes) if s is not None)
+        return InputError(
+            f"{what} cannot run on {shapes} ({self.observed.error}); "
+            "allowed: an example of the shape that the network takes"
+        )
 
     def _unknown(self, fx: torch.fx.Node, what: str) -> InputError:
         stack = fx.meta.get("nn_module_stack") or {}
@@ -238,7 +273,7 @@ class _Reader:
         )
         return InputError(
             f"{path or 'the network'}: no rule for {what} ({fx.name}); allowed: "
-            f"{', '.join(sorted(OPERATIONS))}; rewrite it with these, or add a rule to stages/core/graph.py"
+            f"{', '.join(sorted(OPERATIONS))}; rewrite it with these, or add a rule to stages/core/rules.py"
         )
 
 
@@ -251,18 +286,3 @@ def _upto(nodes: list[Node], output: str) -> list[Node]:
             kept.append(node)
     kept.reverse()
     return sorted(kept, key=lambda node: node.name == output)
-
-
-def _flatten(start: int, end: int) -> Recipe:
-    if (start, end) != (1, -1):
-        raise InputError(f"flatten from {start} to {end}; allowed: from 1 to -1")
-    return "flatten", {}, ()
-
-
-def _conv_attributes(m: nn.Conv2d) -> dict[str, Any]:
-    padding = m.padding if isinstance(m.padding, str) else list(m.padding)
-    return {"stride": list(m.stride), "padding": padding, "dilation": list(m.dilation)}
-
-
-def _pool_attributes(m: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
-    return {"kernel_size": m.kernel_size, "stride": m.stride, "padding": m.padding, "ceil_mode": m.ceil_mode}

@@ -81,7 +81,12 @@ def align(sources: Sequence[Source], matching: Matching, splits: Mapping[str, Un
     check_matching(matching, sources[0].trace.spec, len(sources))
     check_splits(splits, sources[0].trace.spec)
     return [
-        Source(s.trace, permute(s.state, s.trace.spec, unit_order(matching, splits, m)), s.task, s.about)
+        Source(
+            s.trace,
+            permute(s.state, s.trace.spec, unit_order(matching, splits, m, s.trace.spec)),
+            s.task,
+            s.about,
+        )
         for m, s in enumerate(sources)
     ]
 

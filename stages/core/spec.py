@@ -5,7 +5,7 @@ axes together leaves the network's function alone (Ainsworth et al. 2023, sectio
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -50,10 +50,28 @@ class PermutationGroup:
 
 
 @dataclass(frozen=True)
+class Inner:
+    """The order of units inside the parts (heads, groups of a grouped convolution) that are the units of ``outer``.
+
+    Each of ``parts`` parts holds ``size`` units, which may be permuted there, differently in every part. On a span,
+    unit c of part p is the entries ``start + (p * size + c) * block`` and on. ``inside``: weights of grouped maps,
+    (parts * rows, size, ...), whose rows each read the units of their own part.
+    """
+
+    name: str
+    outer: str
+    parts: int
+    size: int
+    spans: tuple[Span, ...]
+    inside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class PermutationSpec:
-    """The groups of one architecture, by name, in the order of the forward pass."""
+    """The groups of one architecture, by name, in the order of the forward pass; inner: orders inside their units."""
 
     groups: Mapping[str, PermutationGroup]
+    inner: Mapping[str, Inner] = field(default_factory=dict)
 
     @property
     def free(self) -> dict[str, PermutationGroup]:
@@ -65,7 +83,8 @@ class PermutationSpec:
 class Matching:
     """Which unit of each network plays the part of each unit of the reference (network 0).
 
-    units: {group: int64 (N, d)}; ``units[g][m, j]`` is a unit of network m, row 0 is 0..d-1.
+    units: {group: int64 (N, d)}; ``units[g][m, j]`` is a unit of network m, row 0 is 0..d-1. Orders inside parts are
+    optional, {inner: int64 (N, parts, size)}: ``units[i][m, j]`` orders the part of network m that plays part j.
     similarity: {group: float64 (N, d)} of each pair with the reference, 1 for the reference itself.
     """
 
@@ -102,25 +121,53 @@ def span_index(order: Tensor, span: Span) -> Tensor:
 
 
 def permute(state: State, spec: PermutationSpec, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reorder units: entry j of every axis of group g comes from entry ``orders[g][j]``. Groups left out stay."""
+    """Reorder units: entry j of every axis of group g comes from entry ``orders[g][j]``. Groups left out stay.
+
+    Orders of groups are int64 (d,); those inside parts (parts, size), in the order that the parts have then.
+    """
     result = dict(state)
-    for name, order in orders.items():
-        group = spec.groups[name]
-        for span in group.spans:
-            tensor = result[span.axis.parameter]
-            index = span_index(order.to(tensor.device), span)
-            whole = torch.arange(tensor.shape[span.axis.dim], device=tensor.device)
-            whole[span.start : span.start + len(index)] = index
-            result[span.axis.parameter] = tensor.index_select(span.axis.dim, whole)
+    for name in (name for name in orders if name not in spec.inner):
+        _reorder(result, spec.groups[name].spans, orders[name])
+    for name in (name for name in orders if name in spec.inner):
+        inner, order = spec.inner[name], orders[name]
+        every = torch.arange(inner.parts, device=order.device)[:, None] * inner.size + order
+        _reorder(result, inner.spans, every.reshape(-1))
+        for parameter in inner.inside:
+            result[parameter] = _reorder_inside(result[parameter], order)
     return result
 
 
-def unit_order(matching: Matching, splits: Mapping[str, UnitSplit], network: int) -> dict[str, Tensor]:
-    """For each group the units of one network, shared ones first, in the matching's order."""
-    return {
-        name: matching.units[name][network][list(split.shared) + list(split.separate)]
-        for name, split in splits.items()
-    }
+def _reorder(state: dict[str, Tensor], spans: Sequence[Span], order: Tensor) -> None:
+    for span in spans:
+        tensor = state[span.axis.parameter]
+        index = span_index(order.to(tensor.device), span)
+        whole = torch.arange(tensor.shape[span.axis.dim], device=tensor.device)
+        whole[span.start : span.start + len(index)] = index
+        state[span.axis.parameter] = tensor.index_select(span.axis.dim, whole)
+
+
+def _reorder_inside(weight: Tensor, order: Tensor) -> Tensor:
+    """weight: (parts * rows, size, ...); order: (parts, size). Each part's rows read their units in its order."""
+    parts, size = order.shape
+    apart = weight.reshape(parts, -1, size, *weight.shape[2:])
+    rows = torch.arange(parts, device=weight.device)[:, None]
+    return apart.movedim(2, 1)[rows, order.to(weight.device)].movedim(1, 2).reshape(weight.shape)
+
+
+def unit_order(
+    matching: Matching, splits: Mapping[str, UnitSplit], network: int, spec: PermutationSpec | None = None
+) -> dict[str, Tensor]:
+    """For each group the units of one network, shared ones first, in the matching's order.
+
+    With ``spec``, also the orders inside parts that the matching knows.
+    """
+    merged = {name: list(split.shared) + list(split.separate) for name, split in splits.items()}
+    orders = {name: matching.units[name][network][order] for name, order in merged.items()}
+    for name, inner in spec.inner.items() if spec is not None else ():
+        if name in matching.units:
+            units = matching.units[name][network]
+            orders[name] = units[merged[inner.outer]] if inner.outer in merged else units
+    return orders
 
 
 def check_matching(matching: Matching, spec: PermutationSpec, networks: int) -> None:
@@ -139,6 +186,17 @@ def check_matching(matching: Matching, spec: PermutationSpec, networks: int) -> 
                 raise InputError(
                     f"matching: group {name}, network {network}: not a permutation of its {group.size} units"
                 )
+    for name, inner in spec.inner.items():
+        if name not in matching.units:
+            continue
+        units, expected = matching.units[name], torch.arange(inner.size)
+        if units.shape != (networks, inner.parts, inner.size) or not bool(
+            (torch.sort(units.cpu(), -1).values == expected).all()
+        ):
+            raise InputError(
+                f"matching: {name}: found {tuple(units.shape)}; allowed: for each of {networks} networks and "
+                f"{inner.parts} parts a permutation of {inner.size} units"
+            )
 
 
 def check_splits(splits: Mapping[str, UnitSplit], spec: PermutationSpec) -> None:

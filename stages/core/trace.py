@@ -7,25 +7,17 @@ verified before it is used (``verify``).
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.core.errors import InputError
-from stages.core.graph import (
-    OPERATIONS,
-    Graph,
-    Groups,
-    Layout,
-    Node,
-    Segment,
-    node_parameters,
-    run_graph,
-    run_node,
-)
+from stages.core.graph import Graph, Node, node_parameters
+from stages.core.layouts import Groups, Layout, Segment
+from stages.core.operations import OPERATIONS, hidden_macs, run_graph, run_node
 from stages.core.reading import read_graph
-from stages.core.spec import PermutationGroup, PermutationSpec, permute
+from stages.core.rules import parameter_dim
+from stages.core.spec import PermutationSpec, permute
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,16 @@ class Trace:
         """How often a linear map is applied to one image: its multiply-accumulates are positions * weights."""
         return self.shapes[node.name].numel() // self.layouts[node.name].width
 
+    def hidden_macs(self, node: Node) -> int:
+        """Multiply-accumulates of a node without weights (attention) per entry of its output's units."""
+        return hidden_macs(node, self.shapes[node.name])
+
+    def unit_dim(self, node: Node, role: str) -> int:
+        """Which dimension of a node's parameter lies on the units of its output."""
+        if role != "value" or "view" in node.attributes:
+            return 0
+        return parameter_dim(node, self.layouts[node.inputs[0]], self.shapes[node.inputs[0]])
+
 
 def trace(module: nn.Module, example: Tensor) -> Trace:
     """Trace a network.
@@ -53,7 +55,7 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     example: a batch of the input's shape, (n, ...); its values do not matter. The module is left as it is.
     Raises InputError naming the operation and the module's path when there is no rule for it.
     """
-    graph = read_graph(module)
+    graph = read_graph(module, example)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return lay_out(graph, shapes, example[:1].shape)
 
@@ -82,11 +84,10 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
         layouts[node.name] = rule(groups, node, read, [value.shape for value in inputs], out.shape)
         for name in last[node.name]:
             del values[name]
-    fixed = {groups.find(s.group) for end in (first, graph.output.name) for s in layouts[end].segments}
     return Trace(
         graph,
-        _collect(groups, fixed),
-        {name: _named(groups, layout) for name, layout in layouts.items()},
+        groups.spec(layouts[first], layouts[graph.output.name]),
+        {name: groups.resolve(layout) for name, layout in layouts.items()},
         shapes,
         {name: tuple(shape) for name, shape in parameters.items()},
     )
@@ -101,19 +102,6 @@ def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> 
             f"{node.name}: {node.operation} cannot run on {shapes} ({str(error).splitlines()[0]}); "
             "allowed: an example of the shape that the network takes"
         ) from error
-
-
-def _collect(groups: Groups, fixed: set[str]) -> PermutationSpec:
-    spans: dict[str, list[Any]] = {name: [] for name in groups.parents if groups.find(name) == name}
-    for name, own in groups.spans.items():
-        spans[groups.find(name)] += own
-    return PermutationSpec(
-        {n: PermutationGroup(n, groups.sizes[n], tuple(own), n in fixed) for n, own in spans.items()}
-    )
-
-
-def _named(groups: Groups, layout: Layout) -> Layout:
-    return Layout(layout.dim, tuple(Segment(groups.find(s.group), s.size, s.block) for s in layout.segments))
 
 
 def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float = 1e-8) -> None:
@@ -133,6 +121,8 @@ def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float =
                 f"{type(module).__name__}: the traced graph does not compute what the module does"
             )
         orders = {n: _cycle(g.size, generator) for n, g in traced.spec.free.items()}
+        for name, inner in traced.spec.inner.items():
+            orders[name] = torch.stack([_cycle(inner.size, generator) for _ in range(inner.parts)])
         if _close(run_graph(traced.graph, permute(state, traced.spec, orders), x), expected, tolerance):
             return
         for name, order in orders.items():

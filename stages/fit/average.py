@@ -36,11 +36,16 @@ def average_block(
     return result
 
 
-def average_vector(vectors: Sequence[Tensor], parts: Parts, shares: Sequence[Tensor]) -> Tensor:
-    """Biases and norm parameters, each (d,). Returns (merged width,)."""
-    result = vectors[0].new_zeros(parts.width)
+def average_vector(vectors: Sequence[Tensor], parts: Parts, shares: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Biases and other parameters with one entry per unit on ``dim``; shares: what each network counts for, (d,).
+
+    Returns the same shape with the merged width on ``dim``.
+    """
+    shape, every = list(vectors[0].shape), [1] * vectors[0].dim()
+    shape[dim], every[dim] = parts.width, -1
+    result = vectors[0].new_zeros(shape)
     for vector, positions, share in zip(vectors, parts.positions, shares, strict=True):
-        result[positions] += vector * share
+        result.index_add_(dim, positions.to(vector.device), vector * share.view(every))
     return result
 
 
@@ -52,17 +57,22 @@ def entry_shares(network: MergedNetwork, alignment: Alignment, value: str, like:
 
 
 @torch.no_grad()
-def fill_average(network: MergedNetwork, sources: Sequence[Source], alignment: Alignment) -> None:
+def fill_average(
+    network: MergedNetwork, sources: Sequence[Source], alignment: Alignment | None = None
+) -> None:
     """Give every layer of ``network`` the average of the sources, units in merged order."""
+    alignment = alignment or Alignment(len(sources))
     states = view_states(sources, alignment, network.shared)
     for node in network.trace.graph.nodes:
         if node.linear:
             _fill_linear(network, node, states, alignment)
-        elif node.operation == "batch_norm":
+        elif node.parameters:
             module, parts = network.map_of(node), network.parts(node.name)
-            shares = entry_shares(network, alignment, node.name, module.running_mean)
+            example = states[0][next(iter(node.parameters.values()))]
+            shares = entry_shares(network, alignment, node.name, example)
             for role, name in node.parameters.items():
-                getattr(module, role).copy_(average_vector([s[name] for s in states], parts, shares))
+                tensors, dim = [state[name] for state in states], network.trace.unit_dim(node, role)
+                getattr(module, role).copy_(average_vector(tensors, parts, shares, dim))
 
 
 def _fill_linear(network: MergedNetwork, node: Node, states: Sequence[State], alignment: Alignment) -> None:

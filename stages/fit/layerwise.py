@@ -4,7 +4,7 @@ At every Linear and Conv2d the merged layer is fitted on all images, installed, 
 later layer sees what the earlier ones really give (``inputs: merged``) or what the sources give (``inputs: source``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from stages.core.norms import install_statistics, merged_moments
 from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam
 from stages.fit.average import average_block, entry_shares
+from stages.fit.grouped import PartEquations, fit_grouped
 from stages.fit.normal import NormalEquations
 
 CHUNK = 2**24  # entries of one im2col matrix
@@ -76,10 +77,10 @@ class Fitter:
     # -- what the sweep asks ------------------------------------------------------------------------------------
 
     def wants(self, node: Node) -> bool:
-        return node.linear or (node.operation == "batch_norm" and self.fit.inputs == "merged")
+        return node.fitted or (node.operation == "batch_norm" and self.fit.inputs == "merged")
 
     def extra_bytes(self, node: Node, images: int) -> int:
-        if not node.linear:
+        if not node.fitted:
             return 0
         module, trace = self.network.map_of(node), self.network.trace
         if self.fit.solver == "adam":  # holds the inputs and targets of all images, and works on a few
@@ -92,16 +93,21 @@ class Fitter:
             )
             return entries * module.weights[0].element_size() + 12 * CHUNK
         taps = module.weights[0].shape[2:].numel()
+        if node.grouped:
+            rows = module.outputs.width // module.groups
+            return PartEquations.bytes(module.groups, module.weight[0].numel(), rows) + 12 * CHUNK
         equations = len(self.sources) if self.own_rows(node) else 1
         return (
             equations * NormalEquations.bytes(module.inputs.width * taps, module.outputs.width) + 12 * CHUNK
         )
 
     def visit(self, node: Node, sweep: Sweep) -> None:
-        if not node.linear:
+        if not node.fitted:
             self._set_statistics(node, sweep)
         elif self.fit.solver == "adam":
-            self._fit_adam(node, sweep)
+            self._fit_alone(node, sweep, fit_adam)
+        elif node.grouped:
+            self._fit_alone(node, sweep, fit_grouped)
         else:
             self._fit_exact(node, sweep)
 
@@ -121,7 +127,7 @@ class Fitter:
         for index, batch in enumerate(sweep.batches):
             z, y = self.inputs(node, sweep, index), self.targets(node, sweep, index)
             into = equations[batch.task if separate_heads else 0]
-            for z_rows, y_rows in self._rows(node, z, y, kernel_of(module.weights[0])):
+            for z_rows, y_rows in self.rows(node, z, y, kernel_of(module.weights[0])):
                 into.add(z_rows, y_rows, sweep.weights[batch.task])
         starts = self._starts(node)
         left = energy = 0.0
@@ -143,7 +149,7 @@ class Fitter:
                 left += float(solution.residual.sum())
                 energy += float(solution.energy.sum())
         fitted = ~self.exact[node.name].to(device)
-        self._install_offset(node, norm, fitted, biases, moments)
+        self.install_offset(node, norm, fitted, biases, moments)
         if fitted.any():
             self.record.append(LayerFit(layer_of(node), left / energy if energy > 0 else 0.0))
 
@@ -176,7 +182,7 @@ class Fitter:
             return [rows[owner == m] for m in owner.unique()]
         return [rows] if len(rows) else []
 
-    def _install_offset(
+    def install_offset(
         self, node: Node, norm: Node | None, fitted: Tensor, biases: Tensor, moments: Tensor
     ) -> None:
         """Put the intercept where the architecture has a place for it: the bias or the batch norm behind."""
@@ -262,7 +268,7 @@ class Fitter:
             result.index_add_(layout.dim, positions.to(result.device)[counted], part)
         return result
 
-    def _rows(self, node: Node, z: Tensor, y: Tensor, kernel: tuple[int, ...]):
+    def rows(self, node: Node, z: Tensor, y: Tensor, kernel: tuple[int, ...]):
         """(z rows, y rows) in chunks of bounded memory, at the drawn positions."""
         per_image = max(1, z.shape[1] * max(1, torch.Size(kernel).numel()) * y[0].numel() // y.shape[1])
         step = max(1, CHUNK // per_image)
@@ -280,12 +286,13 @@ class Fitter:
         separate = self.network.labels == "separate" and node is self.network.trace.graph.output
         return separate and self.owned
 
-    # -- the published iteration --------------------------------------------------------------------------------
+    # -- other solvers ------------------------------------------------------------------------------------------
 
-    def _fit_adam(self, node: Node, sweep: Sweep) -> None:
+    def _fit_alone(self, node: Node, sweep: Sweep, solver: Callable[..., float]) -> None:
+        """The published iteration, and the parts of grouped convolutions."""
         fitted = ~self.exact[node.name]
         if fitted.any():
-            residual = fit_adam(self, node, sweep, fitted)
+            residual = solver(self, node, sweep, fitted)
             self.record.append(LayerFit(layer_of(node), residual))
 
 

@@ -47,8 +47,8 @@ class NormalEquations:
 
     @staticmethod
     def bytes(d_in: int, d_out: int) -> int:
-        """Memory of the sums and of a solve: G, its centred and restricted copies and the factor."""
-        return 8 * (4 * d_in * d_in + 3 * d_in * d_out)
+        """Memory of the sums and of a solve: G, its restriction, that with the ridge and the factor; C and the like."""
+        return 8 * (4 * d_in * d_in + 5 * d_in * d_out)
 
     def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """z (rows, d_in), y (rows, d_out): any float type; the products are taken in it, the sums in float64."""
@@ -73,8 +73,8 @@ class NormalEquations:
         yy = self.yy[rows]
         if self.intercept:
             z, y = self.sum_z[columns] / self.weight, self.sum_y[rows] / self.weight
-            G = G - self.weight * torch.outer(z, z)
-            C = C - self.weight * torch.outer(z, y)
+            G.addr_(z, z, alpha=-self.weight)  # in place: these are copies, and G is what memory goes to
+            C.addr_(z, y, alpha=-self.weight)
             yy = yy - self.weight * y.square()
         penalty = ridge * G.diagonal().mean()
         change = solve_symmetric(G, penalty, C - G @ start.T, name, self.eps)
@@ -112,7 +112,9 @@ def solve_symmetric(
     """
     d = len(G)
     if float(penalty) > 0:
-        factor, info = torch.linalg.cholesky_ex(G + penalty * torch.eye(d, dtype=G.dtype, device=G.device))
+        ridged = G.clone()
+        ridged.diagonal().add_(penalty)
+        factor, info = torch.linalg.cholesky_ex(ridged)
         if int(info) == 0:
             return torch.cholesky_solve(right, factor)
         log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, int(info), d)

@@ -60,7 +60,7 @@ class RegMean(Fitter):
         module, grams = self.network.map_of(node), [None for _ in self.sources]
         for index, batch in enumerate(sweep.batches):
             z = self.inputs(node, sweep, index)
-            for rows, _ in self._rows(
+            for rows, _ in self.rows(
                 node, z, sweep.source(0, node.name, index), kernel_of(module.weights[0])
             ):
                 own = sweep.weights[batch.task] * (rows.T @ rows).double()

@@ -39,7 +39,7 @@ class _Repair:
             node.name
             for node in network.trace.graph.nodes
             if node.operation == "batch_norm"
-            or (node.linear and node.name not in norms and node is not network.trace.graph.output)
+            or (node.fitted and node.name not in norms and node is not network.trace.graph.output)
         }
 
     def wants(self, node: Node) -> bool:

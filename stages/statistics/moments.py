@@ -18,7 +18,15 @@ from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 from stages.core.trace import Trace
 
 CHUNK = 2**24
-ENDS = ("input", "linear", "conv2d", "batch_norm", "add", "multiply")  # what non-linearities come behind
+ENDS = (
+    "input",
+    "linear",
+    "conv2d",
+    "batch_norm",
+    "add",
+    "multiply",
+    "attention",
+)  # what non-linearities come behind
 
 
 @dataclass

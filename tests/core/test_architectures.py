@@ -50,6 +50,24 @@ def test_torchvision_resnets_are_built_with_the_asked_head():
     assert network(torch.rand(1, 3, 64, 64)).shape == (1, 7)
 
 
+def test_an_mlp_has_the_asked_layers():
+    network = build("mlp", {"inputs": 12, "widths": [7, 5], "classes": 3})
+    assert [tuple(p.shape) for p in network.parameters()] == [(7, 12), (7,), (5, 7), (5,), (3, 5), (3,)]
+    assert network(torch.rand(2, 3, 2, 2)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("classes", ["classes", "num_classes"])
+def test_any_constructor_that_can_be_imported_is_one(classes):
+    network = build("torchvision.models:squeezenet1_1", {classes: 4, "dropout": 0.0}).eval()
+    assert network(torch.rand(1, 3, 64, 64)).shape == (1, 4)
+    assert build("stages.core.architectures:ResNet", {"depth": 8, "classes": 3}).fc.out_features == 3
+
+
+def test_a_small_vit_is_built_with_the_asked_size():
+    network = build("vit_b_16", {"size": 32, "classes": 4}).eval()
+    assert network(torch.rand(1, 3, 32, 32)).shape == (1, 4)
+
+
 def test_torchvision_is_imported_only_when_needed():
     code = (
         "import sys; from stages.core.architectures import build; "
@@ -61,7 +79,17 @@ def test_torchvision_is_imported_only_when_needed():
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("vgg", {}, "found 'vgg'; allowed: resnet, resnet18"),
+        ("vgg", {}, "found 'vgg'; allowed: resnet, mlp, resnet18"),
+        ("vgg", {}, "or package.module:function"),
+        ("mlp", {"inputs": 4, "widths": 3, "classes": 2}, "widths: found 3 (int); allowed: a list of whole"),
+        ("mlp", {"inputs": 4, "widths": [3, 0], "classes": 2}, "widths: found [3, 0] (list)"),
+        ("mlp", {"inputs": [4], "widths": [3], "classes": 2}, "inputs: found [4] (list)"),
+        ("vit_b_16", {"size": 100, "classes": 2}, "size: found 100 (int); allowed: a multiple of 16"),
+        ("no.package:function", {}, "no.package:function cannot be imported (ModuleNotFoundError"),
+        ("torchvision.models:nothing", {}, "torchvision.models:nothing cannot be imported (AttributeError"),
+        (":resnet18", {}, ":resnet18 cannot be imported (ValueError"),
+        ("torchvision.models:resnet18", {"deep": 1}, "cannot be called with deep (TypeError"),
+        ("torchvision.models:list_models", {}, "gave list; allowed: a function that builds a torch module"),
         ("resnet", {"depth": 8, "classes": 2, "deep": 1}, "'deep'; allowed: depth, width, channels, classes"),
         ("resnet", {"depth": 9, "classes": 2}, "depth: found 9 (int); allowed: 8, 14, 20"),
         ("resnet", {"depth": 2, "classes": 2}, "depth: found 2"),

@@ -102,7 +102,7 @@ def test_an_unknown_method_is_named():
         ({"match": "activations", "fit": {}, "data": "proxy"}, None),
         (
             {"match": "activations", "fit": {"targets": "own"}, "data": "proxy"},
-            "found proxy, which has no owner",
+            "a proxy has no owner",
         ),
         ({"match": "activations", "fit": {}, "data": "proxy", "recalibrate": "tact"}, "which is per task"),
         (

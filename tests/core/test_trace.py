@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.core.architectures import build
 from stages.core.errors import InputError
-from stages.core.graph import run_graph
+from stages.core.operations import run_graph
 from stages.core.spec import Axis, PermutationSpec, Span
 from stages.core.trace import trace, verify
 
@@ -268,6 +268,32 @@ SPELLINGS = {
         lambda m, x: average(F.max_pool2d(m.conv(x), kernel_size=2, stride=2)),
     ],
     "mean pool": [lambda m, x: average(m.mean(m.conv(x))), lambda m, x: average(F.avg_pool2d(m.conv(x), 2))],
+    "settings that are computed": [
+        lambda m, x: average(F.avg_pool2d(m.conv(x), (x.shape[2] // 2, 2)) * x.shape[1]),
+        lambda m, x: average(F.avg_pool2d(m.conv(x), 2) * 2),
+    ],
+    "squeeze": [
+        lambda m, x: F.adaptive_avg_pool2d(m.conv(x), 1).squeeze(-1).squeeze(-1),
+        lambda m, x: F.adaptive_avg_pool2d(m.conv(x), 1).reshape(-1, 4),
+        lambda m, x: average(m.conv(x)),
+    ],
+    "tokens": [
+        lambda m, x: m.conv(x).flatten(2).transpose(1, 2).mean(1),
+        lambda m, x: (
+            (lambda y: y.reshape(y.shape[0], 4, y.shape[2] * y.shape[3]))(m.conv(x)).permute(0, 2, 1).mean(1)
+        ),
+        lambda m, x: torch.permute(m.conv(x), (0, 2, 3, 1)).flatten(1, 2).mean(1),
+        lambda m, x: torch.transpose(m.conv(x), 1, 3).mean((1, 2)),
+    ],
+    "one token": [
+        lambda m, x: m.conv(x).flatten(2).transpose(1, 2)[:, 3],
+        lambda m, x: m.conv(x).flatten(2)[:, :, 3],
+        lambda m, x: m.conv(x).flatten(2)[:, :, 3:4].flatten(1),
+    ],
+    "side by side in space": [
+        lambda m, x: (lambda y: average(torch.cat([y, F.relu(y)], 3)))(m.conv(x)),
+        lambda m, x: (lambda y: average(torch.cat([y, F.relu(y)], 2)))(m.conv(x)),
+    ],
     "a layer called size": [lambda m, x: m.size(average(m.conv(x)))],
 }
 
@@ -293,33 +319,55 @@ class Refused(nn.Module):
         super().__init__()
         self.conv, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 4)
         self.inner = nn.ModuleDict(
-            {"norm": nn.LayerNorm(4), "bare": nn.BatchNorm2d(4, track_running_stats=False)}
+            {"norm": nn.LocalResponseNorm(2), "bare": nn.BatchNorm2d(4, track_running_stats=False)}
         )
-        self.thin = nn.Conv2d(2, 1, 1)
-        self.grouped = nn.Conv2d(2, 4, 1, groups=2)
+        self.thin, self.conv2 = nn.Conv2d(2, 1, 1), nn.Conv2d(2, 4, 1)
+        self.six, self.in_two = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 1, groups=2)
+        self.in_three, self.of_eight = nn.GroupNorm(3, 6), nn.Conv2d(8, 4, 1, groups=2)
+        self.places, self.attend = nn.LayerNorm((4, 4)), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.late = nn.MultiheadAttention(4, 2)
         self.circular = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
         self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
         self.other.weight = self.one.weight
-        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("table", torch.ones(4, 1, 1), persistent=False)
+
+    def tokens(self, x):
+        return self.conv(x).flatten(2).transpose(1, 2)
 
 
 REFUSALS = {
     "sin": (lambda m, x: torch.sin(m.conv(x)), "operation sin"),
     "method": (lambda m, x: m.conv(x).cumsum(1), "operation cumsum"),
-    "module": (lambda m, x: m.inner["norm"](average(m.conv(x))), "inner.norm: no rule for module LayerNorm"),
+    "module": (lambda m, x: m.inner["norm"](m.conv(x)), "inner.norm: no rule for module LocalResponseNorm"),
     "batch norm": (lambda m, x: m.inner["bare"](m.conv(x)), "inner.bare: .*without running statistics"),
-    "groups": (lambda m, x: m.grouped(x), "grouped: .*groups=2"),
+    "parts of two sizes": (lambda m, x: m.in_three(m.in_two(m.six(x))), "in_three: .*in 3 parts, another .*in 2"),
+    "groups of a concatenation": (
+        lambda m, x: m.of_eight(torch.cat([m.conv(x), m.conv2(x)], 1)), "of_eight: .*groups=2 reads a concatenation"),
+    "norm over places": (lambda m, x: m.places(m.conv(x)), "places: no rule for layer norm over 2 dimensions"),
+    "cross-attention": (
+        lambda m, x: (lambda t: m.attend(t, F.relu(t), t)[0])(m.tokens(x)), "attend: .*are not one tensor"),
+    "attention mask": (
+        lambda m, x: (lambda t: m.attend(t, t, t, attn_mask=t[:, :, 0])[0])(m.tokens(x)), "attend: .*attn_mask"),
+    "attention weights": (
+        lambda m, x: (lambda t: m.attend(t, t, t)[1].flatten(1))(m.tokens(x)), "attend: .*weights are read"),
+    "tokens first": (lambda m, x: (lambda t: m.late(t, t, t)[0])(m.tokens(x)), "late: .*batch_first=False"),
+    "table": (lambda m, x: m.conv(x) + m.table, "buffer table, which is not in the state dict"),
+    "a permuted batch": (lambda m, x: m.conv(x).permute(1, 0, 2, 3), "permute: moves the batch"),
     "padding mode": (lambda m, x: m.circular(x), "circular: .*padding_mode='circular'"),
     "used twice": (lambda m, x: m.fc(F.relu(m.fc(average(m.conv(x))))), "fc.weight used a second time"),
     "tied": (lambda m, x: m.other(F.relu(m.one(average(m.conv(x))))), "other.weight used a second time"),
     "branch": (lambda m, x: m.conv(x) if x.sum() > 0 else x, "Refused: cannot be traced"),
     "loop": (lambda m, x: sum(y for y in m.conv(x)), "Refused: cannot be traced"),
-    "parameter": (lambda m, x: m.conv(x) * m.scale, "parameter scale read directly"),
+    "parameter": (lambda m, x: m.conv(x) * m.scale, r"mul: .*shape \(1,\) \(scale\) to 4 units"),
+    "parameter alone": (lambda m, x: m.conv(x) * torch.sigmoid(m.scale), "parameter scale read directly"),
     "several outputs": (lambda m, x: (m.conv(x), x), "several values"),
     "difference": (lambda m, x: m.conv(x) - 1, "operation sub"),
     "alpha": (lambda m, x: (lambda y: torch.add(y, F.relu(y), alpha=2))(m.conv(x)), "add of 2 arguments"),
-    "size as a value": (lambda m, x: m.conv(x) * x.shape[0], "multiply"),
-    "slice": (lambda m, x: m.conv(x)[:, :2], "operation getitem"),
+    "size as a value": (lambda m, x: m.conv(x) * x.shape[0], "multiply of something that is not a value"),
+    "slice": (lambda m, x: m.conv(x)[:, :2], "getitem: picks from the batch or the units"),
+    "one image": (lambda m, x: m.conv(x)[0], "getitem: picks from the batch or the units"),
+    "two slices": (lambda m, x: m.conv(x)[:, :, 1:, 1:], "operation getitem"),
     "view": (lambda m, x: m.conv(x).view(-1, 4), r"view to \(-1, 4\)"),
     "one dimension": (lambda m, x: m.conv(x).view(-1), r"view to \(-1\)"),
     "flatten all": (lambda m, x: torch.flatten(m.conv(x)), "flatten from 0"),
@@ -327,7 +375,7 @@ REFUSALS = {
     "mean over images": (lambda m, x: m.conv(x).mean((0, 2)), "mean: mean over the batch or the units"),
     "mean of all": (lambda m, x: m.conv(x).mean(), "mean over everything"),
     "concatenate rows": (lambda m, x: torch.cat([m.conv(x), x.mul(2)], 2), "cat: concatenate cannot run"),
-    "concatenate height": (lambda m, x: (lambda y: torch.cat([y, y], 2))(m.conv(x)), "cat: concatenates dimension 2"),
+    "concatenate images": (lambda m, x: (lambda y: torch.cat([y, y], 0))(m.conv(x)), "cat: concatenates dimension 0"),
     "axis": (lambda m, x: torch.cat([m.conv(x), x], axis=1), "concatenate with axis"),
     "keyword": (lambda m, x: m.conv(input=x), "conv: .*given by keyword"),
     "units that do not lie alike": (lambda m, x: m.conv(x) * F.relu(m.thin(x)), "mul: joins values"),
@@ -351,11 +399,25 @@ def test_a_second_input_is_refused_by_name():
             super().__init__()
             self.fc = nn.Linear(4, 2)
 
-        def forward(self, x, mask=None):
+        def forward(self, x, mask):
             return self.fc(x)
 
     with pytest.raises(InputError, match="mask: a second input"):
         trace(Two(), torch.zeros(1, 4))
+
+
+def test_an_input_that_has_a_default_takes_it():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x, mask=None, twice=True, times=3):
+            x = self.fc(x if mask is None else x * mask) * times
+            return x + x if twice else x
+
+    network, x = Optional().double(), torch.rand(2, 4).double()
+    verify(network, trace(network, x), x)
 
 
 # -- nothing is left behind ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from stages.core.alignment import Alignment
 from stages.core.blocks import blocks_of, head_parts, parts_of
-from stages.core.graph import Layout, Segment
+from stages.core.layouts import Layout, Segment
 from stages.core.network import MergedNetwork
 from stages.core.sources import align
 from stages.core.spec import full_split, identity_matching
