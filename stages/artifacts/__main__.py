@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stages.core.command import command
 from stages.core.errors import InputError
+from stages.core.homes import HOMES
 from stages.core.params import load_params
 from stages.core.profiles import Profile
 
@@ -21,7 +22,8 @@ def main() -> None:
     elif params.source == "local":
         from stages.artifacts import local
 
-        local.materialise(files)
+        homes = {key: HOMES[own.kind] for own in params.active.data.values() for key in own.keys}
+        local.materialise(files, homes)
     else:
         from stages.artifacts import embedded
 
@@ -31,7 +33,7 @@ def main() -> None:
 def outputs(profile: Profile) -> dict[str, Path]:
     """Key -> where its file belongs. Raises InputError for keys that cannot be files side by side."""
     models = {task.checkpoint: MODELS / task.checkpoint for task in profile.tasks.values()}
-    data = {own.key: DATA / own.key for own in profile.data.values()}
+    data = {key: DATA / key for own in profile.data.values() for key in own.keys}
     for key in [*models, *data]:
         if {"", ".", ".."} & set(key.split("/")):
             raise InputError(

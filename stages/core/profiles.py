@@ -9,6 +9,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Constructor = Annotated[
+    str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
+]  # a name, or package.module:function
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
 View = Literal["upright", "rotated", "inverted", "mirrored"]
 
@@ -19,18 +22,46 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Data(Section):
-    """Where a task's images come from. ``key`` is the file's name in the artifact store."""
+Kind = Literal[
+    "digits",
+    "photographs",
+    "folder",
+    "cifar10",
+    "cifar100",
+    "pets",
+    "cub",
+    "dogs",
+    "nabirds",
+    "domainnet",
+    "imagenet",
+]
+Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 
-    kind: Literal["digits", "photographs", "folder"]
+
+class Data(Section):
+    """Where a task's images come from.
+
+    ``key``: the file's name in the artifact store. ``also``: further files of the same data set, where it comes in
+    several. ``classes``: the ones to use, in this order; else all, numbered by the data set or sorted by name.
+    """
+
+    kind: Kind
     key: Key
+    also: list[Key] = []
+    domain: Domain | None = None  # of DomainNet
     size: Annotated[int, Field(ge=8)]
+    resize: Annotated[int, Field(ge=8)] | None = None  # shorter side before the centre is cut out; null: size
     channels: Literal[1, 3] = 3
     view: View = "upright"
     classes: list[str] | None = None
-    calibration: Fraction = 0.25  # share of a folder's train images set aside, used without labels
+    order: Literal["official", "name"] = "official"
+    calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
     mean: list[float] = [0.5]
     std: list[Positive] = [0.5]
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key, *self.also]
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -41,6 +72,12 @@ class Data(Section):
                 )
         if self.classes is not None and len(set(self.classes)) < 2:
             raise ValueError(f"classes needs at least two different names, found {self.classes}")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize: found {self.resize}; allowed: size ({self.size}) or more")
+        if (self.domain is None) == (self.kind == "domainnet"):
+            raise ValueError(
+                f"domain: found {self.domain} for {self.kind}; allowed: a domain for domainnet, else none"
+            )
         return self
 
 
@@ -72,7 +109,7 @@ class Finetune(Section):
 class Architecture(Section):
     """A constructor by name and its arguments; stages.core.architectures checks both."""
 
-    name: Name
+    name: Constructor
     arguments: dict[str, Any] = {}
 
 

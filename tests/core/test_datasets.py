@@ -9,7 +9,8 @@ from PIL import Image
 
 from stages.artifacts.embedded import write_digits
 from stages.core.artifacts import write_tensors
-from stages.core.datasets import VIEWS, batches, load_images, normalise
+from stages.core.datasets import batches, load_images, normalise
+from stages.core.decoding import VIEWS
 from stages.core.errors import InputError
 from stages.core.profiles import Data
 
@@ -275,7 +276,7 @@ def test_a_file_that_is_no_whole_zip_is_one_line(tmp_path, keep):
     zipped(tmp_path, members())
     content = (tmp_path / "images.zip").read_bytes()
     (tmp_path / "images.zip").write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(InputError, match="not a whole zip file"):
+    with pytest.raises(InputError, match="not a whole zip"):
         load_images(folder(), "train", tmp_path)
 
 
