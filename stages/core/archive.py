@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, Self
 
+from tqdm import tqdm
+
 from stages.core.cache import identity, kept_file
 from stages.core.errors import InputError
 from stages.core.windows import Window, Zip
@@ -163,8 +165,6 @@ class Archive:
                 self._inside(info.name)
 
     def _gunzip(self, window: Window, target: Path, name: str) -> None:
-        from tqdm import tqdm
-
         window.seek(0)
         bar = tqdm(
             total=window.size, unit="B", unit_scale=True, desc=f"unpacking {name}", delay=3, leave=False

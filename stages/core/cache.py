@@ -15,7 +15,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stages.core.artifacts import replacing, sha256, write_text
+from tqdm import tqdm
+
+from stages.core.artifacts import replacing, write_text
 from stages.core.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -47,10 +49,21 @@ def identity(path: Path) -> str:
     with contextlib.suppress(OSError):
         if len(known := note.read_text()) == 64:
             return known
-    digest = sha256(path)
+    digest = _sha256(path)
     with contextlib.suppress(OSError, InputError):  # a cache that cannot be written costs time only
         write_text(note, digest)
     return digest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {path.name}", delay=3, leave=False)
+    with bar, open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
 
 
 def kept_file(name: str, write: Callable[[Path], None]) -> Path:

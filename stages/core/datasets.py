@@ -138,10 +138,21 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images.float() / 255 - centre) / scale
 
 
-def batches(images: Tensor | Stream, batch_size: int, data: Data, device: torch.device) -> Iterator[Tensor]:
-    """Normalised float32 batches (at most batch_size, c, h, w) of uint8 images (n, c, h, w), in order."""
-    for _, batch in ahead(images, torch.arange(len(images)).split(batch_size)):
-        yield normalise(batch.to(device), data.mean, data.std)
+@dataclass(frozen=True)
+class Batches:
+    """Normalised float32 batches (at most batch_size, c, h, w) of uint8 images, in order, on ``device``.
+
+    Made anew at every pass, so no more than a batch is held in float32.
+    """
+
+    images: Tensor | Stream
+    batch_size: int
+    data: Data
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, batch in ahead(self.images, torch.arange(len(self.images)).split(self.batch_size)):
+            yield normalise(batch.to(self.device), self.data.mean, self.data.std)
 
 
 def _read_digits(

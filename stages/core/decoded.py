@@ -55,7 +55,7 @@ def find(folder: Path, limit: int | None) -> tuple[Tensor, Index] | None:
             if count < index.total and (limit is None or count < limit):
                 continue
             images = np.load(folder / str(count) / "images.npy", mmap_mode="c")
-        except (InputError, OSError, ValueError, KeyError, TypeError):
+        except (InputError, OSError, EOFError, ValueError, KeyError, TypeError):
             log.warning("%s: damaged in the cache; made again", folder / str(count))
             shutil.rmtree(folder / str(count), ignore_errors=True)
             continue

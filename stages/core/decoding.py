@@ -59,7 +59,7 @@ class Decoder:
             unit="image",
             delay=3,
             leave=False,
-            disable=not show,
+            disable=None if show else True,  # None: shown on a terminal alone
         )
         try:
             with bar:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stages.artifacts.embedded import write_digits
 from stages.core.artifacts import write_tensors
-from stages.core.datasets import batches, load_images, normalise
+from stages.core.datasets import Batches, load_images, normalise
 from stages.core.decoding import VIEWS
 from stages.core.errors import InputError
 from stages.core.profiles import Data
@@ -169,7 +169,7 @@ def test_normalise_by_channel():
 def test_batches_are_the_normalised_images_in_order(root):
     data = digits(mean=[0.1], std=[0.3])
     images = load_images(data, "test", root).images
-    found = list(batches(images, 128, data, torch.device("cpu")))
+    found = list(Batches(images, 128, data, torch.device("cpu")))
     assert [len(batch) for batch in found] == [128, 128, 128, 116]
     assert torch.equal(torch.cat(found), normalise(images, data.mean, data.std))
 
