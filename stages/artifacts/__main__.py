@@ -6,6 +6,7 @@ from stages.core.command import command
 from stages.core.errors import InputError
 from stages.core.homes import HOMES
 from stages.core.params import load_params
+from stages.core.places import file_name, kind_of
 from stages.core.profiles import Profile
 
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
@@ -13,31 +14,38 @@ MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
 def main() -> None:
     params = load_params()
-    files = outputs(params.active)
+    profile, files = params.active, outputs(params.active)
     clear(keep=set(files.values()))
-    if params.source == "s3":
-        from stages.artifacts import bucket
-
-        bucket.materialise(params.artifacts, files)
-    elif params.source == "local":
+    homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}
+    of = {
+        kind: {p: file for p, file in files.items() if kind_of(p) == kind} for kind in ("path", "s3", "key")
+    }
+    if of["path"] or (params.source == "local" and of["key"]):
         from stages.artifacts import local
 
-        homes = {key: HOMES[own.kind] for own in params.active.data.values() for key in own.keys}
-        local.materialise(files, homes)
-    else:
+        local.materialise(of["path"], homes, Path())
+        if params.source == "local":
+            local.materialise(of["key"], homes)
+    if of["s3"] or (params.source == "s3" and of["key"]):
+        from stages.artifacts import bucket
+
+        bucket.materialise_urls(params.artifacts, of["s3"])
+        if params.source == "s3":
+            bucket.materialise(params.artifacts, of["key"])
+    if params.source == "embedded":
         from stages.artifacts import embedded
 
-        embedded.materialise(params.active, params.seed, files)
+        embedded.materialise(profile, params.seed, of["key"])
 
 
 def outputs(profile: Profile) -> dict[str, Path]:
-    """Key -> where its file belongs. Raises InputError for keys that cannot be files side by side."""
-    models = {task.checkpoint: MODELS / task.checkpoint for task in profile.tasks.values()}
-    data = {key: DATA / key for own in profile.data.values() for key in own.keys}
-    for key in [*models, *data]:
-        if {"", ".", ".."} & set(key.split("/")):
+    """Place -> where its file belongs. Raises InputError for names that cannot be files side by side."""
+    models = {task.checkpoint: MODELS / file_name(task.checkpoint) for task in profile.tasks.values()}
+    data = {place: DATA / file_name(place) for own in profile.data.values() for place in own.places}
+    for place in [*models, *data]:
+        if {"", ".", ".."} & set(file_name(place).split("/")):
             raise InputError(
-                f"key {key!r}: leaves its folder; allowed: names joined by '/', none '.' or '..'"
+                f"key {place!r}: leaves its folder; allowed: names joined by '/', none '.' or '..'"
             )
     if both := models.keys() & data.keys():
         raise InputError(f"key {min(both)!r}: names a checkpoint and a data set; allowed: one of the two")

@@ -20,12 +20,14 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can hold
 def materialise(files: Mapping[str, Path], homes: Mapping[str, str], own: Path = OWN) -> None:
     """Put `<own>/<key>` at the path of every key; for an archive `<name>.zip` the folder `<own>/<name>` will do.
 
+    A key that starts with / or ~/ is a path of its own.
+
     A folder is packed as an uncompressed zip file whatever the key's suffix, sorted, with one fixed time: the same
     files give the same bytes. Hidden files are left out. Everything is found before anything is written.
     ``homes`` says of a key what it is and where to get it, for errors.
     Raises InputError in one line: missing file or folder, empty folder, unreadable file, no space left.
     """
-    if not own.is_dir():
+    if files and not own.is_dir():
         raise InputError(f"{own}: no such folder; source: local takes from it {', '.join(files)}")
     packed = {
         key: _members(folder, homes.get(key))
@@ -36,17 +38,18 @@ def materialise(files: Mapping[str, Path], homes: Mapping[str, str], own: Path =
         if key in packed:
             _pack(packed[key], path)
         else:
-            _copy(own / key, path)
+            _copy(own / Path(key).expanduser(), path)
 
 
 def _folder(key: str, home: str | None, own: Path) -> Path | None:
     """The folder to pack for ``key``, or None where a file has that name."""
-    source, suffix = own / key, next((suffix for suffix in ARCHIVES if key.endswith(suffix)), "")
-    folder = own / key.removesuffix(suffix)
+    source = own / Path(key).expanduser()
+    suffix = next((suffix for suffix in ARCHIVES if key.endswith(suffix)), "")
+    folder = source.with_name(source.name.removesuffix(suffix))
     if source.is_file():
         return None
     if source.exists():
-        raise InputError(f"{source}: found a folder; allowed: a file")
+        raise InputError(f"{source}: found a folder; allowed: a file, or {key}.zip for a folder of images")
     wanted = f" ({home})" if home else ""
     if not suffix:
         raise InputError(f"{source}: no such file; put it there{wanted} or choose another source")

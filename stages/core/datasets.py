@@ -24,6 +24,7 @@ from stages.core.errors import InputError
 from stages.core.formats import read_listing
 from stages.core.formats.listing import Entries, Listing, open_image
 from stages.core.homes import HOMES
+from stages.core.places import file_name
 from stages.core.profiles import Data
 
 Split = Literal["train", "calibration", "test"]
@@ -50,7 +51,7 @@ class ImageSet:
 
 
 def load_images(data: Data, split: Split, root: Path, limit: int | None = None) -> ImageSet:
-    """Read one split of the file ``root / data.key``, in a fixed random order (so the first m are a sample).
+    """Read one split of the file of ``data.key`` under ``root``, in a fixed random order (so the first m are a sample).
 
     The calibration split comes without labels. ``limit`` reads no more than that many images. What was decoded
     once is kept (stages.core.decoded).
@@ -58,7 +59,7 @@ def load_images(data: Data, split: Split, root: Path, limit: int | None = None) 
     Raises InputError when the file is missing, damaged or not of ``data.kind``, when it has no image for the
     split, or when it has no class of a name in ``data.classes``.
     """
-    paths = [Path(root) / key for key in data.keys]
+    paths = [Path(root) / file_name(place) for place in data.places]
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file (data.key: {data.key}); {HOMES[data.kind]}")

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages.core import places
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -13,6 +15,7 @@ Constructor = Annotated[
     str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
 ]  # a name, or package.module:function
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
+Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
 View = Literal["upright", "rotated", "inverted", "mirrored"]
 
 
@@ -41,13 +44,14 @@ Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketc
 class Data(Section):
     """Where a task's images come from.
 
-    ``key``: the file's name in the artifact store. ``also``: further files of the same data set, where it comes in
-    several. ``classes``: the ones to use, in this order; else all, numbered by the data set or sorted by name.
+    ``key``: its archive, by its name in the artifact store, or from anywhere (stages.core.places). ``also``: further
+    files of the same data set, where it comes in several. ``classes``: the ones to use, in this order; else all,
+    numbered by the data set or sorted by name.
     """
 
     kind: Kind
-    key: Key
-    also: list[Key] = []
+    key: Place
+    also: list[Place] = []
     domain: Domain | None = None  # of DomainNet
     size: Annotated[int, Field(ge=8)]
     resize: Annotated[int, Field(ge=8)] | None = None  # shorter side before the centre is cut out; null: size
@@ -60,7 +64,8 @@ class Data(Section):
     std: list[Positive] = [0.5]
 
     @property
-    def keys(self) -> list[str]:
+    def places(self) -> list[str]:
+        """Where its files come from."""
         return [self.key, *self.also]
 
     @model_validator(mode="after")
@@ -82,12 +87,12 @@ class Data(Section):
 
 
 class Task(Section):
-    """A source network (``checkpoint``: the file's name in the artifact store) together with its data.
+    """A source network together with its data. ``checkpoint``: its file, by its name in the store, or anywhere.
 
     ``classes`` is the width of its head where that differs from the architecture's.
     """
 
-    checkpoint: Key
+    checkpoint: Place
     data: Data
     classes: Count | None = None
 
