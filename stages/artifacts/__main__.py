@@ -9,6 +9,7 @@ from stages.core.params import load_params
 from stages.core.places import file_name, kind_of
 from stages.core.profiles import Profile
 
+KINDS = ("path", "s3", "initial", "key")
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
 
@@ -32,10 +33,11 @@ def main() -> None:
         bucket.materialise_urls(params.artifacts, of["s3"])
         if params.source == "s3":
             bucket.materialise(params.artifacts, of["key"])
-    if params.source == "embedded":
+    if of["initial"] or params.source == "embedded":
         from stages.artifacts import embedded
 
-        embedded.materialise(profile, params.seed, of["key"])
+        here = of["key"] if params.source == "embedded" else {}
+        embedded.materialise(profile, params.seed, of["initial"] | here)
 
 
 def outputs(profile: Profile) -> dict[str, Path]:

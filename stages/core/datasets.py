@@ -114,9 +114,12 @@ def _fresh(
 
 def choose(path: Path, data: Data, split: Split, listing: Listing) -> tuple[Entries, tuple[str, ...]]:
     """The entries of a split in their fixed random order, labelled by the classes that are returned with them."""
-    by_name = sorted(listing.classes) if data.order == "name" else listing.classes
-    classes = select_classes(path, by_name, data.classes)
-    label = {name: index for index, name in enumerate(classes)}
+    if data.label_space:
+        classes, label = _numbered(path, listing, data.label_space)
+    else:
+        by_name = sorted(listing.classes) if data.order == "name" else listing.classes
+        classes = select_classes(path, by_name, data.classes)
+        label = {name: index for index, name in enumerate(classes)}
     groups: list[list[str]] = [[] for _ in listing.classes]
     for name, index in listing.test if split == "test" else listing.train:
         groups[index].append(name)
@@ -211,6 +214,20 @@ def _share(images: Sequence[str], share: float, position: int, split: Split) -> 
     order = torch.randperm(len(images), generator=generator(_SEED, position)).tolist()
     count = round(share * len(images))
     return [images[i] for i in (order[:count] if split == "calibration" else order[count:])]
+
+
+def _numbered(path: Path, listing: Listing, space: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of ``space`` labels, and the labels of the classes: their own numbers, with gaps where there are some."""
+    numbers = listing.numbers or range(len(listing.classes))
+    label = dict(zip(listing.classes, numbers, strict=True))
+    if min(numbers) < 0 or max(numbers) >= space:
+        raise InputError(
+            f"{path}: data.label_space: found {space}; allowed: {max(numbers) + 1} or more, for numbers from 1"
+        )
+    names = [f"no class {number}" for number in range(space)]
+    for name, number in label.items():
+        names[number] = name
+    return tuple(names), label
 
 
 def select_classes(path: Path, found: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Where a file of a profile comes from: a key of the active source, an s3:// URL, or a path of this machine.
+"""Where a file of a profile comes from.
 
 resnet50/cub/v1a/model.pth        in the bucket, under data/own, or made here, as `source` says
 s3://bucket/folder/model.pth      whatever `source` says; with the endpoint and credentials of `artifacts`
@@ -16,7 +16,9 @@ PATTERN = (
 )
 
 
-def kind_of(place: str) -> Literal["key", "s3", "path"]:
+def kind_of(place: str) -> Literal["key", "s3", "path", "initial"]:
+    if place.startswith("initial/"):
+        return "initial"
     if place.startswith("s3://"):
         return "s3"
     return "path" if place.startswith(("/", "./", "../", "~/")) else "key"

@@ -59,6 +59,7 @@ class Data(Section):
     view: View = "upright"
     classes: list[str] | None = None
     order: Literal["official", "name"] = "official"
+    label_space: Count | None = None  # labels are the data set's own class numbers, from 0 to this (excluded)
     calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
     mean: list[float] = [0.5]
     std: list[Positive] = [0.5]
@@ -77,6 +78,10 @@ class Data(Section):
                 )
         if self.classes is not None and len(set(self.classes)) < 2:
             raise ValueError(f"classes needs at least two different names, found {self.classes}")
+        if self.label_space and (self.classes is not None or self.order != "official"):
+            raise ValueError(
+                "label_space: keeps the data set's own numbers; allowed: without classes and order"
+            )
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize: found {self.resize}; allowed: size ({self.size}) or more")
         if (self.domain is None) == (self.kind == "domainnet"):
@@ -89,7 +94,7 @@ class Data(Section):
 class Task(Section):
     """A source network together with its data. ``checkpoint``: its file, by its name in the store, or anywhere.
 
-    ``classes`` is the width of its head where that differs from the architecture's.
+    ``classes`` is the width of its head where that differs from the architecture's; so is ``data.label_space``.
     """
 
     checkpoint: Place
@@ -119,9 +124,14 @@ class Architecture(Section):
 
 
 class Profile(Section):
-    """One merging problem: an architecture and two or more tasks."""
+    """One merging problem: an architecture and two or more tasks.
+
+    In the tasks' checkpoints `{folder}` stands for ``folder``, and `{variant}` for the task's own of ``variants``.
+    """
 
     architecture: Architecture
+    folder: Name | None = None
+    variants: list[Name] | None = None
     labels: Literal["shared", "separate"]
     tasks: dict[Name, Task]
     finetune: Finetune
@@ -135,9 +145,33 @@ class Profile(Section):
 
     def architecture_of(self, task: str) -> Architecture:
         """The profile's architecture with a task's own number of classes."""
-        classes = self.tasks[task].classes
+        classes = self.tasks[task].classes or self.tasks[task].data.label_space
         own = {} if classes is None else {"classes": classes}
         return Architecture(name=self.architecture.name, arguments={**self.architecture.arguments, **own})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, found: Any) -> Any:
+        """Put ``folder`` and ``variants`` into the checkpoints; malformed values are left to the types' checks."""
+        tasks, variants = (
+            (found.get(key) for key in ("tasks", "variants")) if isinstance(found, dict) else (None, None)
+        )
+        if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+            return found
+        if variants is not None and (not isinstance(variants, list) or len(variants) != len(tasks)):
+            raise ValueError(
+                f"variants: found {variants}; allowed: one for each of {', '.join(map(str, tasks))}"
+            )
+        filled = {}
+        for name, variant in zip(tasks, variants or [None] * len(tasks), strict=True):
+            place = tasks[name].get("checkpoint")
+            for key, value in (("folder", found.get("folder")), ("variant", variant)):
+                if isinstance(place, str) and isinstance(value, str):
+                    place = place.replace(f"{{{key}}}", value)
+            filled[name] = (
+                {**tasks[name], "checkpoint": place} if "checkpoint" in tasks[name] else tasks[name]
+            )
+        return {**found, "tasks": filled}
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":

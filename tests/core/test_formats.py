@@ -268,6 +268,23 @@ def test_classes_can_be_numbered_by_name_as_torchvision_numbers_folders(tmp_path
     assert found.labels.tolist() == [(grey % 100 // 10 + 1) % 3 for grey in greys(found)]
 
 
+def test_labels_can_be_the_data_sets_own_numbers_with_gaps(tmp_path, refused):
+    """As checkpoints have them that were trained on the numbers of the lists, inner classes of a tree included."""
+    mini.pack(tmp_path / "n.tgz", mini.nabirds())
+    found = load_images(data("nabirds", "n.tgz", label_space=297), "test", tmp_path)
+    assert len(found.classes) == 297
+    assert [found.classes[i] for i in (0, 8, 9, 294)] == [
+        "no class 0",
+        "Junco (9)",
+        "Junco (10)",
+        "Owl (Adult Male)",
+    ]
+    assert found.labels.tolist() == [(8, 9, 294)[grey % 100 // 10] for grey in greys(found)]
+    assert "label_space: found 200; allowed: 295 or more" in refused(
+        "nabirds", mini.nabirds(), label_space=200
+    )
+
+
 def test_resize_scales_before_the_centre_is_cut_out(tmp_path):
     from PIL import Image, ImageDraw
 
@@ -287,6 +304,11 @@ def test_resize_scales_before_the_centre_is_cut_out(tmp_path):
     [
         ({"kind": "domainnet"}, "domain: found None for domainnet"),
         ({"kind": "cub", "domain": "real"}, "domain: found real for cub"),
+        (
+            {"kind": "cub", "label_space": 9, "classes": ["a", "b"]},
+            "label_space: keeps the data set's own numbers",
+        ),
+        ({"kind": "cub", "label_space": 9, "order": "name"}, "label_space: keeps the data set's own numbers"),
         ({"kind": "cub", "resize": 15}, r"resize: found 15; allowed: size \(16\) or more"),
     ],
 )

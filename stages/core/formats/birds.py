@@ -36,4 +36,4 @@ def read(archive: Archive, title: str) -> Listing:
         [(f"{top}images/{files[i]}", index[labels[i]]) for i in files if (in_train[i] == "1") == wanted]
         for wanted in (True, False)
     )
-    return Listing(classes, train, test)
+    return Listing(classes, train, test, numbers=tuple(number - 1 for number in sorted(numbers)))

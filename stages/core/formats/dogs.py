@@ -24,9 +24,11 @@ def read(archive: Archive, title: str) -> Listing:
         found = [(f"{images}Images/{file}", label) for file, label in rows]
         check_present(archive, (name for name, _ in found), source, title)
         parts.append(found)
-    index = {label: position for position, label in enumerate(sorted(names))}
+    labels = sorted(names)  # the lists count from 1
+    index = {label: position for position, label in enumerate(labels)}
     train, test = ([(name, index[label]) for name, label in rows] for rows in parts)
-    return Listing(tuple(names[label] for label in sorted(names)), train, test)
+    classes = tuple(names[label] for label in labels)
+    return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))
 
 
 def _rows(archive: Archive, source: str) -> Entries:

@@ -22,7 +22,8 @@ class Listing:
     """The official train and test images of a data set.
 
     ``classes`` in the order of the data set's own numbering. ``image`` opens an entry; None: it is a file of the
-    archive. ``labelled`` False: the classes are unknown, and every index is 0.
+    archive. ``labelled`` False: the classes are unknown, and every index is 0. ``numbers``: the data set's own number
+    of each class, counted from 0; None: 0, 1, 2, ...
     """
 
     classes: tuple[str, ...]
@@ -30,6 +31,7 @@ class Listing:
     test: Entries
     image: "Callable[[str], Image] | None" = None
     labelled: bool = True
+    numbers: tuple[int, ...] | None = None
 
 
 def open_image(archive: Archive, name: str) -> "Image":

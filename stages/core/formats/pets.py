@@ -26,6 +26,8 @@ def read(archive: Archive, title: str) -> Listing:
             rows.append((f"{images}images/{image}.jpg", label))
         check_present(archive, (name for name, _ in rows), source, title)
         parts.append(rows)
-    index = {label: position for position, label in enumerate(sorted(names))}
+    labels = sorted(names)  # the lists count from 1
+    index = {label: position for position, label in enumerate(labels)}
     train, test = ([(name, index[label]) for name, label in rows] for rows in parts)
-    return Listing(tuple(names[label] for label in sorted(names)), train, test)
+    classes = tuple(names[label] for label in labels)
+    return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))
