@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dvc.utils.hydra import apply_overrides
 
 from stages.artifacts.__main__ import outputs
 from stages.core.architectures import build
@@ -179,3 +180,42 @@ def test_constructors_of_other_packages_have_valid_names(name):
 def test_the_pattern_of_places_needs_no_look_ahead():
     """pydantic's regular expressions have none."""
     assert "(?" not in PATTERN
+
+
+def mappings(value, path):
+    """Every mapping inside ``value`` with the way to it."""
+    if isinstance(value, dict):
+        yield path, value
+        for key, inner in value.items():
+            yield from mappings(inner, f"{path}.{key}")
+
+
+def test_no_mapping_is_shared_between_profiles():
+    """What YAML shares (`*name`) DVC cannot vary in one place: `-S` would be lost without a word."""
+    found = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    first = {}
+    for path, mapping in mappings(found, "params"):
+        assert first.setdefault(id(mapping), path) == path
+
+
+SETTINGS = [
+    "profiles.digits.finetune.epochs=6",
+    "profiles.digits_four.tasks.rotated.data.size=8",
+    "profiles.cub_pets_rn50.tasks.cub.data.label_space=200",
+    "profiles.domainnet_clipart_real_rn101.variants=[v1b,v1a]",
+]
+
+
+def test_a_setting_of_a_profile_reaches_this_profile_and_no_other(tmp_path):
+    """As `dvc exp run -S` sets it."""
+    before = load_params(Path(__file__).parents[2] / "params.yaml").profiles
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
+    apply_overrides(tmp_path / "params.yaml", SETTINGS)
+    after = load_params(tmp_path / "params.yaml").profiles
+    changed = {setting.split(".")[1] for setting in SETTINGS}
+    assert {name for name in before if before[name] != after[name]} == changed
+    assert after["digits"].finetune.epochs == 6
+    assert after["digits_four"].tasks["rotated"].data.size == 8
+    assert after["cub_pets_rn50"].tasks["cub"].data.label_space == 200
+    real = after["domainnet_clipart_real_rn101"].tasks["real"]
+    assert real.checkpoint == "rn101/domainnet/real/v1a/model.pth"
