@@ -1,5 +1,6 @@
 """Every profile of params.yaml is complete: its networks build, its data set is known, its files have a place."""
 
+import shutil
 from pathlib import Path
 
 import pytest
