@@ -9,7 +9,7 @@ from stages.core.params import load_params
 from stages.core.places import file_name, kind_of
 from stages.core.profiles import Profile
 
-KINDS = ("path", "s3", "initial", "key")
+KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
 
@@ -18,26 +18,23 @@ def main() -> None:
     profile, files = params.active, outputs(params.active)
     clear(keep=set(files.values()))
     homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}
-    of = {
-        kind: {p: file for p, file in files.items() if kind_of(p) == kind} for kind in ("path", "s3", "key")
-    }
-    if of["path"] or (params.source == "local" and of["key"]):
+    of: dict[str, dict[str, Path]] = {kind: {} for kind in KINDS}
+    for place, path in files.items():
+        of[params.source if kind_of(place) == "key" else kind_of(place)][place] = path
+    if of["path"] or of["local"]:
         from stages.artifacts import local
 
         local.materialise(of["path"], homes, Path())
-        if params.source == "local":
-            local.materialise(of["key"], homes)
-    if of["s3"] or (params.source == "s3" and of["key"]):
+        local.materialise(of["local"], homes)
+    if of["url"] or of["s3"]:
         from stages.artifacts import bucket
 
-        bucket.materialise_urls(params.artifacts, of["s3"])
-        if params.source == "s3":
-            bucket.materialise(params.artifacts, of["key"])
-    if of["initial"] or params.source == "embedded":
+        bucket.materialise_urls(params.artifacts, of["url"])
+        bucket.materialise(params.artifacts, of["s3"])
+    if of["initial"] or of["embedded"]:
         from stages.artifacts import embedded
 
-        here = of["key"] if params.source == "embedded" else {}
-        embedded.materialise(profile, params.seed, of["initial"] | here)
+        embedded.materialise(profile, params.seed, of["initial"] | of["embedded"])
 
 
 def outputs(profile: Profile) -> dict[str, Path]:

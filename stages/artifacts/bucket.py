@@ -48,6 +48,8 @@ def materialise(section: ArtifactsSection, files: Mapping[str, Path]) -> None:
     Raises InputError in one line: unreachable endpoint, refused access, missing bucket or object, cut or
     corrupted download, another sha256 than the pinned one, no space left.
     """
+    if not files:
+        return
     bucket = Bucket(section)
     cached = {key: bucket.fetch(key) for key in files}
     for key, path in files.items():

@@ -16,11 +16,11 @@ PATTERN = (
 )
 
 
-def kind_of(place: str) -> Literal["key", "s3", "path", "initial"]:
+def kind_of(place: str) -> Literal["key", "url", "path", "initial"]:
     if place.startswith("initial/"):
         return "initial"
     if place.startswith("s3://"):
-        return "s3"
+        return "url"
     return "path" if place.startswith(("/", "./", "../", "~/")) else "key"
 
 
@@ -32,7 +32,7 @@ def split_url(url: str) -> tuple[str, str]:
 
 def file_name(place: str) -> str:
     """The name under models/artifacts or data/artifacts: a key is its own; its suffix is the place's."""
-    if kind_of(place) == "s3":
+    if kind_of(place) == "url":
         return "s3/" + place.removeprefix("s3://")
     if kind_of(place) == "path":
         return f"paths/{hashlib.sha256(place.encode()).hexdigest()[:12]}/{posixpath.basename(place)}"

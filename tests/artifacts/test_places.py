@@ -8,6 +8,7 @@ from loopback import CONTENT, OTHER
 
 from stages.artifacts.__main__ import outputs
 from stages.core import places
+from stages.core.checkpoints import load_network
 from stages.core.params import load_params
 
 
@@ -16,7 +17,8 @@ from stages.core.params import load_params
     [
         ("rn50/cub/v1a/model.pth", "key", "rn50/cub/v1a/model.pth"),
         ("cub.tgz", "key", "cub.tgz"),
-        ("s3://a-bucket/b/c.pth", "s3", "s3/a-bucket/b/c.pth"),
+        ("initial/a/b.pth", "initial", "initial/a/b.pth"),
+        ("s3://a-bucket/b/c.pth", "url", "s3/a-bucket/b/c.pth"),
         ("/home/me/net.pth", "path", "paths/[0-9a-f]{12}/net.pth"),
         ("~/net.pth", "path", "paths/[0-9a-f]{12}/net.pth"),
         ("./net.safetensors", "path", "paths/[0-9a-f]{12}/net.safetensors"),
@@ -89,3 +91,20 @@ def test_an_object_that_is_not_there_is_one_line(mixed, store):
     code, log = mixed("embedded").run()
     assert code == 1
     assert f"error: s3://{store.bucket}/some/net.pth:" in log.splitlines()[-1]
+
+
+def test_initial_networks_are_made_here_whatever_the_source(workspace, tmp_path):
+    space = workspace("local", "local")
+    path = space.folder / "params.yaml"
+    found = yaml.safe_load(path.read_text())
+    for name, task in found["profiles"]["digits"]["tasks"].items():
+        task["checkpoint"] = f"initial/resnet8/{name}.safetensors"
+    path.write_text(yaml.safe_dump(found))
+    profile = load_params(path).active
+    for data in profile.data.values():
+        (space.folder / "data/own" / data.key).parent.mkdir(parents=True, exist_ok=True)
+        (space.folder / "data/own" / data.key).write_bytes(b"images")
+    code, log = space.run()
+    assert code == 0, log
+    for name, task in profile.tasks.items():
+        load_network(profile.architecture_of(name), space.folder / "models/artifacts" / task.checkpoint)
