@@ -4,40 +4,49 @@ from pathlib import Path
 
 from stages.core.command import command
 from stages.core.errors import InputError
+from stages.core.homes import HOMES
 from stages.core.methods import load_methods
 from stages.core.params import load_params
+from stages.core.places import file_name, kind_of
 from stages.core.profiles import Profile
 
+KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
 
 def main() -> None:
     params = load_params()
     load_methods(params)  # a mistake in a row is said now, not after the training
-    files = outputs(params.active)
+    profile, files = params.active, outputs(params.active)
     clear(keep=set(files.values()))
-    if params.source == "s3":
-        from stages.artifacts import bucket
-
-        bucket.materialise(params.artifacts, files)
-    elif params.source == "local":
+    homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}
+    of: dict[str, dict[str, Path]] = {kind: {} for kind in KINDS}
+    for place, path in files.items():
+        of[params.source if kind_of(place) == "key" else kind_of(place)][place] = path
+    if of["path"] or of["local"]:
         from stages.artifacts import local
 
-        local.materialise(files)
-    else:
+        local.materialise(of["path"], homes, Path())
+        local.materialise(of["local"], homes)
+    if of["url"] or of["s3"]:
+        from stages.artifacts import bucket
+
+        bucket.materialise_urls(params.artifacts, of["url"])
+        bucket.materialise(params.artifacts, of["s3"])
+    if of["initial"] or of["embedded"]:
         from stages.artifacts import embedded
 
-        embedded.materialise(params.active, params.seed, files)
+        embedded.materialise(profile, params.seed, of["initial"] | of["embedded"])
 
 
 def outputs(profile: Profile) -> dict[str, Path]:
-    """Key -> where its file belongs. Raises InputError for keys that cannot be files side by side."""
-    models = {task.checkpoint: MODELS / task.checkpoint for task in profile.tasks.values()}
-    data = {own.key: DATA / own.key for own in profile.data.values()}
-    for key in [*models, *data]:
-        if {"", ".", ".."} & set(key.split("/")):
+    """Place -> where its file belongs. Raises InputError for names that cannot be files side by side."""
+    models = {task.checkpoint: MODELS / file_name(task.checkpoint) for task in profile.tasks.values()}
+    data = {place: DATA / file_name(place) for own in profile.data.values() for place in own.places}
+    for place in [*models, *data]:
+        if {"", ".", ".."} & set(file_name(place).split("/")):
             raise InputError(
-                f"key {key!r}: leaves its folder; allowed: names joined by '/', none '.' or '..'"
+                f"key {place!r}: leaves its folder; allowed: names joined by '/', none '.' or '..'"
             )
     if both := models.keys() & data.keys():
         raise InputError(f"key {min(both)!r}: names a checkpoint and a data set; allowed: one of the two")

@@ -7,7 +7,6 @@ A download lives in a cache outside the workspace, where it survives a stage tha
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,8 +23,10 @@ from tqdm import tqdm
 
 from stages.artifacts.client import Store, Version, reason, refusal, status
 from stages.core.artifacts import replacing, sha256
+from stages.core.cache import alone, cache_folder
 from stages.core.errors import InputError
 from stages.core.params import ArtifactsSection
+from stages.core.places import split_url
 
 CHUNK = 1 << 16  # bytes; what a cut connection can cost at most
 PROGRESS = 1 << 20  # bytes; an attempt that brought less counts as failed
@@ -47,6 +48,8 @@ def materialise(section: ArtifactsSection, files: Mapping[str, Path]) -> None:
     Raises InputError in one line: unreachable endpoint, refused access, missing bucket or object, cut or
     corrupted download, another sha256 than the pinned one, no space left.
     """
+    if not files:
+        return
     bucket = Bucket(section)
     cached = {key: bucket.fetch(key) for key in files}
     for key, path in files.items():
@@ -55,13 +58,22 @@ def materialise(section: ArtifactsSection, files: Mapping[str, Path]) -> None:
             shutil.copyfile(cached[key], temporary)
 
 
+def materialise_urls(section: ArtifactsSection, files: Mapping[str, Path]) -> None:
+    """The same for s3:// URLs, of whatever buckets; endpoint, credentials and pins are those of ``section``."""
+    for name in sorted({split_url(url)[0] for url in files}):
+        keys = {url: split_url(url)[1] for url in files if split_url(url)[0] == name}
+        pins = {key: section.sha256[url] for url, key in keys.items() if url in section.sha256}
+        own = section.model_copy(update={"bucket": name, "prefix": "", "sha256": pins})
+        materialise(own, {key: files[url] for url, key in keys.items()})
+
+
 class Bucket:
     """The bucket seen through the cache of this machine."""
 
     def __init__(self, section: ArtifactsSection):
         self.store = Store(section)
         self.pins = section.sha256
-        self.cache = cache_folder(section)
+        self.cache = download_cache(section)
 
     def fetch(self, key: str) -> Path:
         """The object as a checked file in the cache: from there, or downloaded, or a download continued.
@@ -70,7 +82,7 @@ class Bucket:
         network. Raises InputError as ``materialise`` does.
         """
         name, pin = self.store.name(key), self.pins.get(key)
-        with self.cache_errors(), _alone(self._folder(key)) as folder:
+        with self.cache_errors(), alone(self._folder(key)) as folder:
             if pin and (whole := _whole(folder, f"*.{pin}")):
                 return whole
             whole, version = self._present(key, folder)
@@ -199,24 +211,9 @@ class Bucket:
         return whole
 
 
-def cache_folder(section: ArtifactsSection) -> Path:
-    """Where downloads are kept: ``artifacts.cache``, else `pleas-merging` in the user's cache folder."""
-    if section.cache:
-        return Path(section.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pleas-merging"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """Hold ``folder`` against other processes; the lock goes with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: another process is downloading it; waiting", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield folder
+def download_cache(section: ArtifactsSection) -> Path:
+    """Where downloads are kept: ``artifacts.cache``, else the cache of everything."""
+    return Path(section.cache).expanduser() if section.cache else cache_folder()
 
 
 def _whole(folder: Path, pattern: str) -> Path | None:

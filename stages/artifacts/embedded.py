@@ -24,7 +24,7 @@ def materialise(profile: Profile, seed: int, files: Mapping[str, Path]) -> None:
     """
     sets = profile.data
     for name, own in sets.items():
-        if own.kind not in WRITERS:
+        if own.kind not in WRITERS and not files.keys().isdisjoint(own.places):
             raise InputError(
                 f"source: found 'embedded', but {name} uses the {own.kind} {own.key}, "
                 "which is not embedded; allowed: s3, local"

@@ -13,45 +13,58 @@ from stages.core.artifacts import replacing
 from stages.core.errors import InputError
 
 OWN = Path("data/own")
+ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can hold
 
 
-def materialise(files: Mapping[str, Path], own: Path = OWN) -> None:
-    """Put `<own>/<key>` at the path of every key; for `<name>.zip` the folder `<own>/<name>` will do.
+def materialise(files: Mapping[str, Path], homes: Mapping[str, str], own: Path = OWN) -> None:
+    """Put `<own>/<key>` at the path of every key; for an archive `<name>.zip` the folder `<own>/<name>` will do.
 
-    A folder is packed uncompressed, sorted, with one fixed time: the same files give the same bytes. Hidden
-    files are left out. Everything is found before anything is written.
+    A key that starts with / or ~/ is a path of its own.
+
+    A folder is packed as an uncompressed zip file whatever the key's suffix, sorted, with one fixed time: the same
+    files give the same bytes. Hidden files are left out. Everything is found before anything is written.
+    ``homes`` says of a key what it is and where to get it, for errors.
     Raises InputError in one line: missing file or folder, empty folder, unreadable file, no space left.
     """
-    if not own.is_dir():
+    if files and not own.is_dir():
         raise InputError(f"{own}: no such folder; source: local takes from it {', '.join(files)}")
-    packed = {key: _members(folder) for key in files if (folder := _folder(key, own))}
+    packed = {
+        key: _members(folder, homes.get(key))
+        for key in files
+        if (folder := _folder(key, homes.get(key), own))
+    }
     for key, path in files.items():
         if key in packed:
             _pack(packed[key], path)
         else:
-            _copy(own / key, path)
+            _copy(own / Path(key).expanduser(), path)
 
 
-def _folder(key: str, own: Path) -> Path | None:
+def _folder(key: str, home: str | None, own: Path) -> Path | None:
     """The folder to pack for ``key``, or None where a file has that name."""
-    source, folder = own / key, own / key.removesuffix(".zip")
+    source = own / Path(key).expanduser()
+    suffix = next((suffix for suffix in ARCHIVES if key.endswith(suffix)), "")
+    folder = source.with_name(source.name.removesuffix(suffix))
     if source.is_file():
         return None
     if source.exists():
-        raise InputError(f"{source}: found a folder; allowed: a file")
-    if folder == source:
-        raise InputError(f"{source}: no such file; put it there or choose another source")
+        raise InputError(f"{source}: found a folder; allowed: a file, or {key}.zip for a folder of images")
+    wanted = f" ({home})" if home else ""
+    if not suffix:
+        raise InputError(f"{source}: no such file; put it there{wanted} or choose another source")
     if not folder.is_dir():
-        raise InputError(f"{source}: no such file; put it there, or its content in the folder {folder}")
+        raise InputError(
+            f"{source}: no such file; put it there{wanted}, or its content in the folder {folder}"
+        )
     return folder
 
 
-def _members(folder: Path) -> dict[str, Path]:
+def _members(folder: Path, home: str | None) -> dict[str, Path]:
     """The files under ``folder``, links followed: name in the archive -> file, sorted by name."""
     members = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
     if not members:
-        raise InputError(f"{folder}: empty folder; expected train/<class>/<image> and test/<class>/<image>")
+        raise InputError(f"{folder}: empty folder; allowed: {home or 'the files of the archive'}")
     for name in members:
         if not name.isprintable():  # also what is not UTF-8
             raise InputError(f"{folder}: found a file named {name!r}; allowed: printable names")

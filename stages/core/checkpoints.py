@@ -1,5 +1,6 @@
 """Networks on disk. Reading never runs code from the file, and accepts only a file that fits exactly."""
 
+import argparse
 import pickle
 import re
 import warnings
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from stages.core.architectures import build
 from stages.core.artifacts import read_tensors, write_tensors
@@ -87,7 +89,8 @@ def write_network(path: Path, module: nn.Module) -> None:
 
 def _load(path: Path) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):
+        # Training scripts (torchvision's among them) save their arguments beside the weights; a Namespace is only data.
+        with warnings.catch_warnings(action="ignore"), safe_globals([argparse.Namespace]):
             return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -4,32 +4,45 @@ Three splits that never overlap: `train` with labels, `calibration` without, `te
 file alone, not on the seed in params.yaml: every stage and every view has the same images in the same split.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stages.core.archive import Archive
 from stages.core.artifacts import read_tensors
+from stages.core.cache import identity
+from stages.core.decoded import Index, find, make, recipe
+from stages.core.decoding import VIEWS, Decoder, Stream, ahead
 from stages.core.device import generator
 from stages.core.errors import InputError
-from stages.core.image_folder import ImageFolder
+from stages.core.formats import read_listing
+from stages.core.formats.listing import Entries, Listing, open_image
+from stages.core.homes import HOMES
+from stages.core.places import file_name
 from stages.core.profiles import Data
 
 Split = Literal["train", "calibration", "test"]
 
 DIGITS = 1797  # images of the UCI optical recognition of handwritten digits test set, as in scikit-learn
 _DIGITS_TEST, _DIGITS_CALIBRATION = 500, 400
+_VERSION = 1  # of all that turns a file into an array: a higher number makes the kept arrays anew
 _SEED = 20160627  # of every split and order; fixed, see the module docstring
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images uint8 (n, c, h, w), labels int64 (n,) or None, and the class names the labels index."""
+    """Images uint8 (n, c, h, w), labels int64 (n,) or None, and the class names the labels index.
 
-    images: Tensor
+    Many images are memory-mapped, or a ``Stream`` that decodes them as they are used.
+    """
+
+    images: Tensor | Stream
     labels: Tensor | None
     classes: tuple[str, ...]
 
@@ -37,31 +50,88 @@ class ImageSet:
         return len(self.images)
 
 
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "upright": lambda x: x,
-    "rotated": lambda x: torch.rot90(x, 1, (2, 3)),
-    "inverted": lambda x: 255 - x,
-    "mirrored": lambda x: torch.rot90(x, 3, (2, 3)).flip(3),
-}
-"""Bijections of uint8 images (n, c, h, h), each a domain of its own."""
-
-
 def load_images(data: Data, split: Split, root: Path, limit: int | None = None) -> ImageSet:
-    """Read one split of the file ``root / data.key``, in a fixed random order (so the first m are a sample).
+    """Read one split of the file of ``data.key`` under ``root``, in a fixed random order (so the first m are a sample).
 
-    The calibration split comes without labels. ``limit`` reads no more than that many images.
+    The calibration split comes without labels. ``limit`` reads no more than that many images. What was decoded
+    once is kept (stages.core.decoded).
 
     Raises InputError when the file is missing, damaged or not of ``data.kind``, when it has no image for the
     split, or when it has no class of a name in ``data.classes``.
     """
-    path = Path(root) / data.key
-    if not path.is_file():
-        raise InputError(f"{path}: no such file (data.key: {data.key})")
-    images, labels, classes = _READERS[data.kind](path, data, split, limit)
+    paths = [Path(root) / file_name(place) for place in data.places]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file (data.key: {data.key}); {HOMES[data.kind]}")
+    if data.kind in _ARRAYS:
+        images, labels, classes = _ARRAYS[data.kind](paths[0], data, split, limit)
+        images = VIEWS[data.view](images).contiguous()
+    else:
+        images, labels, classes = _decoded(paths, data, split, limit)
     if not len(images):
-        raise InputError(f"{path}: no images in the {split} split (data.calibration: {data.calibration:g})")
-    images = VIEWS[data.view](images).contiguous()
+        raise InputError(
+            f"{paths[0]}: no images in the {split} split (data.calibration: {data.calibration:g})"
+        )
     return ImageSet(images, None if split == "calibration" else labels, classes)
+
+
+def _decoded(
+    paths: list[Path], data: Data, split: Split, limit: int | None
+) -> tuple[Tensor | Stream, Tensor, tuple[str, ...]]:
+    """The images of an archive: as they were decoded before, or decoded now."""
+    settings = data.model_dump(exclude={"key", "also", "mean", "std"})
+    folder = recipe(_VERSION, files=[identity(path) for path in paths], split=split, **settings)
+    images, index = find(folder, limit) or _fresh(paths, data, split, limit, folder)
+    return images, torch.tensor(index.labels, dtype=torch.int64), index.classes
+
+
+def _fresh(
+    paths: list[Path], data: Data, split: Split, limit: int | None, folder: Path
+) -> tuple[Tensor | Stream, Index]:
+    """List the archive's images, decode the first ``limit`` of the split and keep them in ``folder``."""
+    with ExitStack() as stack:
+        archive = stack.enter_context(Archive(paths))
+        listing = read_listing(archive, data)
+        if split != "calibration" and not listing.labelled:
+            raise InputError(
+                f"{paths[0]}: its images have no labels; found split {split}, allowed: calibration"
+            )
+        entries, classes = choose(paths[0], data, split, listing)
+        if not entries:
+            raise InputError(
+                f"{paths[0]}: no images in the {split} split (data.calibration: {data.calibration:g})"
+            )
+        names, labels = zip(*entries[:limit], strict=True)
+        index = Index(list(labels), classes, len(entries))
+        image = listing.image or partial(open_image, archive)
+        resize = data.resize or data.size
+        decoder = Decoder(paths[0].name, image, data.size, resize, data.channels, data.view)
+        images = make(folder, decoder, names, index)
+        if isinstance(images, Stream):
+            stack.pop_all()  # it reads from the archive as long as it lives
+        return images, index
+
+
+def choose(path: Path, data: Data, split: Split, listing: Listing) -> tuple[Entries, tuple[str, ...]]:
+    """The entries of a split in their fixed random order, labelled by the classes that are returned with them."""
+    if data.label_space:
+        classes, label = _numbered(path, listing, data.label_space)
+    else:
+        by_name = sorted(listing.classes) if data.order == "name" else listing.classes
+        classes = select_classes(path, by_name, data.classes)
+        label = {name: index for index, name in enumerate(classes)}
+    groups: list[list[str]] = [[] for _ in listing.classes]
+    for name, index in listing.test if split == "test" else listing.train:
+        groups[index].append(name)
+    members: Entries = []
+    for position, (group, images) in enumerate(zip(listing.classes, groups, strict=True)):
+        if group in label:
+            kept = sorted(images)
+            if split != "test":
+                kept = _share(kept, data.calibration, position, split)
+            members.extend((image, label[group]) for image in kept)
+    order = torch.randperm(len(members), generator=generator(_SEED, len(members))).tolist()
+    return [members[i] for i in order], classes
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -72,10 +142,21 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images.float() / 255 - centre) / scale
 
 
-def batches(images: Tensor, batch_size: int, data: Data, device: torch.device) -> Iterator[Tensor]:
-    """Normalised float32 batches (at most batch_size, c, h, w) of uint8 images (n, c, h, w), in order."""
-    for batch in images.split(batch_size):
-        yield normalise(batch.to(device), data.mean, data.std)
+@dataclass(frozen=True)
+class Batches:
+    """Normalised float32 batches (at most batch_size, c, h, w) of uint8 images, in order, on ``device``.
+
+    Made anew at every pass, so no more than a batch is held in float32.
+    """
+
+    images: Tensor | Stream
+    batch_size: int
+    data: Data
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, batch in ahead(self.images, torch.arange(len(self.images)).split(self.batch_size)):
+            yield normalise(batch.to(self.device), self.data.mean, self.data.std)
 
 
 def _read_digits(
@@ -125,24 +206,7 @@ def _read_photographs(
     return images, torch.zeros(len(images), dtype=torch.int64), ()
 
 
-def _read_folder(
-    path: Path, data: Data, split: Split, limit: int | None
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    with ImageFolder(path) as folder:
-        classes = select_classes(path, folder.classes, data.classes)
-        members: list[tuple[str, int]] = []
-        for name, images in folder.images["test" if split == "test" else "train"].items():
-            if split != "test":
-                images = _share(images, data.calibration, folder.classes.index(name), split)
-            if name in classes:
-                members.extend((image, classes.index(name)) for image in images)
-        order = torch.randperm(len(members), generator=generator(_SEED, len(members)))[:limit].tolist()
-        names = [members[i][0] for i in order]
-        labels = torch.tensor([members[i][1] for i in order], dtype=torch.int64)
-        return folder.read(names, data.size, data.channels), labels, classes
-
-
-_READERS = {"digits": _read_digits, "photographs": _read_photographs, "folder": _read_folder}
+_ARRAYS = {"digits": _read_digits, "photographs": _read_photographs}
 
 
 def _share(images: Sequence[str], share: float, position: int, split: Split) -> list[str]:
@@ -150,6 +214,20 @@ def _share(images: Sequence[str], share: float, position: int, split: Split) -> 
     order = torch.randperm(len(images), generator=generator(_SEED, position)).tolist()
     count = round(share * len(images))
     return [images[i] for i in (order[:count] if split == "calibration" else order[count:])]
+
+
+def _numbered(path: Path, listing: Listing, space: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of ``space`` labels, and the labels of the classes: their own numbers, with gaps where there are some."""
+    numbers = listing.numbers or range(len(listing.classes))
+    label = dict(zip(listing.classes, numbers, strict=True))
+    if min(numbers) < 0 or max(numbers) >= space:
+        raise InputError(
+            f"{path}: data.label_space: found {space}; allowed: {max(numbers) + 1} or more, for numbers from 1"
+        )
+    names = [f"no class {number}" for number in range(space)]
+    for name, number in label.items():
+        names[number] = name
+    return tuple(names), label
 
 
 def select_classes(path: Path, found: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stages.core.errors import InputError
-from stages.core.profiles import Count, Key, Name, NonNegative, Positive, Profile, Section
+from stages.core.profiles import Count, Name, NonNegative, Place, Positive, Profile, Section
 
 Spending = Literal["measured", "uniform", "prefix"]
 
@@ -23,7 +23,7 @@ class ArtifactsSection(Section):
     anonymous: bool = True
     cache: str | None = None
     timeout: Positive = 5.0  # seconds without an answer
-    sha256: dict[Key, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}  # noqa: RUF012 (pydantic copies it)
+    sha256: dict[Place, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}  # noqa: RUF012 (pydantic copies it)
 
 
 class FinetuneSection(Section):

@@ -4,12 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages.core import places
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Constructor = Annotated[
+    str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
+]  # a name, or package.module:function
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
+Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
 View = Literal["upright", "rotated", "inverted", "mirrored"]
 
 
@@ -19,18 +25,49 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Data(Section):
-    """Where a task's images come from. ``key`` is the file's name in the artifact store."""
+Kind = Literal[
+    "digits",
+    "photographs",
+    "folder",
+    "cifar10",
+    "cifar100",
+    "pets",
+    "cub",
+    "dogs",
+    "nabirds",
+    "domainnet",
+    "imagenet",
+]
+Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 
-    kind: Literal["digits", "photographs", "folder"]
-    key: Key
+
+class Data(Section):
+    """Where a task's images come from.
+
+    ``key``: its archive, by its name in the artifact store, or from anywhere (stages.core.places). ``also``: further
+    files of the same data set, where it comes in several. ``classes``: the ones to use, in this order; else all,
+    numbered by the data set or sorted by name.
+    """
+
+    kind: Kind
+    key: Place
+    also: list[Place] = []
+    domain: Domain | None = None  # of DomainNet
     size: Annotated[int, Field(ge=8)]
+    resize: Annotated[int, Field(ge=8)] | None = None  # shorter side before the centre is cut out; null: size
     channels: Literal[1, 3] = 3
     view: View = "upright"
     classes: list[str] | None = None
-    calibration: Fraction = 0.25  # share of a folder's train images set aside, used without labels
+    order: Literal["official", "name"] = "official"
+    label_space: Count | None = None  # labels are the data set's own class numbers, from 0 to this (excluded)
+    calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
     mean: list[float] = [0.5]
     std: list[Positive] = [0.5]
+
+    @property
+    def places(self) -> list[str]:
+        """Where its files come from."""
+        return [self.key, *self.also]
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -41,16 +78,26 @@ class Data(Section):
                 )
         if self.classes is not None and len(set(self.classes)) < 2:
             raise ValueError(f"classes needs at least two different names, found {self.classes}")
+        if self.label_space and (self.classes is not None or self.order != "official"):
+            raise ValueError(
+                "label_space: keeps the data set's own numbers; allowed: without classes and order"
+            )
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize: found {self.resize}; allowed: size ({self.size}) or more")
+        if (self.domain is None) == (self.kind == "domainnet"):
+            raise ValueError(
+                f"domain: found {self.domain} for {self.kind}; allowed: a domain for domainnet, else none"
+            )
         return self
 
 
 class Task(Section):
-    """A source network (``checkpoint``: the file's name in the artifact store) together with its data.
+    """A source network together with its data. ``checkpoint``: its file, by its name in the store, or anywhere.
 
-    ``classes`` is the width of its head where that differs from the architecture's.
+    ``classes`` is the width of its head where that differs from the architecture's; so is ``data.label_space``.
     """
 
-    checkpoint: Key
+    checkpoint: Place
     data: Data
     classes: Count | None = None
 
@@ -72,14 +119,19 @@ class Finetune(Section):
 class Architecture(Section):
     """A constructor by name and its arguments; stages.core.architectures checks both."""
 
-    name: Name
+    name: Constructor
     arguments: dict[str, Any] = {}
 
 
 class Profile(Section):
-    """One merging problem: an architecture and two or more tasks."""
+    """One merging problem: an architecture and two or more tasks.
+
+    In the tasks' checkpoints `{folder}` stands for ``folder``, and `{variant}` for the task's own of ``variants``.
+    """
 
     architecture: Architecture
+    folder: Name | None = None
+    variants: list[Name] | None = None
     labels: Literal["shared", "separate"]
     tasks: dict[Name, Task]
     finetune: Finetune
@@ -93,9 +145,33 @@ class Profile(Section):
 
     def architecture_of(self, task: str) -> Architecture:
         """The profile's architecture with a task's own number of classes."""
-        classes = self.tasks[task].classes
+        classes = self.tasks[task].classes or self.tasks[task].data.label_space
         own = {} if classes is None else {"classes": classes}
         return Architecture(name=self.architecture.name, arguments={**self.architecture.arguments, **own})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, found: Any) -> Any:
+        """Put ``folder`` and ``variants`` into the checkpoints; malformed values are left to the types' checks."""
+        tasks, variants = (
+            (found.get(key) for key in ("tasks", "variants")) if isinstance(found, dict) else (None, None)
+        )
+        if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+            return found
+        if variants is not None and (not isinstance(variants, list) or len(variants) != len(tasks)):
+            raise ValueError(
+                f"variants: found {variants}; allowed: one for each of {', '.join(map(str, tasks))}"
+            )
+        filled = {}
+        for name, variant in zip(tasks, variants or [None] * len(tasks), strict=True):
+            place = tasks[name].get("checkpoint")
+            for key, value in (("folder", found.get("folder")), ("variant", variant)):
+                if isinstance(place, str) and isinstance(value, str):
+                    place = place.replace(f"{{{key}}}", value)
+            filled[name] = (
+                {**tasks[name], "checkpoint": place} if "checkpoint" in tasks[name] else tasks[name]
+            )
+        return {**found, "tasks": filled}
 
     @model_validator(mode="after")
     def _check(self) -> "Profile":

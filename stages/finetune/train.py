@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.core.datasets import ImageSet, normalise
+from stages.core.decoding import ahead
 from stages.core.errors import InputError
 from stages.core.profiles import Data, Finetune
 
@@ -48,11 +49,13 @@ def train(
     for epoch in range(settings.epochs):
         totals = torch.zeros(2, device=device)
         order = torch.randperm(len(images), generator=generator)
-        for step, chosen in enumerate(order.split(batch_size)[:steps], epoch * steps):
+        for step, (chosen, x) in enumerate(
+            ahead(images.images, order.split(batch_size)[:steps]), epoch * steps
+        ):
             rate = settings.learning_rate * cycle(step, settings.epochs * steps, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            x = augment(images.images[chosen].to(device), settings.shift, settings.flip, generator)
+            x = augment(x.to(device), settings.shift, settings.flip, generator)
             x = normalise(x, data.mean, data.std).contiguous(memory_format=torch.channels_last)
             y = images.labels[chosen].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):

@@ -21,6 +21,7 @@ from stages.core.checkpoints import load_network
 from stages.core.datasets import load_images
 from stages.core.device import generator, prepare
 from stages.core.errors import InputError
+from stages.core.places import file_name
 from stages.core.profiles import Architecture, Finetune, Task
 from stages.finetune.train import train
 
@@ -54,7 +55,7 @@ def run(job: Job, after_epoch: Any = lambda: None) -> Trained:
     Raises InputError, naming the task.
     """
     data, checkpoints = job.artifacts
-    network = load_network(job.architecture, checkpoints / job.task.checkpoint)
+    network = load_network(job.architecture, checkpoints / file_name(job.task.checkpoint))
     rows = []
     if job.settings.epochs:
         images = load_images(job.task.data, "train", data)

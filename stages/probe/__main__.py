@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.core.artifacts import write_json
 from stages.core.command import command
-from stages.core.datasets import load_images, normalise
+from stages.core.datasets import Batches, load_images
 from stages.core.device import prepare
 from stages.core.loading import DATA, load_sources
 from stages.core.methods import load_methods
@@ -44,20 +44,19 @@ def main(*names: str) -> None:
             "images": params.fit.images,
         }
         write_json(f"reports/probe/{name}.json", found)
-        shape = images["test"][0][0][0].shape[1:]
-        x = torch.zeros(section.latency_batch, *shape, device=device)
+        first = next(iter(profile.tasks.values())).data
+        x = torch.zeros(section.latency_batch, first.channels, first.size, first.size, device=device)
         latency = relative_latency(row.forward, sources, x, section.latency_repeats)
         write_json(f"reports/probe/{name}.latency.json", {"latency": round(latency, 4)})
 
 
-def labelled(params: Params, split: str, device: torch.device) -> list[tuple[list[Tensor], Tensor]]:
+def labelled(params: Params, split: str, device: torch.device) -> list[tuple[Batches, Tensor]]:
     """For each task preprocessed batches and labels; of the train split at most probe.linear_images."""
     limit = params.probe.linear_images if split == "train" else None
     found = []
     for task in params.active.tasks.values():
         own = load_images(task.data, split, DATA, limit=limit)
-        x = normalise(own.images.to(device), task.data.mean, task.data.std)
-        found.append((list(x.split(params.probe.batch_size)), own.labels))
+        found.append((Batches(own.images, params.probe.batch_size, task.data, device), own.labels))
     return found
 
 

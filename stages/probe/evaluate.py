@@ -1,6 +1,6 @@
 """Accuracies of one candidate, a merged network or a combination of the sources, on every task's test images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class Oracle:
 
 @torch.no_grad()
 def accuracy(
-    candidate: Candidate, batches: Sequence[Tensor], labels: Tensor, task: int, offset: int | None = None
+    candidate: Candidate, batches: Iterable[Tensor], labels: Tensor, task: int, offset: int | None = None
 ) -> float:
     """Percent right on one task. offset: where the task's classes start in the joint logits; None: own logits."""
     right = start = 0
@@ -100,7 +100,7 @@ def accuracy(
 
 
 @torch.no_grad()
-def extract(candidate: Candidate, batches: Sequence[Tensor], task: int) -> Tensor:
+def extract(candidate: Candidate, batches: Iterable[Tensor], task: int) -> Tensor:
     """Features of all images, once: float32 (n, features) on the CPU."""
     return torch.cat([candidate.features(x, task).float().cpu() for x in batches])
 
@@ -121,7 +121,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, pen
 
 def evaluate(
     candidate: Candidate,
-    images: Mapping[str, Sequence[tuple[Sequence[Tensor], Tensor]]],
+    images: Mapping[str, Sequence[tuple[Iterable[Tensor], Tensor]]],
     tasks: Sequence[tuple[str, int]],
     separate: bool,
     penalty: float,

@@ -184,11 +184,11 @@ class TestCache:
         section = ArtifactsSection(bucket="some-bucket")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setenv("HOME", "/home/someone")
-        assert str(bucket.cache_folder(section)) == "/home/someone/.cache/pleas-merging"
+        assert str(bucket.download_cache(section)) == "/home/someone/.cache/pleas-merging"
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-        assert str(bucket.cache_folder(section)) == "/caches/pleas-merging"
+        assert str(bucket.download_cache(section)) == "/caches/pleas-merging"
         chosen = ArtifactsSection(bucket="some-bucket", cache="~/elsewhere")
-        assert str(bucket.cache_folder(chosen)) == "/home/someone/elsewhere"
+        assert str(bucket.download_cache(chosen)) == "/home/someone/elsewhere"
 
 
 class TestStage:

@@ -7,9 +7,12 @@ import zipfile
 import pytest
 
 from stages.artifacts import local
+from stages.artifacts.__main__ import outputs
 from stages.artifacts.local import materialise
 from stages.core.errors import InputError
+from stages.core.params import load_params
 
+HOMES_OF = {"birds.tgz": "Birds from https://birds.org"}
 IMAGES = {
     "train/cat/a.jpg": b"1",
     "train/dog/ä.jpg": b"22" * 5000,
@@ -31,7 +34,7 @@ def take(own, tmp_path):
 
     def run(*keys: str):
         files = {key: tmp_path / "out" / key for key in keys}
-        materialise(files, own)
+        materialise(files, HOMES_OF, own)
         return files[keys[-1]]
 
     return run
@@ -98,7 +101,7 @@ def test_linked_folder_is_followed(own, take, tmp_path):
 
 def test_missing_folder(tmp_path):
     with pytest.raises(InputError, match=r"nothing: no such folder; source: local takes from it a, b\.zip"):
-        materialise({"a": tmp_path / "a", "b.zip": tmp_path / "b.zip"}, tmp_path / "nothing")
+        materialise({"a": tmp_path / "a", "b.zip": tmp_path / "b.zip"}, {}, tmp_path / "nothing")
 
 
 def test_missing_file_writes_nothing(own, refused):
@@ -111,6 +114,17 @@ def test_missing_archive_names_the_folder_too(own, refused):
         f"{own}/birds.zip: no such file; put it there, or its content in the folder {own}/birds"
         in refused("birds.zip")
     )
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+def test_a_folder_stands_for_any_archive(own, take, suffix):
+    fill(own / "birds")
+    with zipfile.ZipFile(take(f"birds{suffix}")) as archive:
+        assert archive.namelist() == sorted(IMAGES)
+
+
+def test_what_is_missing_says_where_to_get_it(own, refused):
+    assert "put it there (Birds from https://birds.org), or its content in" in refused("birds.tgz")
 
 
 def test_empty_folder(own, refused):
@@ -157,11 +171,8 @@ def test_as_a_user_runs_it(workspace):
     code, log = space.run()
     assert code == 1
     assert log.splitlines()[-1].startswith("error: data/own: no such folder")
-    names = {"resnet8/digits/upright/model.safetensors", "resnet8/digits/rotated/model.safetensors"}
-    fill(space.folder / "data/own", dict.fromkeys([*names, "digits/digits.safetensors"], b"content"))
+    files = outputs(load_params(space.folder / "params.yaml").active)
+    fill(space.folder / "data/own", dict.fromkeys(files, b"content"))
     code, log = space.run()
     assert code == 0, log
-    assert space.outputs() == {
-        **{f"models/artifacts/{name}": b"content" for name in names},
-        "data/artifacts/digits/digits.safetensors": b"content",
-    }
+    assert space.outputs() == {path.as_posix(): b"content" for path in files.values()}

@@ -1,5 +1,6 @@
 import argparse
 import os
+import pathlib
 import pickle
 
 import pytest
@@ -48,6 +49,7 @@ def test_loading_leaves_the_random_state_alone(tmp_path):
     [
         lambda s: s,
         lambda s: {"model": s, "epoch": 3},
+        lambda s: {"model": s, "model_ema": {}, "args": argparse.Namespace(lr=0.1, device="cuda")},
         lambda s: {"state_dict": s, "optimizer": {"lr": 0.1}},
         lambda s: {"state_dict": {f"module.{k}": t for k, t in s.items()}},
         lambda s: {"model_ema": {"n_averaged": torch.tensor(5), **{f"module.{k}": t for k, t in s.items()}}},
@@ -88,7 +90,16 @@ def _saved(folder, value):
     return folder / "live.pth"
 
 
-@pytest.mark.parametrize("value", [argparse.Namespace(lr=1), nn.Linear(2, 2)])
+def test_saved_arguments_do_not_let_code_in(tmp_path):
+    path = _saved(
+        tmp_path, {"model": network().state_dict(), "args": argparse.Namespace(x=Bomb(tmp_path / "ran"))}
+    )
+    with pytest.raises(InputError, match=r"refused.*mkdir.*run code"):
+        read_state(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [nn.Linear(2, 2), pathlib.PurePosixPath("a")])
 def test_python_objects_beside_the_tensors_are_refused_by_name(tmp_path, value):
     path = _saved(tmp_path, {"model": dict(network().state_dict()), "args": value})
     with pytest.raises(InputError, match=f"refused.*{type(value).__name__}"):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from stages.artifacts.embedded import write_digits
 from stages.core.artifacts import write_tensors
-from stages.core.datasets import VIEWS, batches, load_images, normalise
+from stages.core.datasets import Batches, load_images, normalise
+from stages.core.decoding import VIEWS
 from stages.core.errors import InputError
 from stages.core.profiles import Data
 
@@ -168,7 +169,7 @@ def test_normalise_by_channel():
 def test_batches_are_the_normalised_images_in_order(root):
     data = digits(mean=[0.1], std=[0.3])
     images = load_images(data, "test", root).images
-    found = list(batches(images, 128, data, torch.device("cpu")))
+    found = list(Batches(images, 128, data, torch.device("cpu")))
     assert [len(batch) for batch in found] == [128, 128, 128, 116]
     assert torch.equal(torch.cat(found), normalise(images, data.mean, data.std))
 
@@ -275,7 +276,7 @@ def test_a_file_that_is_no_whole_zip_is_one_line(tmp_path, keep):
     zipped(tmp_path, members())
     content = (tmp_path / "images.zip").read_bytes()
     (tmp_path / "images.zip").write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(InputError, match="not a whole zip file"):
+    with pytest.raises(InputError, match="not a whole zip"):
         load_images(folder(), "train", tmp_path)
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from stages.artifacts.embedded import materialise
+from stages.core.architectures import build
 from stages.core.artifacts import read_tensors, write_tensors
 from stages.core.errors import InputError
 from stages.core.params import load_params
@@ -110,6 +111,25 @@ def test_no_epochs_pass_the_checkpoint_through(tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
         text = (folder / f"reports/finetune/{name}.csv").read_text()
         assert text == "epoch,learning_rate,train_loss,train_accuracy\n"
+
+
+def test_no_epochs_pass_through_whatever_wraps_the_weights_and_any_head(tmp_path):
+    """A checkpoint as a training script on several GPUs leaves it, with a head of its own width."""
+    folder = prepared(tmp_path, epochs=0)
+    found = yaml.safe_load((folder / "params.yaml").read_text())
+    profile = found["profiles"]["digits"]
+    profile["labels"] = "separate"
+    profile["tasks"]["a"] |= {"checkpoint": "resnet8/a/v1a/model.pth", "classes": 7}
+    (folder / "params.yaml").write_text(yaml.safe_dump(found, sort_keys=False))
+    state = build("resnet", {"depth": 8, "width": 2, "channels": 1, "classes": 7}).state_dict()
+    path = folder / "models/artifacts/resnet8/a/v1a/model.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}}, path)
+    status, errors = run(folder)
+    assert status == 0, errors
+    after, _ = read_tensors(folder / "models/finetune/a.safetensors")
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[key], state[key]) and after[key].dtype == state[key].dtype for key in state)
 
 
 def test_an_error_in_a_worker_is_one_line(workspace):

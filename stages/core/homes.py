@@ -1,0 +1,15 @@
+"""What each kind of data set is and where to get it, for error messages."""
+
+HOMES = {
+    "digits": "made by source: embedded",
+    "photographs": "made by source: embedded",
+    "folder": "a zip or tar file of train/<class>/<image> and test/<class>/<image>",
+    "cifar10": "CIFAR-10 python version from https://www.cs.toronto.edu/~kriz/cifar.html",
+    "cifar100": "CIFAR-100 python version from https://www.cs.toronto.edu/~kriz/cifar.html",
+    "pets": "Oxford-IIIT Pets, images and annotations, from https://www.robots.ox.ac.uk/~vgg/data/pets/",
+    "cub": "CUB-200-2011 from https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    "dogs": "Stanford Dogs, images and lists, from http://vision.stanford.edu/aditya86/ImageNetDogs/",
+    "nabirds": "NABirds from https://dl.allaboutbirds.org/nabirds",
+    "domainnet": "DomainNet, a domain's zip file and its two split lists, from https://ai.bu.edu/M3SDA/",
+    "imagenet": "ImageNet (ILSVRC 2012) from https://www.image-net.org/download.php",
+}

@@ -1,0 +1,39 @@
+"""Where a file of a profile comes from.
+
+resnet50/cub/v1a/model.pth        in the bucket, under data/own, or made here, as `source` says
+s3://bucket/folder/model.pth      whatever `source` says; with the endpoint and credentials of `artifacts`
+./model.pth  ~/model.pth  /a.pth  whatever `source` says
+"""
+
+import hashlib
+import posixpath
+from typing import Literal
+
+PATTERN = (
+    r"^([A-Za-z0-9_][A-Za-z0-9_./-]*"
+    r"|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/].*"
+    r"|(~|\.|\.\.)?/.*[^/])$"
+)
+
+
+def kind_of(place: str) -> Literal["key", "url", "path", "initial"]:
+    if place.startswith("initial/"):
+        return "initial"
+    if place.startswith("s3://"):
+        return "url"
+    return "path" if place.startswith(("/", "./", "../", "~/")) else "key"
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """s3://bucket/key -> (bucket, key)."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def file_name(place: str) -> str:
+    """The name under models/artifacts or data/artifacts: a key is its own; its suffix is the place's."""
+    if kind_of(place) == "url":
+        return "s3/" + place.removeprefix("s3://")
+    if kind_of(place) == "path":
+        return f"paths/{hashlib.sha256(place.encode()).hexdigest()[:12]}/{posixpath.basename(place)}"
+    return place

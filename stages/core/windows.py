@@ -1,0 +1,74 @@
+"""Parts of one open file read as files of their own, from several threads at once."""
+
+import io
+import os
+import threading
+import zipfile
+
+
+class Window(io.RawIOBase):
+    """A part of an open file, as a file of its own. Positioned reads: threads do not disturb each other."""
+
+    def __init__(self, descriptor: int, start: int, size: int) -> None:
+        super().__init__()
+        self._descriptor, self._start, self.size, self._at = descriptor, start, size, 0
+
+    def content(self, where: tuple[int, int]) -> bytes:
+        """(offset, size) -> bytes; fewer than ``size`` raise EOFError."""
+        offset, size = where
+        pieces = []
+        while size:
+            piece = os.pread(self._descriptor, min(size, 1 << 30), self._start + offset)
+            if not piece:
+                raise EOFError("the file ends early")
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return b"".join(pieces)
+
+    def window(self, where: tuple[int, int]) -> "Window":
+        return Window(self._descriptor, self._start + where[0], where[1])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = max(0, min(len(buffer), self.size - self._at))
+        content = os.pread(self._descriptor, size, self._start + self._at)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+class Zip:
+    """A zip file; decompression runs in the reading thread, only the file's shared state is locked."""
+
+    def __init__(self, window: Window) -> None:
+        self._window, self._lock = window, threading.Lock()
+        self.file = zipfile.ZipFile(io.BufferedReader(window))
+
+    def content(self, where: zipfile.ZipInfo) -> bytes:
+        with self._lock:
+            member = self.file.open(where)
+        try:
+            return member.read()
+        finally:
+            with self._lock:
+                member.close()
+
+    def window(self, where: zipfile.ZipInfo) -> Window | None:
+        """The bytes of an entry that is stored as it is; None for a compressed one."""
+        if where.compress_type != zipfile.ZIP_STORED:
+            return None
+        header = self._window.content((where.header_offset, zipfile.sizeFileHeader))
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return self._window.window((where.header_offset + zipfile.sizeFileHeader + names, where.file_size))
