@@ -258,3 +258,16 @@ assert torch.equal(pipeline(images), logits)
     default.change(budget=1.2)
     default.run("dvc", "repro", "recalibrate")
     default.run(sys.executable, "-c", setup + snippet + check)
+
+
+def test_adding_a_method_as_the_readme_says(default):
+    """The shell block under `Adding a method`, run as it stands."""
+    section = (ROOT / "README.md").read_text().split("### Adding a method")[1].split("\n## ")[0]
+    assert len(section.strip().split("\n")) <= 34, "a page of about 30 lines"
+    default.run("git", "checkout", "-q", "--", ".")
+    default.run("dvc", "checkout", "--force")
+    output = default.run("bash", "-ec", re.search(r"```bash\n(.*?)```", section, re.S).group(1))
+    assert not stages_run(output) & {"finetune", "statistics"}
+    assert 0 < default.average("energy") <= 100
+    assert default.average("progressive") > default.average("energy")
+    default.run(sys.executable, "-m", "pytest", "-q", "tests/test_pipeline.py", "-k", "depends_on")
