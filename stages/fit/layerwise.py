@@ -12,10 +12,11 @@ from torch import Tensor
 
 from stages.core.alignment import Alignment, exclusive_norms, norm_scale
 from stages.core.blocks import Block
+from stages.core.exact import exact_entries
 from stages.core.graph import Node
 from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
 from stages.core.methods import Fit
-from stages.core.network import MergedNetwork, Source, exact_entries
+from stages.core.network import MergedNetwork, Source
 from stages.core.norms import install_statistics, merged_moments
 from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from stages.core.exact import exact_entries
 from stages.core.graph import Node
-from stages.core.network import MergedNetwork, exact_entries
+from stages.core.network import MergedNetwork
 from stages.core.norms import install_statistics, merged_moments
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 

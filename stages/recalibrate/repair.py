@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.alignment import Alignment, exclusive_norms
+from stages.core.exact import exact_entries
 from stages.core.graph import Node
-from stages.core.network import MergedNetwork, Source, exact_entries
+from stages.core.network import MergedNetwork, Source
 from stages.core.norms import install_statistics, merged_moments, moments_of
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 

@@ -12,9 +12,10 @@ from torch import nn
 from stages.core.alignment import Alignment, view_states
 from stages.core.alignments.solve import make_alignment
 from stages.core.cost import built_cost, source_cost
+from stages.core.exact import exact_entries
 from stages.core.methods import Fit, Matching
 from stages.core.moments import pool
-from stages.core.network import exact_entries, load_merged
+from stages.core.network import load_merged
 from stages.core.operations import run_graph
 from stages.core.sources import align
 from stages.core.spec import full_split

@@ -10,9 +10,10 @@ from torch import nn
 from stages.core.artifacts import read_tensors, write_tensors
 from stages.core.blocks import BlockMap, head_parts, held_pieces, parts_of
 from stages.core.errors import InputError
+from stages.core.exact import exact_entries
 from stages.core.graph import Node
 from stages.core.layouts import Layout, Segment
-from stages.core.network import MergedNetwork, Task, exact_entries, load_merged
+from stages.core.network import MergedNetwork, Task, load_merged
 from stages.core.spec import full_split
 from stages.core.trace import trace
 

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from stages.core.exact import exact_entries
 from stages.core.layers import input_rows, kernel_of
 from stages.core.methods import Fit
-from stages.core.network import MergedNetwork, exact_entries
+from stages.core.network import MergedNetwork
 from stages.core.sources import align
 from stages.core.spec import full_split, identity_matching
 from stages.core.sweep import Batch, images_to_batches
