@@ -15,7 +15,7 @@ from stages.report.plots import pictures
 
 
 def main(*words: str) -> None:
-    """``--experiments [commits]``: of all experiments instead.
+    """``--experiments [commits | folder ...]``: of all experiments instead.
 
     Raises InputError when a file of an earlier stage is missing or malformed.
     """
@@ -64,14 +64,17 @@ def seconds(folder: Path, method: str, match: str) -> float | None:
     return None if None in times else sum(times)
 
 
-def experiments(option: str, commits: str = "1") -> None:
+def experiments(option: str, *words: str) -> None:
     """Write reports/experiments/. Raises InputError for other words, and when there is no experiment."""
     from stages.report.comparison import comparisons
     from stages.report.experiments import markdown, read_runs
 
-    if option != "--experiments" or not commits.isdecimal():
-        raise InputError(f"report: found {option} {commits}; allowed: nothing, or --experiments [commits]")
-    folder, runs = Path("reports/experiments"), read_runs(int(commits))
+    commits = int(words[0]) if len(words) == 1 and words[0].isdecimal() else 1
+    folders = [Path(word) for word in words if not word.isdecimal()]
+    if option != "--experiments" or not all(folder.is_dir() for folder in folders):
+        found = " ".join([option, *words])
+        raise InputError(f"report: found {found}; allowed: nothing, or --experiments [commits | folder ...]")
+    folder, runs = Path("reports/experiments"), read_runs(commits, folders)
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "table.md", markdown(runs))
     for name, content in comparisons(runs):

@@ -4,38 +4,64 @@ python -m stages.report --experiments      ->  reports/experiments/{runs.csv, ta
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
+from stages.core.artifacts import read_json
 from stages.core.errors import InputError
-from stages.report.tables import AVERAGE, REFERENCES
+from stages.core.params import load_params
+from stages.report.tables import AVERAGE, REFERENCES, TIMINGS
+from stages.report.tables import METRICS as METRICS_FILE
 
 METRICS = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
 RUN = ("profile", "budget", "seed")
 
 
-def read_runs(commits: int = 1) -> pd.DataFrame:
+def read_runs(commits: int = 1, folders: Sequence[Path] = ()) -> pd.DataFrame:
     """One line per experiment and method: what was set, and the averages over tasks.
 
-    Of experiments with the same profile, budget and seed the last one to have a method counts. commits: how many
-    commits back experiments are looked for. Raises InputError when there is none with results.
+    commits: how many commits back experiments are looked for. folders: other workspaces (params.yaml and reports/) to
+    read instead. Of runs with the same profile, budget and seed the last one to have a method counts. Raises
+    InputError when there is none with results.
     """
-    from dvc.api import exp_show  # here: slow to import
-    from dvc.exceptions import DvcException
-
-    try:
-        found = exp_show(num=commits)
-    except DvcException as error:
-        raise InputError(
-            f"experiments: dvc cannot list them ({error}); allowed: a DVC project with git"
-        ) from error
-    rows = [row for experiment in reversed(found) for row in _rows(experiment)]
+    found = [_workspace(folder) for folder in folders] if folders else _experiments(commits)
+    rows = [row for experiment in found for row in _rows(experiment)]
     if not rows:
         raise InputError("experiments: found none with results; run: dvc exp run, or dvc queue start")
     runs = pd.DataFrame(rows).drop_duplicates([*RUN, "method"], keep="last")
     return runs.sort_values([*RUN], kind="stable").reset_index(drop=True)
+
+
+def _experiments(commits: int) -> list[Mapping[str, Any]]:
+    """The experiments of the last commits as dvc shows them, the latest last."""
+    from dvc.api import exp_show  # here: slow to import
+    from dvc.exceptions import DvcException
+
+    try:
+        return list(reversed(exp_show(num=commits)))
+    except DvcException as error:
+        raise InputError(
+            f"experiments: dvc cannot list them ({error}); allowed: a DVC project with git"
+        ) from error
+
+
+def _workspace(folder: Path) -> dict[str, Any]:
+    """The same of one folder."""
+    params = load_params(folder / "params.yaml").model_dump()
+    reports = [read_json(folder / "reports" / name) for name in (METRICS_FILE, TIMINGS)]
+    flat = {key: value for content in (params, *reports) for key, value in _flat(content)}
+    return {"Experiment": folder.name, **flat}
+
+
+def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,120 @@
+"""The report over many experiments: what is read, the table, and the pictures."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from stages.core.errors import InputError
+from stages.report.__main__ import main
+from stages.report.comparison import comparisons
+from stages.report.experiments import fit_name, markdown, order, read_runs, summary
+
+ROOT = Path(__file__).parents[2]
+ROWS = ("average", "pleas", "progressive", "zip", "zip_progressive")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Workspaces of two profiles, two seeds and two budgets, with metrics that are known."""
+    monkeypatch.chdir(tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found = []
+    for profile in ("digits", "digits_split"):
+        for seed in (0, 1):
+            for budget in (1.0, 1.5):
+                folder = tmp_path / f"{profile}-{seed}-{budget}"
+                (folder / "reports").mkdir(parents=True)
+                params |= {"profile": profile, "seed": seed, "budget": budget}
+                params["methods"] = {name: params["full"][name] for name in ROWS}
+                (folder / "params.yaml").write_text(yaml.safe_dump(params))
+                metrics, timings = {}, {}
+                for index, name in enumerate([*ROWS, "ensemble", "oracle"]):
+                    average = {"accuracy": 50.0 + 5 * index + 2 * seed, "macs": budget}
+                    if profile == "digits_split":
+                        average["joint"] = average["accuracy"] - 10
+                    metrics[name] = {"average": average}
+                    timings[name] = {"latency": budget, "seconds": 1.0 + index}
+                (folder / "reports/metrics.json").write_text(json.dumps(metrics))
+                (folder / "reports/timings.json").write_text(json.dumps(timings))
+                found.append(folder)
+    return found
+
+
+def test_every_run_and_method_is_a_line(folders):
+    runs = read_runs(folders=folders)
+    assert len(runs) == 8 * (len(ROWS) + 2)
+    one = runs[(runs["profile"] == "digits") & (runs["seed"] == 1) & (runs["budget"] == 1.5)]
+    row = one.set_index("method").loc["zip_progressive"]
+    assert (row["accuracy"], row["latency"], row["seconds"]) == (72.0, 1.5, 5.0)
+    assert (row["matching"], row["fit"], row["recalibration"]) == ("zip", "merged, own, folded", "batchnorm")
+    assert pd.isna(one.set_index("method").loc["oracle", "matching"])
+
+
+def test_mean_and_deviation_are_those_of_the_seeds(folders):
+    table = summary(read_runs(folders=folders), ["profile", "budget"])
+    line = table.loc[("digits", 1.0, "pleas")]
+    assert line["mean", "accuracy"] == 56.0
+    assert line["std", "accuracy"] == pytest.approx(2**0.5)
+    assert line["seeds"].item() == 2
+
+
+def test_a_run_that_was_made_again_counts_once(folders):
+    again = read_runs(folders=[folders[0], *folders])
+    assert len(again) == len(read_runs(folders=folders))
+
+
+def test_the_table_has_a_column_for_each_profile(folders):
+    runs = read_runs(folders=folders)
+    lines = [
+        [c.strip() for c in line.strip("|").split("|")] for line in markdown(runs).split("\n") if "|" in line
+    ]
+    costs = ["MACs (x)", "latency (x)", "seconds"]
+    assert lines[0] == ["method", "digits", "digits_split", "digits_split, joint", *costs]
+    assert lines[2] == ["average", "51.0 ± 1.4", "51.0 ± 1.4", "41.0 ± 1.4", "1.00", "1.00", "1.00"]
+    assert [line[0] for line in lines[2:]] == [*ROWS, "ensemble", "oracle"]
+    assert order(runs)[-2:] == ["ensemble", "oracle"]
+
+
+def test_the_pictures_are_drawn(folders):
+    runs = read_runs(folders=folders)
+    found = dict(comparisons(runs))
+    assert set(found) == {"method_comparison.png", "accuracy_vs_budget.png", "ablation.png"}
+    assert all(content[:4] == b"\x89PNG" for content in found.values())
+    assert dict(comparisons(runs)) == found
+    one = dict(comparisons(runs[(runs["budget"] == 1.0) & (runs["method"] == "pleas")]))
+    assert set(one) == {"method_comparison.png"}
+
+
+def test_the_command_writes_everything(folders):
+    main("--experiments", *map(str, folders))
+    written = {path.name for path in Path("reports/experiments").iterdir()}
+    assert written == {
+        "runs.csv",
+        "table.md",
+        "method_comparison.png",
+        "accuracy_vs_budget.png",
+        "ablation.png",
+    }
+
+
+@pytest.mark.parametrize("words", [("--all",), ("--experiments", "nowhere"), ("--experiments", "1", "2x")])
+def test_other_words_are_refused(words, folders):
+    with pytest.raises(InputError, match=r"^report: found .*; allowed: nothing, or --experiments"):
+        main(*words)
+
+
+@pytest.mark.parametrize(
+    ("fit", "name"),
+    [
+        ({"solver": "average"}, "average"),
+        ({"solver": "exact"}, "source, ensemble"),
+        ({"solver": "adam", "inputs": "source", "targets": "ensemble"}, "source, ensemble, adam"),
+        ({"solver": "exact", "inputs": "merged", "targets": "own", "norm": "fold"}, "merged, own, folded"),
+        ({}, None),
+    ],
+)
+def test_a_fit_has_a_short_name(fit, name):
+    assert fit_name({key: fit.get(key) for key in ("solver", "inputs", "targets", "norm")}) == name
