@@ -68,5 +68,8 @@ def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
         group: UnitSplit(tuple(split["shared"]), tuple(split["separate"]))
         for group, split in allocation["splits"].items()
     }
-    units, similarity = ({g: tensors[f"{kind}/{g}"] for g in splits} for kind in ("units", "similarity"))
+    units, similarity = (
+        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in ("units/", "similarity/")
+    )
     return Matching(units, similarity), splits, allocation["reached"]

@@ -13,7 +13,7 @@ from stages.core.loading import load_sources, load_statistics
 from stages.core.methods import load_methods
 from stages.core.moments import Statistics
 from stages.core.params import load_params
-from stages.core.spec import Matching
+from stages.core.spec import Matching, PermutationSpec, identity_matching
 from stages.match.matching import correlations, make_matching
 
 
@@ -30,14 +30,14 @@ def main() -> None:
             f"models/match/{name}.safetensors",
             {f"{kind}/{group}": tensor for kind, own in found.items() for group, tensor in own.items()},
         )
-        write_csv(f"reports/match/{name}.csv", list(rows(matching, statistics)))
+        write_csv(f"reports/match/{name}.csv", list(rows(sources[0].trace.spec, matching, statistics)))
         write_json(f"reports/match/{name}.seconds.json", {"seconds": round(seconds, 3)})
 
 
-def rows(matching: Matching, statistics: Statistics) -> Iterator[dict[str, Any]]:
+def rows(spec: PermutationSpec, matching: Matching, statistics: Statistics) -> Iterator[dict[str, Any]]:
     """Mean correlation of the pairs of each group and network, and what pairing by position gives."""
-    position = {g: torch.arange(units.shape[1]).repeat(len(units), 1) for g, units in matching.units.items()}
-    unmatched = correlations(position, statistics)
+    networks = len(next(iter(matching.units.values())))
+    unmatched = correlations(spec, identity_matching(spec, networks).units, statistics)
     for group, own in matching.similarity.items():
         for m in range(1, len(own)):
             values = {"similarity": own[m], "unmatched": unmatched[group][m]}
