@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from stages.core.artifacts import write_csv, write_json, write_tensors
+from stages.core.artifacts import write_csv, write_json
 from stages.core.command import command
 from stages.core.device import generator, prepare
-from stages.core.loading import load_sources, load_statistics
+from stages.core.loading import load_sources, load_statistics, save_matching
 from stages.core.methods import load_methods
 from stages.core.moments import Statistics
 from stages.core.params import load_params
@@ -25,11 +25,7 @@ def main() -> None:
         statistics, start = load_statistics(params, settings.data), time.perf_counter()
         matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
         seconds = time.perf_counter() - start
-        found = {"units": matching.units, "similarity": matching.similarity, "benefit": benefits}
-        write_tensors(
-            f"models/match/{name}.safetensors",
-            {f"{kind}/{group}": tensor for kind, own in found.items() for group, tensor in own.items()},
-        )
+        save_matching(name, matching, benefits)
         write_csv(f"reports/match/{name}.csv", list(rows(sources[0].trace.spec, matching, statistics)))
         write_json(f"reports/match/{name}.seconds.json", {"seconds": round(seconds, 3)})
 

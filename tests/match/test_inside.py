@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.api import merge
+from stages.core.artifacts import write_json
+from stages.core.errors import InputError
+from stages.core.loading import load_pairing, save_matching
 from stages.core.methods import Matching as Settings
 from stages.core.moments import pool
 from stages.core.spec import Matching, check_matching, full_split, permute, unit_order
@@ -151,3 +154,28 @@ def test_a_permuted_copy_merges_to_the_network_itself(family, copies, calibrate,
         progress=False,
     )
     torch.testing.assert_close(found(x), made[0](x), rtol=1e-6, atol=1e-6)
+
+
+def test_orders_inside_parts_go_through_the_file(tmp_path, monkeypatch, randomise):
+    monkeypatch.chdir(tmp_path)
+    make, side = FAMILIES["vit"]
+    spec, _, units, _ = search([spread(randomise(make(), m), m) for m in (0, 1)], pictures(2, side))
+    alike = {name: torch.rand(units[name].shape) for name in spec.free}
+    save_matching("given", Matching(units, alike), {name: own[0] for name, own in alike.items()})
+    splits = {name: {"shared": list(range(g.size)), "separate": []} for name, g in spec.free.items()}
+    write_json("models/allocate/given.json", {"splits": splits, "reached": 1.0})
+    found, read, _ = load_pairing("given")
+    assert read == full_split(spec)
+    for given_tables, tables in ((units, found.units), (alike, found.similarity)):
+        assert tables.keys() == given_tables.keys()
+        assert all(torch.equal(tables[name], own) for name, own in given_tables.items())
+
+
+@pytest.mark.parametrize("by", ["zip", "cca", "transport"])
+def test_what_mixes_units_of_parts_is_refused(family, by):
+    make, side = family
+    x = pictures(8, side)
+    with pytest.raises(
+        InputError, match=r"works on single units of group .*allowed: a matching that is a permut"
+    ):
+        merge({"a": make(0), "b": make(1)}, {"a": [x], "b": [x]}, match={"by": by}, progress=False)
