@@ -98,16 +98,15 @@ class Statistics:
             for inner in spec.contents(name)
         }
 
-    def matched(
-        self, spec: PermutationSpec, units: Mapping[str, Tensor], name: str, first: int, second: int
-    ) -> Tensor:
-        """Correlation of each unit of one network with the other's it is matched to: (d,); of parts the mean."""
-        alike = self.between(spec, name, "correlation")
-        found = []
+    def matched(self, spec: PermutationSpec, units: Mapping[str, Tensor], name: str) -> Tensor:
+        """Correlation of matched units of every two networks, (N, N, d); of parts the mean of what they hold."""
+        alike, found = self.between(spec, name, "correlation"), []
         for inner in spec.contents(name):
-            rows, columns = (inside_order(units, inner, m) for m in (first, second))
-            found.append(alike[inner.name][first, second][rows, columns].view(inner.parts, -1))
-        return torch.cat(found, 1).mean(1)
+            networks = range(len(alike[inner.name]))
+            orders = [inside_order(units, inner, m) for m in networks]
+            pairs = [alike[inner.name][m, n][orders[m], orders[n]] for m in networks for n in networks]
+            found.append(torch.stack(pairs).view(len(networks), len(networks), inner.parts, inner.size))
+        return torch.cat(found, -1).mean(-1)
 
 
 def pool(gathered: Gathered, networks: int, tasks: int, data: Data = "own") -> Statistics:

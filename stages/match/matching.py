@@ -45,10 +45,7 @@ def correlations(
     spec: PermutationSpec, units: Mapping[str, Tensor], statistics: Statistics
 ) -> dict[str, Tensor]:
     """Correlation of each unit with the reference's unit it is matched to: {group: float64 (N, d)}."""
-    return {
-        name: torch.stack([statistics.matched(spec, units, name, 0, m) for m in range(len(units[name]))])
-        for name in spec.free
-    }
+    return {name: statistics.matched(spec, units, name)[0] for name in spec.free}
 
 
 def _by_position(task: Task) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 import itertools
 
+import hypothesis
 import pytest
 import torch
 from families import FAMILIES, spread
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.api import merge
@@ -65,7 +66,7 @@ def search(networks, x, seed=0):
     sizes=st.lists(st.integers(1, 2), min_size=1, max_size=2),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 def test_the_assignment_over_parts_and_inside_them_is_the_best_of_all(parts, sizes, seed):
     generator = torch.Generator().manual_seed(seed)
     gains = [torch.randn(parts * size, parts * size, generator=generator).double() for size in sizes]
@@ -179,3 +180,14 @@ def test_what_mixes_units_of_parts_is_refused(family, by):
         InputError, match=r"works on single units of group .*allowed: a matching that is a permut"
     ):
         merge({"a": make(0), "b": make(1)}, {"a": [x], "b": [x]}, match={"by": by}, progress=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_everything_separate_is_exact(family, by):
+    make, side = family
+    networks, x = {"a": make(0), "b": make(1)}, pictures(8, side)
+    settings = {"labels": "separate", "match": {"by": by}, "fit": {"solver": "average"}, "progress": False}
+    found = merge(networks, {"a": [x], "b": [x]}, 2.0, **settings)
+    for name, network in networks.items():
+        torch.testing.assert_close(found(x, task=name), network(x), rtol=1e-8, atol=1e-8)
