@@ -1,10 +1,12 @@
 """The active profile's networks, images and statistics, as the stages between finetune and probe need them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from stages.core.artifacts import read_json, read_tensors, sha256
+from stages.core.artifacts import read_json, read_tensors, sha256, write_tensors
 from stages.core.checkpoints import load_network
 from stages.core.datasets import load_images, normalise
 from stages.core.moments import Data, Statistics, from_tensors, pool
@@ -60,6 +62,15 @@ def load_statistics(params: Params, data: Data) -> Statistics:
     return pool(from_tensors(read_tensors(MOMENTS)[0]), tasks, tasks, data)
 
 
+def save_matching(name: str, matching: Matching, benefits: Mapping[str, Tensor]) -> None:
+    """Leave a matching, with its orders inside parts, and what separating each tuple is worth under its name."""
+    found = {"units": matching.units, "similarity": matching.similarity, "benefit": benefits}
+    write_tensors(
+        f"models/match/{name}.safetensors",
+        {f"{kind}/{group}": tensor for kind, own in found.items() for group, tensor in own.items()},
+    )
+
+
 def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
     """What match and allocate left under a matching's name: the pairs, the splits, and the budget reached."""
     tensors, _ = read_tensors(f"models/match/{name}.safetensors")
@@ -68,5 +79,8 @@ def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
         group: UnitSplit(tuple(split["shared"]), tuple(split["separate"]))
         for group, split in allocation["splits"].items()
     }
-    units, similarity = ({g: tensors[f"{kind}/{g}"] for g in splits} for kind in ("units", "similarity"))
+    units, similarity = (
+        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in ("units/", "similarity/")
+    )
     return Matching(units, similarity), splits, allocation["reached"]

@@ -1,17 +1,18 @@
 """Joint moments of the networks' features, task by task and pooled, and the similarities that follow from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stages.core.errors import InputError
+from stages.core.spec import PermutationSpec, inside_order
 
 Similarity = Literal["inner", "distance", "correlation"]
 Data = Literal["own", "proxy"]
-PLACES = ("after", "before")
+PLACES = ("after", "before", "inside")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TaskMoments:
 
 Gathered = Mapping[str, Mapping[str, TaskMoments]]
 """{place: {group: TaskMoments}}: `after` is what the layers that read a group see, `before` the same in front of
-the non-linearity."""
+the non-linearity; `inside` is `after` unit by unit for groups whose units are parts with units of their own, by the
+names of ``PermutationSpec.contents``."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,32 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of every free group, pooled over the images of all tasks, which weigh alike, or over the proxy's."""
+    """Moments of every free group, pooled over the images of all tasks, which weigh alike, or over the proxy's.
+
+    after, before: the units of a group; entries of a part count as if they lay alike in all networks. inside: the
+    units inside parts, one by one.
+    """
 
     after: Mapping[str, Moments]
     before: Mapping[str, Moments]
+    inside: Mapping[str, Moments] = field(default_factory=dict)
+
+    def between(self, spec: PermutationSpec, name: str, kind: Similarity) -> dict[str, Tensor]:
+        """Similarities of what a group consists of: {what: (N, N, parts * size, parts * size)}, see ``contents``."""
+        return {
+            inner.name: (self.inside if inner.name in self.inside else self.after)[inner.name].between(kind)
+            for inner in spec.contents(name)
+        }
+
+    def matched(self, spec: PermutationSpec, units: Mapping[str, Tensor], name: str) -> Tensor:
+        """Correlation of matched units of every two networks, (N, N, d); of parts the mean of what they hold."""
+        alike, found = self.between(spec, name, "correlation"), []
+        for inner in spec.contents(name):
+            networks = range(len(alike[inner.name]))
+            orders = [inside_order(units, inner, m) for m in networks]
+            pairs = [alike[inner.name][m, n][orders[m], orders[n]] for m in networks for n in networks]
+            found.append(torch.stack(pairs).view(len(networks), len(networks), inner.parts, inner.size))
+        return torch.cat(found, -1).mean(-1)
 
 
 def pool(gathered: Gathered, networks: int, tasks: int, data: Data = "own") -> Statistics:

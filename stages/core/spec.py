@@ -78,6 +78,31 @@ class PermutationSpec:
         """The groups that may be permuted and split."""
         return {name: group for name, group in self.groups.items() if not group.fixed}
 
+    @property
+    def ordered(self) -> dict[str, PermutationGroup]:
+        """The groups that have something to put in order: the free ones, then fixed ones with orders inside."""
+        outer = {inner.outer for inner in self.inner.values()}
+        return self.free | {name: group for name, group in self.groups.items() if name in outer}
+
+    def contents(self, name: str) -> tuple[Inner, ...]:
+        """What the units of a group consist of: the units inside them, and what lies on them as a whole.
+
+        The latter is told as an ``Inner`` of the group's own name whose parts hold one unit each. It is all there is
+        of a group without orders inside.
+        """
+        group = self.groups[name]
+        inside = tuple(inner for inner in self.inner.values() if inner.outer == name)
+        places = {(span.axis, span.start) for inner in inside for span in inner.spans}
+        whole = tuple(span for span in group.spans if (span.axis, span.start) not in places)
+        if group.fixed or (inside and not whole):
+            return inside
+        return (*inside, Inner(name, name, group.size, 1, whole))
+
+    def tables(self, name: str, order: Tensor, inside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The order of a group's units, and of what they consist of, as tables of a ``Matching``."""
+        tables = {inner: own for inner, own in inside.items() if inner in self.inner}
+        return tables if self.groups[name].fixed else {name: order, **tables}
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -133,7 +158,7 @@ def permute(state: State, spec: PermutationSpec, orders: Mapping[str, Tensor]) -
         every = torch.arange(inner.parts, device=order.device)[:, None] * inner.size + order
         _reorder(result, inner.spans, every.reshape(-1))
         for parameter in inner.inside:
-            result[parameter] = _reorder_inside(result[parameter], order)
+            result[parameter] = reorder_inside(result[parameter], order)
     return result
 
 
@@ -146,12 +171,25 @@ def _reorder(state: dict[str, Tensor], spans: Sequence[Span], order: Tensor) -> 
         state[span.axis.parameter] = tensor.index_select(span.axis.dim, whole)
 
 
-def _reorder_inside(weight: Tensor, order: Tensor) -> Tensor:
+def reorder_inside(weight: Tensor, order: Tensor) -> Tensor:
     """weight: (parts * rows, size, ...); order: (parts, size). Each part's rows read their units in its order."""
     parts, size = order.shape
     apart = weight.reshape(parts, -1, size, *weight.shape[2:])
     rows = torch.arange(parts, device=weight.device)[:, None]
     return apart.movedim(2, 1)[rows, order.to(weight.device)].movedim(1, 2).reshape(weight.shape)
+
+
+def inside_order(units: Mapping[str, Tensor], inner: Inner, network: int) -> Tensor:
+    """Which unit of a network plays each unit of the reference: int64 (parts * size,), over all parts.
+
+    units: tables as in ``Matching``; where one is missing, units stay in their places.
+    """
+    parts, rows = torch.arange(inner.parts), torch.arange(inner.size).expand(inner.parts, -1)
+    if inner.outer in units:
+        parts = units[inner.outer][network]
+    if inner.name != inner.outer and inner.name in units:
+        rows = units[inner.name][network]
+    return (parts[:, None] * inner.size + rows).reshape(-1)
 
 
 def unit_order(
@@ -171,7 +209,10 @@ def unit_order(
 
 
 def check_matching(matching: Matching, spec: PermutationSpec, networks: int) -> None:
-    """Raise InputError unless every free group has one permutation of its units for each network."""
+    """Raise InputError unless every free group has one permutation of its units for each network.
+
+    The reference's own, row 0, must be the identity, also inside parts.
+    """
     for name, group in spec.free.items():
         units = matching.units.get(name)
         if units is None:
@@ -186,6 +227,7 @@ def check_matching(matching: Matching, spec: PermutationSpec, networks: int) -> 
                 raise InputError(
                     f"matching: group {name}, network {network}: not a permutation of its {group.size} units"
                 )
+        _check_reference(name, units[0], expected)
     for name, inner in spec.inner.items():
         if name not in matching.units:
             continue
@@ -197,6 +239,14 @@ def check_matching(matching: Matching, spec: PermutationSpec, networks: int) -> 
                 f"matching: {name}: found {tuple(units.shape)}; allowed: for each of {networks} networks and "
                 f"{inner.parts} parts a permutation of {inner.size} units"
             )
+        _check_reference(name, units[0], expected.expand(inner.parts, -1))
+
+
+def _check_reference(name: str, units: Tensor, expected: Tensor) -> None:
+    if not torch.equal(units.cpu(), expected):
+        raise InputError(
+            f"matching: {name}, network 0: found another order than its own; allowed: the reference as it is"
+        )
 
 
 def check_splits(splits: Mapping[str, UnitSplit], spec: PermutationSpec) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from stages.core.artifacts import write_csv, write_json, write_tensors
+from stages.core.artifacts import write_csv, write_json
 from stages.core.command import command
 from stages.core.device import generator, prepare
-from stages.core.loading import load_sources, load_statistics
+from stages.core.loading import load_sources, load_statistics, save_matching
 from stages.core.methods import load_methods
 from stages.core.moments import Statistics
 from stages.core.params import load_params
-from stages.core.spec import Matching
+from stages.core.spec import Matching, PermutationSpec, identity_matching
 from stages.match.matching import correlations, make_matching
 
 
@@ -25,19 +25,15 @@ def main() -> None:
         statistics, start = load_statistics(params, settings.data), time.perf_counter()
         matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
         seconds = time.perf_counter() - start
-        found = {"units": matching.units, "similarity": matching.similarity, "benefit": benefits}
-        write_tensors(
-            f"models/match/{name}.safetensors",
-            {f"{kind}/{group}": tensor for kind, own in found.items() for group, tensor in own.items()},
-        )
-        write_csv(f"reports/match/{name}.csv", list(rows(matching, statistics)))
+        save_matching(name, matching, benefits)
+        write_csv(f"reports/match/{name}.csv", list(rows(sources[0].trace.spec, matching, statistics)))
         write_json(f"reports/match/{name}.seconds.json", {"seconds": round(seconds, 3)})
 
 
-def rows(matching: Matching, statistics: Statistics) -> Iterator[dict[str, Any]]:
+def rows(spec: PermutationSpec, matching: Matching, statistics: Statistics) -> Iterator[dict[str, Any]]:
     """Mean correlation of the pairs of each group and network, and what pairing by position gives."""
-    position = {g: torch.arange(units.shape[1]).repeat(len(units), 1) for g, units in matching.units.items()}
-    unmatched = correlations(position, statistics)
+    networks = len(next(iter(matching.units.values())))
+    unmatched = correlations(spec, identity_matching(spec, networks).units, statistics)
     for group, own in matching.similarity.items():
         for m in range(1, len(own)):
             values = {"similarity": own[m], "unmatched": unmatched[group][m]}

@@ -1,4 +1,11 @@
-"""Assignments between the units of N networks."""
+"""Assignments between the units of N networks.
+
+Units can lie in parts (heads, groups of a convolution or a norm), which change places as a whole. What part a is worth
+in the place of part b is then what the best order inside that pair is worth; over parts it is an assignment of these
+(Xu et al. 2024, MuDSC). Groups without such structure are parts of one unit each.
+"""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,6 +19,40 @@ def assign(gain: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(columns))
 
 
+def part_pairs(gain: Tensor, parts: int) -> Tensor:
+    """gain (parts * size, parts * size) of pairs of units, as (parts, parts, size, size): pairs of parts first."""
+    return gain.unflatten(1, (parts, -1)).unflatten(0, (parts, -1)).transpose(1, 2)
+
+
+def assign_inside(gains: Tensor) -> Tensor:
+    """gains (..., size, size) -> the best order of each: int64 (..., size)."""
+    size = gains.shape[-1]
+    if size == 1:
+        return torch.zeros(gains.shape[:-1], dtype=torch.int64)
+    return torch.stack([assign(own) for own in gains.reshape(-1, size, size)]).view(gains.shape[:-1])
+
+
+def gained(gains: Tensor, orders: Tensor) -> Tensor:
+    """What orders (..., size) are worth: gains (..., size, size) -> (...)."""
+    return gains.gather(-1, orders[..., None]).sum((-1, -2))
+
+
+def assign_parts(
+    gains: Mapping[str, Tensor], parts: int, fixed: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The best order of parts, and of the units inside them.
+
+    gains {what: (parts * size, parts * size)}: of pairs of units, for each kind of unit that the parts hold; they add
+    up. fixed: parts stay in place. Returns int64 (parts,) and {what: (parts, size)}, the latter in the order of the
+    former.
+    """
+    pairs = {what: part_pairs(gain, parts) for what, gain in gains.items()}
+    inside = {what: assign_inside(own) for what, own in pairs.items()}
+    every = torch.arange(parts)
+    order = every if fixed else assign(sum(gained(pairs[what], inside[what]) for what in pairs))
+    return order, {what: own[every, order] for what, own in inside.items()}
+
+
 def assign_jointly(similarities: Tensor, sweeps: int = 100) -> Tensor:
     """Match N networks at once, network 0 being the reference.
 
@@ -19,19 +60,48 @@ def assign_jointly(similarities: Tensor, sweeps: int = 100) -> Tensor:
     matched units: each network in turn is matched to the sum of the others until nothing moves (one step, and
     exact, for two networks). Returns int64 (N, d).
     """
-    networks, _, d, _ = similarities.shape
-    units = torch.arange(d).repeat(networks, 1)
+    return assign_parts_jointly({"": similarities}, similarities.shape[-1], sweeps)[0]
+
+
+def assign_parts_jointly(
+    similarities: Mapping[str, Tensor], parts: int, sweeps: int = 100, fixed: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same for units in parts, {what: (N, N, parts * size, parts * size)} as in ``assign_parts``.
+
+    Returns int64 (N, parts) and {what: (N, parts, size)}.
+    """
+    networks = len(next(iter(similarities.values())))
+    units = torch.arange(parts).repeat(networks, 1)
+    sizes = {what: own.shape[-1] // parts for what, own in similarities.items()}
+    inside = {what: torch.arange(size).repeat(networks, parts, 1) for what, size in sizes.items()}
+
+    def improve(m: int, others: list[int]) -> None:
+        gains = {
+            what: sum(own[n, m][_flat(units[n], inside[what][n])] for n in others)
+            for what, own in similarities.items()
+        }
+        order, rows = assign_parts(gains, parts, fixed)
+        new = _worth(gains, order, rows)
+        if new > _worth(gains, units[m], {what: own[m] for what, own in inside.items()}) + 1e-12:
+            units[m] = order
+            for what, own in rows.items():
+                inside[what][m] = own
+
     for m in range(1, networks):
-        gain = sum(similarities[n, m][units[n]] for n in range(m))
-        units[m] = assign(gain)
+        improve(m, list(range(m)))
     for _ in range(sweeps if networks > 2 else 0):
-        before = units.clone()
+        before = [units.clone(), *(own.clone() for own in inside.values())]
         for m in range(1, networks):
-            gain = sum(similarities[n, m][units[n]] for n in range(networks) if n != m)
-            new = assign(gain)
-            rows = torch.arange(d)
-            if gain[rows, new].sum() > gain[rows, units[m]].sum() + 1e-12:
-                units[m] = new
-        if torch.equal(units, before):
+            improve(m, [n for n in range(networks) if n != m])
+        if all(map(torch.equal, before, [units, *inside.values()])):
             break
-    return units
+    return units, inside
+
+
+def _flat(order: Tensor, inside: Tensor) -> Tensor:
+    return (order[:, None] * inside.shape[1] + inside).reshape(-1)
+
+
+def _worth(gains: Mapping[str, Tensor], order: Tensor, inside: Mapping[str, Tensor]) -> float:
+    flat = {what: _flat(order, own) for what, own in inside.items()}
+    return sum(float(gains[what][torch.arange(len(own)), own].sum()) for what, own in flat.items())

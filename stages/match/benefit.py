@@ -27,14 +27,13 @@ def unit_benefits(sources: Sequence[Source], matching: Matching, statistics: Sta
     for name in trace.spec.free:
         units = matching.units[name]
         networks, d = units.shape
-        moments = statistics.after[name]
-        correlation = moments.between("correlation")
+        correlation = statistics.matched(trace.spec, matching.units, name)
         unexplained = torch.zeros(d, dtype=torch.float64)
         for m in range(networks):
             for n in range(m):
-                unexplained += 1 - correlation[m, n][units[m], units[n]]
+                unexplained += 1 - correlation[m, n]
         unexplained /= networks * (networks - 1) / 2
-        variance = moments.covariance.diagonal().clamp(min=0).view(networks, d)
+        variance = statistics.after[name].covariance.diagonal().clamp(min=0).view(networks, d)
         weight = torch.zeros(d, dtype=torch.float64)
         for m, source in enumerate(sources):
             weight += reading_share(trace, source, name, variance[m])[units[m]] / networks

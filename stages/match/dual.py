@@ -2,7 +2,8 @@
 
 The similarity of two units is rho times the correlation of their weights plus (1 - rho) times that of their
 activations. The weights of a group depend on the order of its neighbours, so groups are visited in random order,
-from the matching by activations on, and the best state that was seen is kept.
+from the matching by activations on, and the best state that was seen is kept. Where units lie in parts, the similarity
+is that of the units inside them, which are put in order pair by pair (stages.match.assign).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stages.core.spec import PermutationSpec, State
-from stages.match.assign import assign, assign_jointly
+from stages.core.spec import Inner, PermutationSpec, State, inside_order
+from stages.match.assign import assign_parts, assign_parts_jointly
 from stages.match.weights import WeightProblem
 
 PATIENCE = 5  # sweeps without gain
@@ -27,18 +28,25 @@ def match_dual(
 ) -> tuple[dict[str, Tensor], float]:
     """Match N networks; network 0 is the reference, the others are matched to the mean of all others.
 
-    alike {group: (N, N, d, d)}: correlation of activations, as from ``Moments.between``. rho: 0 to 1. Returns
-    ({group: int64 (N, d)}, mean similarity of the pairs).
+    alike {group or inner: (N, N, d, d)}: correlation of activations, as from ``Statistics.between``. rho: 0 to 1.
+    Returns ({group: int64 (N, d), inner: int64 (N, parts, size)}, mean similarity of the pairs).
     """
-    problem, networks = WeightProblem(spec, states), len(states)
-    units = {name: assign_jointly(own) for name, own in alike.items()}
+    problem, networks, names = WeightProblem(spec, states), len(states), list(spec.ordered)
+    units = dict[str, Tensor]()
+    for name, group in spec.ordered.items():
+        own = {inner.name: alike[inner.name] for inner in spec.contents(name)}
+        parts, inside = assign_parts_jointly(own, group.size, fixed=group.fixed)
+        units |= spec.tables(name, parts, inside)
     best, kept, without = _objective(problem, alike, rho, units), _copy(units), 0
-    names = list(units)
     for _ in range(sweeps if rho > 0 else 0):  # activations alone do not depend on the neighbours
         before = _copy(units)
         for index in torch.randperm(len(names), generator=generator).tolist():
+            name = names[index]
             for m in range(1, networks):
-                units[names[index]][m] = assign(_gain(problem, alike, rho, units, names[index], m))
+                gains = {i.name: _gain(problem, alike, rho, units, i, m) for i in spec.contents(name)}
+                order, inside = assign_parts(gains, spec.groups[name].size, spec.groups[name].fixed)
+                for table, own in spec.tables(name, order, inside).items():
+                    units[table][m] = own
         found = _objective(problem, alike, rho, units)
         without = 0 if found > best else without + 1
         if found > best:
@@ -53,16 +61,16 @@ def _gain(
     alike: Mapping[str, Tensor],
     rho: float,
     units: Mapping[str, Tensor],
-    name: str,
+    inner: Inner,
     network: int,
 ) -> Tensor:
     """(d, d): what each unit of a network (columns) is worth in the place of each of the reference (rows)."""
     others = [n for n in range(len(problem.states)) if n != network]
-    gain = sum((1 - rho) * alike[name][n, network][units[name][n]] for n in others)
+    gain = sum((1 - rho) * alike[inner.name][n, network][inside_order(units, inner, n)] for n in others)
     if rho > 0:
-        own = _standard(problem.unit_weights(units, name, network, placed=False))
+        own = _standard(problem.unit_weights(units, inner, network, placed=False))
         for n in others:
-            gain = gain + rho * _standard(problem.unit_weights(units, name, n)) @ own.T
+            gain = gain + rho * _standard(problem.unit_weights(units, inner, n)) @ own.T
     return gain / len(others)
 
 
@@ -70,12 +78,14 @@ def _objective(
     problem: WeightProblem, alike: Mapping[str, Tensor], rho: float, units: Mapping[str, Tensor]
 ) -> float:
     """Mean over groups, networks and units of the similarity of what is matched."""
-    networks = range(1, len(problem.states))
-    values = [
-        _gain(problem, alike, rho, units, name, m)[torch.arange(len(own[m])), own[m]].mean()
-        for name, own in units.items()
-        for m in networks
-    ]
+    values = []
+    for name in problem.spec.ordered:
+        for m in range(1, len(problem.states)):
+            found = []
+            for inner in problem.spec.contents(name):
+                own = inside_order(units, inner, m)
+                found.append(_gain(problem, alike, rho, units, inner, m)[torch.arange(len(own)), own])
+            values.append(torch.cat(found).mean())
     return float(torch.stack(values).mean())
 
 

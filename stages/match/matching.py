@@ -10,8 +10,8 @@ from stages.core.alignments.solve import ALIGNMENTS, make_alignment
 from stages.core.methods import Matching as Settings
 from stages.core.moments import Statistics
 from stages.core.network import Source
-from stages.core.spec import Matching, full_split, identity_matching
-from stages.match.assign import assign, assign_jointly
+from stages.core.spec import Matching, PermutationSpec, full_split, identity_matching
+from stages.match.assign import assign, assign_parts_jointly
 from stages.match.benefit import unit_benefits
 from stages.match.dual import match_dual
 from stages.match.weights import match_weights
@@ -33,21 +33,19 @@ def make_matching(
     """Match the units of all free groups.
 
     Returns the matching, whose similarity is the correlation of each unit with the reference's whatever the way,
-    and the benefit of separating each tuple, {group: (d,)}.
+    and the benefit of separating each tuple, {group: (d,)}. Where units lie in parts, every way but those by position
+    and by an alignment also puts the units inside matched parts in order.
     """
     units = WAYS.get(settings.by, _by_alignment)(Task(sources, settings, statistics, generator))
-    matching = Matching(units, correlations(units, statistics))
+    matching = Matching(units, correlations(sources[0].trace.spec, units, statistics))
     return matching, unit_benefits(sources, matching, statistics)
 
 
-def correlations(units: Mapping[str, Tensor], statistics: Statistics) -> dict[str, Tensor]:
+def correlations(
+    spec: PermutationSpec, units: Mapping[str, Tensor], statistics: Statistics
+) -> dict[str, Tensor]:
     """Correlation of each unit with the reference's unit it is matched to: {group: float64 (N, d)}."""
-    found = {}
-    for name, own in units.items():
-        networks, d = own.shape
-        S = statistics.after[name].between("correlation")
-        found[name] = torch.stack([S[0, m][torch.arange(d), own[m]] for m in range(networks)])
-    return found
+    return {name: statistics.matched(spec, units, name)[0] for name in spec.free}
 
 
 def _by_position(task: Task) -> dict[str, Tensor]:
@@ -55,10 +53,13 @@ def _by_position(task: Task) -> dict[str, Tensor]:
 
 
 def _by_activations(task: Task) -> dict[str, Tensor]:
-    return {
-        name: assign_jointly(moments.between(task.settings.similarity), task.settings.sweeps)
-        for name, moments in task.statistics.after.items()
-    }
+    """One assignment per group, with those inside parts by the units' own activations."""
+    spec, units = task.sources[0].trace.spec, {}
+    for name, group in spec.ordered.items():
+        alike = task.statistics.between(spec, name, task.settings.similarity)
+        parts, inside = assign_parts_jointly(alike, group.size, task.settings.sweeps, group.fixed)
+        units |= spec.tables(name, parts, inside)
+    return units
 
 
 def _by_weights(task: Task) -> dict[str, Tensor]:
@@ -72,8 +73,10 @@ def _by_weights(task: Task) -> dict[str, Tensor]:
 
 
 def _by_both(task: Task) -> dict[str, Tensor]:
-    alike = {name: moments.between("correlation") for name, moments in task.statistics.after.items()}
     spec, states = task.sources[0].trace.spec, _states(task.sources)
+    alike = dict[str, Tensor]()
+    for name in spec.ordered:
+        alike |= task.statistics.between(spec, name, "correlation")
     return match_dual(spec, states, alike, task.settings.rho, task.generator, task.settings.sweeps)[0]
 
 

@@ -3,17 +3,35 @@
 The objective is the inner product of the reference's weights and the other network's, units in the reference's
 order. Given all other groups' order it is linear in one group's, so each step is an assignment. Running statistics
 do not count: they are not weights.
+
+Where units lie in parts (heads, groups of a convolution or a norm), a step puts the parts and the units inside them in
+order at once: the gain of a pair of parts is what the best order inside the pair gives (stages.match.assign). The
+kernel of a grouped convolution has units of one part on both its axes, so that it is linear in the order of either
+but not of both: there the pair is solved by turns, from what the other weights say, and keeps the order it has where
+that is better.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stages.core.spec import PermutationSpec, Span, State, span_index
-from stages.match.assign import assign
+from stages.core.spec import (
+    Axis,
+    Inner,
+    PermutationSpec,
+    Span,
+    State,
+    inside_order,
+    reorder_inside,
+    span_index,
+)
+from stages.match.assign import assign, assign_inside, gained, part_pairs
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+TURNS = 50  # at most, inside one pair of parts; each gains, and few are needed
+PAIRS = 64  # of parts that are solved side by side
 
 
 def match_weights(
@@ -26,10 +44,11 @@ def match_weights(
     """Match N networks; network 0 is the reference. With N > 2 each is aligned to the mean of the others.
 
     Tensors that are left out of the states, or have not the same shape in all, do not count. Returns
-    ({group: int64 (N, d)}, the objective after each sweep, which never falls).
+    ({group: int64 (N, d), inner: int64 (N, parts, size)}, the objective after each sweep, which never falls).
     """
     networks = len(states)
     units = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
+    units |= {name: torch.arange(i.size).repeat(networks, i.parts, 1) for name, i in spec.inner.items()}
     for m in range(1, networks) if networks > 2 else ():  # a start: each to those before it
         _ascend(WeightProblem(spec, states[: m + 1]), units, [m], generator, sweeps, tolerance)
     return units, _ascend(
@@ -46,7 +65,7 @@ def _ascend(
     tolerance: float,
 ) -> list[float]:
     """Improve the order of some networks in place, group by group in random order, until a sweep gains nothing."""
-    names = list(units)
+    names = list(problem.spec.ordered)
     objectives = [problem.objective(units)]
     for _ in range(sweeps):
         for m in networks:
@@ -58,31 +77,65 @@ def _ascend(
     return objectives
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    """The kernel of a grouped convolution as seen from the units on one of its axes: (parts, size, across, taps).
+
+    unit, across: whose units lie on the second and third dimension; across is None where these are not to be ordered.
+    mine is in the network's own order, theirs, of all other networks, in the reference's.
+    """
+
+    unit: str
+    across: str | None
+    theirs: Tensor
+    mine: Tensor
+
+    def gain(self, a: Tensor, b: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
+        """Of units of parts b in the place of those of parts a, given the orders (K, across): (K, size, size)."""
+        mine = self.mine[b]
+        if self.across is not None:
+            index = orders[self.across][:, None, :, None].expand(-1, *self.mine.shape[1:])
+            mine = mine.gather(2, index)
+        return self.theirs[a].flatten(2) @ mine.flatten(2).mT
+
+
 class WeightProblem:
     """The weights of N networks, and how they look in the reference's order."""
 
     def __init__(self, spec: PermutationSpec, states: Sequence[State]) -> None:
         self.spec = spec
-        self.on: dict[str, list[tuple[str, Span]]] = {}  # parameter -> free groups on its axes
-        for name, group in spec.free.items():
-            for span in group.spans:
-                parameter = span.axis.parameter
-                shapes = {tuple(state[parameter].shape) if parameter in state else None for state in states}
-                if not parameter.endswith(STATISTICS) and len(shapes) == 1 and None not in shapes:
-                    self.on.setdefault(parameter, []).append((name, span))
+        self.on: dict[str, list[tuple[Inner, Span]]] = {}  # parameter -> the units on its axes
+        self.inside: dict[str, Inner] = {}  # kernel of a grouped convolution -> the units that its rows read
+        for name in spec.ordered:
+            for inner in spec.contents(name):
+                for span in inner.spans:
+                    if self._counts(span.axis.parameter, states):
+                        self.on.setdefault(span.axis.parameter, []).append((inner, span))
+                for parameter in inner.inside:
+                    if self._counts(parameter, states):
+                        self.on.setdefault(parameter, [])
+                        self.inside[parameter] = inner
         self.states = [{p: state[p].detach().cpu().double() for p in self.on} for state in states]
+
+    def _counts(self, parameter: str, states: Sequence[State]) -> bool:
+        shapes = {tuple(state[parameter].shape) if parameter in state else None for state in states}
+        return not parameter.endswith(STATISTICS) and len(shapes) == 1 and None not in shapes
 
     def placed(
         self, units: Mapping[str, Tensor], parameter: str, network: int, skip: Span | None = None
     ) -> Tensor:
         """A network's tensor with its axes in the reference's order; the axis span ``skip`` stays as it is."""
         tensor = self.states[network][parameter]
-        for name, span in self.on[parameter]:
-            if span != skip and network > 0:
+        if network == 0:
+            return tensor
+        for inner, span in self.on[parameter]:
+            if span != skip:
                 index = torch.arange(tensor.shape[span.axis.dim])
-                order = span_index(units[name][network], span)
+                order = span_index(inside_order(units, inner, network), span)
                 index[span.start : span.start + len(order)] = order
                 tensor = tensor.index_select(span.axis.dim, index)
+        if parameter in self.inside:
+            tensor = reorder_inside(tensor, units[self.inside[parameter].name][network])
         return tensor
 
     def reference(self, units: Mapping[str, Tensor], parameter: str, network: int) -> Tensor:
@@ -90,48 +143,90 @@ class WeightProblem:
         return sum(self.placed(units, parameter, n) for n in range(len(self.states)) if n != network)
 
     def unit_weights(
-        self, units: Mapping[str, Tensor], name: str, network: int, placed: bool = True
+        self, units: Mapping[str, Tensor], inner: Inner, network: int, placed: bool = True
     ) -> Tensor:
-        """All weights of each unit of a group, (d, entries), other axes in the reference's order.
+        """The weights of each of the units, (parts * size, entries), other axes in the reference's order.
 
-        placed: units in the reference's order too, else in the network's own.
+        placed: units in the reference's order too, else in the network's own. Kernels of grouped convolutions are
+        left out: how they look depends on the order inside parts on both axes.
         """
-        group = self.spec.groups[name]
-        return torch.cat(
-            [
-                _unit_rows(
-                    self.placed(units, span.axis.parameter, network, None if placed else span),
-                    span,
-                    group.size,
-                )
-                for span in group.spans
-                if span.axis.parameter in self.on
-            ],
-            1,
-        )
+        size = inner.parts * inner.size
+        rows = [
+            _unit_rows(self.placed(units, span.axis.parameter, network, None if placed else span), span, size)
+            for span in self._linear(inner)
+        ]
+        return torch.cat(rows, 1) if rows else torch.zeros(size, 0, dtype=torch.float64)
+
+    def _linear(self, inner: Inner) -> list[Span]:
+        """Where the units' weights are linear in their order."""
+        return [s for s in inner.spans if s.axis.parameter in self.on and s.axis.parameter not in self.inside]
 
     def improve(self, units: Mapping[str, Tensor], name: str, network: int) -> None:
-        """Give one group of one network its best order, if that is better than the one it has."""
-        spans = [s for s in self.spec.groups[name].spans if s.axis.parameter in self.on]
-        size = self.spec.groups[name].size
+        """Give one group of one network its best order, also inside its units, if that is better than what it has."""
+        contents = self.spec.contents(name)
+        parts, every = self.spec.groups[name].size, torch.arange(self.spec.groups[name].size)
+        gains = {inner.name: part_pairs(self._gain(units, inner, network), parts) for inner in contents}
+        kernels = self._kernels(units, contents, network)
+        old = units[name][network].clone() if name in units else every
+        kept = {i.name: units[i.name][network].clone() for i in contents if i.name != name}
+        present = {what: kept.get(what, torch.zeros(parts, 1, dtype=torch.int64)) for what in gains}
+        if kernels:
+            orders, worth = _solve_pairs(gains, kernels, parts)
+            turned, at = _take_turns(gains, kernels, every, old, present)
+            better = at >= worth[every, old]
+            worth[every, old] = torch.maximum(at, worth[every, old])
+            for what, own in orders.items():
+                own[every[better], old[better]] = turned[what][better]
+            before = _worth(gains, kernels, every, old, present).sum()
+        else:
+            orders = {what: assign_inside(own) for what, own in gains.items()}
+            worth = sum(gained(gains[what], own) for what, own in orders.items())
+            before = sum(gained(gains[what][every, old], own).sum() for what, own in present.items())
+        new = assign(worth) if name in units else every
+        if worth[every, new].sum() <= before:
+            return
+        twice = self._twice(contents)
+        value = self._part(units, twice, network)
+        _set(
+            units,
+            network,
+            {name: new, **{what: own[every, new] for what, own in orders.items() if what in kept}},
+        )
+        if twice and self._part(units, twice, network) <= value:
+            _set(units, network, {name: old, **kept})
+
+    def _gain(self, units: Mapping[str, Tensor], inner: Inner, network: int) -> Tensor:
+        """What each unit of a network (columns) gives in the place of each of the reference (rows)."""
+        size = inner.parts * inner.size
         gain = torch.zeros(size, size, dtype=torch.float64)
-        for span in spans:
+        for span in self._linear(inner):
             parameter = span.axis.parameter
             rows = _unit_rows(self.reference(units, parameter, network), span, size)
             gain += rows @ _unit_rows(self.placed(units, parameter, network, span), span, size).T
-        new, old = assign(gain), units[name][network].clone()
-        every = torch.arange(size)
-        if gain[every, new].sum() <= gain[every, old].sum():
-            return
-        parameters = sorted({span.axis.parameter for span in spans})
-        twice = [p for p in parameters if sum(s.axis.parameter == p for s in spans) > 1]
-        if not twice:
-            units[name][network] = new
-            return
-        before = self._part(units, parameters, network)  # a tensor with the group on both axes: not linear
-        units[name][network] = new
-        if self._part(units, parameters, network) <= before:
-            units[name][network] = old
+        return gain
+
+    def _kernels(
+        self, units: Mapping[str, Tensor], contents: Sequence[Inner], network: int
+    ) -> list[tuple[_Kernel, _Kernel | None]]:
+        """The kernels of grouped convolutions that read these units, seen from the units they read and they write."""
+        found = []
+        for inner in contents:
+            for parameter in (p for p, own in self.inside.items() if own is inner):
+                shape = self.states[0][parameter].shape
+                view = (inner.parts, shape[0] // inner.parts, inner.size, -1)
+                theirs = self.reference(units, parameter, network).reshape(view)
+                mine = self.states[network][parameter].reshape(view)
+                rows = [own.name for own, span in self.on[parameter] if span.axis == Axis(parameter, 0)]
+                across = rows[0] if rows else None
+                read = _Kernel(inner.name, across, theirs.transpose(1, 2), mine.transpose(1, 2))
+                found.append((read, _Kernel(across, inner.name, theirs, mine) if across else None))
+        return found
+
+    def _twice(self, contents: Sequence[Inner]) -> list[str]:
+        """All parameters of a group's units, if one has them in several places: the objective may not be linear."""
+        spans = [span.axis.parameter for inner in contents for span in self._linear(inner)]
+        kernels = [parameter for parameter, inner in self.inside.items() if inner in contents]
+        return sorted({*spans, *kernels}) if len(set(spans)) < len(spans) else []
 
     def _part(self, units: Mapping[str, Tensor], parameters: Sequence[str], network: int) -> float:
         return sum(
@@ -147,6 +242,56 @@ class WeightProblem:
             whole = sum(tensors)
             total += float((whole * whole).sum() - sum((t * t).sum() for t in tensors)) / 2
         return total
+
+
+Kernels = Sequence[tuple[_Kernel, _Kernel | None]]
+
+
+def _solve_pairs(
+    gains: Mapping[str, Tensor], kernels: Kernels, parts: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every pair of parts from the order that is best without the kernels.
+
+    Returns {what: (parts, parts, size)} and what these are worth, (parts, parts).
+    """
+    pairs, found = torch.cartesian_prod(torch.arange(parts), torch.arange(parts)), []
+    for a, b in (own.unbind(1) for own in pairs.split(PAIRS)):
+        start = {what: assign_inside(gain[a, b]) for what, gain in gains.items()}
+        found.append(_take_turns(gains, kernels, a, b, start))
+    orders = {what: torch.cat([own[what] for own, _ in found]).view(parts, parts, -1) for what in gains}
+    return orders, torch.cat([worth for _, worth in found]).view(parts, parts)
+
+
+def _take_turns(
+    gains: Mapping[str, Tensor], kernels: Kernels, a: Tensor, b: Tensor, start: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Improve the orders inside parts b, (K, size) for each kind of unit, in the place of parts a, kind by kind."""
+    orders = dict(start)
+    seen = [own for pair in kernels for own in pair if own is not None]
+    worth = _worth(gains, kernels, a, b, orders)
+    for _ in range(TURNS):
+        before = worth
+        for what, gain in gains.items():
+            whole = gain[a, b] + sum(own.gain(a, b, orders) for own in seen if own.unit == what)
+            orders[what] = assign_inside(whole)
+        worth = _worth(gains, kernels, a, b, orders)
+        if not (worth > before + 1e-12 * before.abs()).any():
+            break
+    return orders, worth
+
+
+def _worth(
+    gains: Mapping[str, Tensor], kernels: Kernels, a: Tensor, b: Tensor, orders: Mapping[str, Tensor]
+) -> Tensor:
+    """What parts b in these orders give in the place of parts a: (K,)."""
+    linear = sum(gained(gain[a, b], orders[what]) for what, gain in gains.items())
+    return linear + sum(gained(read.gain(a, b, orders), orders[read.unit]) for read, _ in kernels)
+
+
+def _set(units: Mapping[str, Tensor], network: int, orders: Mapping[str, Tensor]) -> None:
+    for name, order in orders.items():
+        if name in units:  # not where the parts are fixed
+            units[name][network] = order
 
 
 def _unit_rows(tensor: Tensor, span: Span, size: int) -> Tensor:

@@ -2,6 +2,10 @@
 
 A group's features are the values that Linear and Conv2d layers read of it, after the non-linearity and, apart from
 that, before it. A residual stream is read at several places, which count alike.
+
+Where the units of a group are parts (heads, groups of a convolution or a norm), the units inside them are gathered one
+by one as well: which unit of one part resembles which of another, and so how alike two parts are, cannot be told from
+parts as a whole. They are taken where a layer reads them; queries and keys, which none reads, where one writes them.
 """
 
 from collections.abc import Sequence
@@ -14,6 +18,7 @@ from stages.core.graph import Node
 from stages.core.layers import unit_rows
 from stages.core.moments import PLACES, TaskMoments
 from stages.core.network import Source
+from stages.core.spec import Axis, Inner, Span
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 from stages.core.trace import Trace
 
@@ -45,36 +50,55 @@ class MomentsVisitor:
         self.trace, self.networks, self.tasks = trace, networks, tasks
         self.positions, self.generator = positions, generator
         self.at = places(trace)
+        self.inside = places_inside(trace)
         self.found: dict[tuple[str, str], _Sums] = {}  # (place, group) -> sums of the places' means
 
     def wants(self, node: Node) -> bool:
-        return node.name in self.at
+        return node.name in self.at or node.name in self.inside
 
     def extra_bytes(self, node: Node, images: int) -> int:
         sizes = [(self.networks * group.size) ** 2 for group in self.trace.spec.free.values()]
+        sizes += [(self.networks * i.parts * i.size) ** 2 for i in _single_units(self.trace)]
         return 8 * (self.tasks + 1) * (2 * sum(sizes) + max(sizes, default=0)) + 12 * CHUNK
 
     def visit(self, node: Node, sweep: Sweep) -> None:
-        for place, name in self.at[node.name]:
-            sums: dict[str, _Sums] = {}
-            for index, batch in enumerate(sweep.batches):
-                values = [sweep.source(m, name, index) for m in range(self.networks)]
-                self._add(sums, name, values, batch.task)
-            for group, own in sums.items():
-                self._count_alike((place, group), own)
+        for place, name in self.at.get(node.name, ()):
+            layout, start, segments = self.trace.layouts[name], 0, []
+            for segment in layout.segments:
+                segments.append((segment.group, start, segment.size, segment.block))
+                start += segment.size * segment.block
+            self._take(sweep, place, name, [own for own in segments if own[0] in self.trace.spec.free])
+        for name, inner, span in self.inside.get(node.name, ()):
+            self._take(
+                sweep, "inside", name, [(inner.name, span.start, inner.parts * inner.size, span.block)]
+            )
 
-    def _add(self, sums: dict[str, _Sums], name: str, values: Sequence[Tensor], task: int) -> None:
-        layout, start = self.trace.layouts[name], 0
-        for segment in layout.segments:
-            width = segment.size * segment.block
-            if segment.group in self.trace.spec.free:
-                own = [v.narrow(layout.dim, start, width) for v in values]
-                rows = torch.cat([unit_rows(v, layout.dim, segment.block) for v in own], 1)
-                if self.positions < 1 and len(rows) > len(values[0]):
-                    count = max(1, round(self.positions * len(rows)))
-                    rows = rows[torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)]
-                self._sum(sums, segment.group, rows, task)
-            start += width
+    def _take(
+        self, sweep: Sweep, place: str, name: str, segments: Sequence[tuple[str, int, int, int]]
+    ) -> None:
+        """Segments of a value, (name, start, units, block), over all batches."""
+        sums: dict[str, _Sums] = {}
+        for index, batch in enumerate(sweep.batches):
+            values = [sweep.source(m, name, index) for m in range(self.networks)]
+            self._add(sums, self.trace.layouts[name].dim, values, segments, batch.task)
+        for group, own in sums.items():
+            self._count_alike((place, group), own)
+
+    def _add(
+        self,
+        sums: dict[str, _Sums],
+        dim: int,
+        values: Sequence[Tensor],
+        segments: Sequence[tuple[str, int, int, int]],
+        task: int,
+    ) -> None:
+        for name, start, units, block in segments:
+            own = [v.narrow(dim, start, units * block) for v in values]
+            rows = torch.cat([unit_rows(v, dim, block) for v in own], 1)
+            if self.positions < 1 and len(rows) > len(values[0]):
+                count = max(1, round(self.positions * len(rows)))
+                rows = rows[torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)]
+            self._sum(sums, name, rows, task)
 
     def _sum(self, sums: dict[str, _Sums], group: str, rows: Tensor, task: int) -> None:
         """rows: (rows, N d)."""
@@ -127,6 +151,35 @@ def places(trace: Trace) -> dict[str, list[tuple[str, str]]]:
         if {s.group for s in trace.layouts[name].segments} & set(trace.spec.free):
             at.setdefault(name, []).append(("before", name))
     return at
+
+
+def places_inside(trace: Trace) -> dict[str, list[tuple[str, Inner, Span]]]:
+    """The same for units inside parts: {node that is visited: (value, units, where they lie on it)}."""
+    at: dict[str, list[tuple[str, Inner, Span]]] = {}
+    maps = [node for node in trace.graph.nodes if node.fitted]
+    for inner in _single_units(trace):
+        read, written = list[tuple[str, str, Span]](), list[tuple[str, str, Span]]()
+        for node in maps:
+            weight = node.parameters["weight"]
+            for span in inner.spans:
+                if span.axis == Axis(weight, 1):
+                    read.append((node.name, node.inputs[0], span))
+                elif span.axis == Axis(weight, 0):
+                    written.append((node.name, node.name, span))
+            if weight in inner.inside:
+                read.append((node.name, node.inputs[0], Span(Axis(weight, 1))))
+        seen = set[tuple[str, int]]()
+        for node_name, value, span in read or written:
+            if (value, span.start) not in seen:
+                seen.add((value, span.start))
+                at.setdefault(node_name, []).append((value, inner, span))
+    return at
+
+
+def _single_units(trace: Trace) -> list[Inner]:
+    """What the groups with orders inside their units consist of."""
+    outer = {inner.outer for inner in trace.spec.inner.values()}
+    return [inner for name in trace.spec.ordered if name in outer for inner in trace.spec.contents(name)]
 
 
 def _before(nodes: dict[str, Node], value: str) -> set[str]:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from stages.core.errors import InputError
 from stages.core.spec import (
     Axis,
+    Inner,
     Matching,
     PermutationGroup,
     PermutationSpec,
@@ -15,6 +16,7 @@ from stages.core.spec import (
     check_splits,
     full_split,
     identity_matching,
+    inside_order,
     permute,
     unit_order,
 )
@@ -96,6 +98,51 @@ def test_a_matching_that_is_no_permutation_is_refused_by_group_and_network():
         units["b"] = [torch.arange(3), torch.tensor(row), torch.arange(3)]
         with pytest.raises(InputError, match="group b, network 1"):
             check_matching(Matching(units, {}), SPEC, 3)
+
+
+def test_a_matching_that_moves_the_reference_is_refused():
+    units = dict(identity_matching(SPEC, 2).units)
+    units["b"] = torch.tensor([[1, 0, 2], [0, 1, 2]])
+    with pytest.raises(InputError, match="matching: b, network 0: found another order than its own"):
+        check_matching(Matching(units, {}), SPEC, 2)
+
+
+def test_orders_inside_parts_are_checked():
+    spec = PermutationSpec(SPEC.groups, {"c": Inner("c", "a", 2, 3, ())})
+    rows = torch.arange(3).repeat(2, 2, 1)
+    with_rows = lambda rows: Matching({**identity_matching(spec, 2).units, "c": rows}, {})  # noqa: E731
+    check_matching(with_rows(rows), spec, 2)
+    wrong = rows.clone()
+    wrong[1, 1] = torch.tensor([0, 0, 1])
+    for other in (wrong, rows[:1], rows[:, :1], rows[0]):
+        with pytest.raises(InputError, match=r"matching: c: .*2 parts a permutation of 3 units"):
+            check_matching(with_rows(other), spec, 2)
+    wrong = rows.clone()
+    wrong[0, 1] = torch.tensor([1, 0, 2])
+    with pytest.raises(InputError, match="matching: c, network 0: found another order than its own"):
+        check_matching(with_rows(wrong), spec, 2)
+
+
+def test_the_contents_of_a_group_are_the_units_inside_and_what_lies_on_it_as_a_whole():
+    inner = Inner("c", "b", 3, 2, (Span(Axis("w", 0), start=2),))
+    spec = PermutationSpec(SPEC.groups, {"c": inner})
+    assert spec.contents("a") == (Inner("a", "a", 2, 1, SPEC.groups["a"].spans),)
+    assert spec.contents("b") == (inner, Inner("b", "b", 3, 1, (Span(Axis("v", 1)),)))
+    assert spec.contents("images") == ()
+    assert list(spec.ordered) == ["a", "b"]
+    fixed = PermutationSpec(SPEC.groups, {"d": Inner("d", "images", 4, 5, ())})
+    assert list(fixed.ordered) == ["a", "b", "images"]
+
+
+def test_the_order_of_single_units_follows_from_parts_and_inside():
+    inner = Inner("c", "a", 2, 3, ())
+    units = {
+        "a": torch.tensor([[0, 1], [1, 0]]),
+        "c": torch.tensor([[[0, 1, 2]] * 2, [[2, 0, 1], [1, 0, 2]]]),
+    }
+    assert inside_order(units, inner, 1).tolist() == [5, 3, 4, 1, 0, 2]
+    assert inside_order({"a": units["a"]}, inner, 1).tolist() == [3, 4, 5, 0, 1, 2]
+    assert inside_order({}, inner, 1).tolist() == list(range(6))
 
 
 def test_a_matching_without_a_group_is_refused():

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from families import FAMILIES, Normed, Written, spread
+from live import Live
 
 from stages.core.architectures import build
 from stages.core.errors import InputError
-from stages.core.sweep import Batch, Sweep, images_to_batches
+from stages.core.sweep import Batch, Sweep, images_to_batches, peak_bytes
 from stages.statistics.moments import MomentsVisitor, gather, places
 
 
@@ -52,6 +54,48 @@ def test_moments_are_those_of_the_hooked_features(small, images, sources, dtype,
             assert moments.mean.dtype == moments.second.dtype == torch.float64
             torch.testing.assert_close(moments.mean[task], mean, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(moments.second[task], second, rtol=tolerance, atol=tolerance)
+
+
+def test_units_inside_parts_are_seen_one_by_one_where_a_layer_reads_them(randomise, sources):
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    networks = [randomise(Normed(lambda c: torch.nn.GroupNorm(2, c)), m) for m in (0, 1)]
+    found = gather(sources(networks, x), images_to_batches([x, x], 2), storage=torch.float64)["inside"]
+    rows = [features_of(network, ["branch", "back", "fc"], x) for network in networks]
+    branch = torch.cat([channels(own["back"]) for own in rows], 1)
+    torch.testing.assert_close(found["branch"].second[0], branch.T @ branch / len(branch))
+    stream = [torch.cat([channels(own[name]) for own in rows], 1) for name in ("branch", "fc")]
+    expected = sum(place.T @ place / len(place) for place in stream) / 2  # places count alike
+    torch.testing.assert_close(found["stem"].second[1], expected)
+    assert set(found) == {"stem", "branch"}
+
+
+def test_queries_and_keys_are_seen_where_they_are_written(randomise, sources):
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    networks = [randomise(Written(), m) for m in (0, 1)]
+    found = gather(sources(networks, x), images_to_batches([x, x], 2), storage=torch.float64)["inside"]
+    rows = [n.qkv(features_of(n, ["qkv"], x)["qkv"]).detach().flatten(0, 1).split(8, 1) for n in networks]
+    places = [torch.cat([own[i] for own in rows], 1) for i in (0, 1)]
+    expected = sum(place.T @ place / len(place) for place in places) / 2
+    query = next(name for name in found if name.endswith("query"))
+    torch.testing.assert_close(found[query].second[0], expected)
+    value = torch.cat([features_of(n, ["out"], x)["out"].flatten(0, 1) for n in networks], 1)
+    (value_name,) = set(found) - {query}
+    torch.testing.assert_close(found[value_name].second[1], value.T @ value / len(value))
+
+
+@pytest.mark.parametrize("name", ["resnext", "grouped", "group norm", "vit"])
+def test_statistics_hold_what_was_predicted(name, randomise, sources, monkeypatch):
+    monkeypatch.setattr("stages.statistics.moments.CHUNK", 2**15)
+    make, side = FAMILIES[name]
+    x = torch.randn(60, 3, side, side, dtype=torch.float64)
+    made = sources([spread(randomise(make(), m), m) for m in (0, 1)], x[:2])
+    batches = images_to_batches([x, x.clone()], 2)
+    visitor = MomentsVisitor(made[0].trace, 2, 2, 1.0, torch.Generator())
+    promised = peak_bytes(made[0].trace, 2, batches, visitor, None, x.dtype)
+    sweep = Sweep(made, batches, None, x.dtype)
+    with Live() as live:
+        sweep.run(visitor)
+    assert live.peak + sum(batch.images.nbytes for batch in batches) <= 1.05 * promised
 
 
 def test_before_is_in_front_of_the_non_linearity(small, images, sources):
