@@ -109,7 +109,7 @@ def summary(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     numbers = runs.assign(**{name: pd.to_numeric(runs[name]) for name in metrics})
     grouped = numbers.groupby([*keys, "method"], sort=False)
     table = pd.concat({"mean": grouped[metrics].mean(), "std": grouped[metrics].std()}, axis=1)
-    table["seeds"] = grouped["seed"].nunique()
+    table["seeds", ""] = grouped["seed"].nunique()
     return table
 
 
