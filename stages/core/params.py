@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from stages.core.errors import InputError
 from stages.core.profiles import Count, Name, NonNegative, Place, Positive, Profile, Section
 
+PROFILE_FILES = ("params.yaml", "published.yaml")
 Spending = Literal["measured", "uniform", "prefix"]
 
 
@@ -76,6 +77,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     profile: Name
+    profiles_from: Literal["params.yaml", "published.yaml"] = "params.yaml"
     source: Literal["embedded", "s3", "local"]
     budget: Annotated[float, Field(allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0)]
@@ -112,13 +114,20 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
     Raises InputError in one line: the key, what was found and what is allowed.
     """
+    found = _read(Path(path))
+    other = found.get("profiles_from") if isinstance(found, dict) else None
+    if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
+        found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
+    return parse_params(found, str(path))
+
+
+def _read(path: Path) -> Any:
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run from the top folder of the project") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not a YAML file ({error})") from error
-    return parse_params(found, str(path))
 
 
 def parse_params(found: Any, path: str = "params.yaml") -> Params:

@@ -61,7 +61,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["budget"], 2.01, "budget: found 2.01; allowed: a number from 1 to 2"),
         (["budget"], True, "budget: found True (bool); allowed: number"),
         (["profile"], "cats", "profile: found 'cats'; allowed: digits, digits_inverted, digits_split"),
-        (["profil"], "digits", "profil: unknown key; allowed: profile, source, budget"),
+        (["profil"], "digits", "profil: unknown key; allowed: profile, profiles_from, source, budget"),
         (["source"], "web", "source: found 'web' (str); allowed: 'embedded', 's3' or 'local'"),
         (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
         (["fit"], None, "fit: not there"),
@@ -142,3 +142,13 @@ def test_a_task_may_have_a_head_of_its_own_width():
     ]
     assert profile.architecture_of("low").arguments == {**profile.architecture.arguments, "classes": 7}
     assert profile.architecture_of("high") == profile.architecture
+
+
+def test_published_profiles_are_found_where_the_parameter_says():
+    found = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found |= {"profile": "cub_pets_rn18"}
+    with pytest.raises(InputError, match="profile: found 'cub_pets_rn18'; allowed: digits"):
+        parse_params(found)
+    published = changed(["profiles_from"], "elsewhere.yaml")
+    with pytest.raises(InputError, match=r"profiles_from: found 'elsewhere.yaml'"):
+        parse_params(published)

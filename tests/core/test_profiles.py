@@ -15,7 +15,17 @@ from stages.core.homes import HOMES
 from stages.core.params import load_params, parse_params
 from stages.core.places import PATTERN, kind_of
 
-PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+ROOT = Path(__file__).parents[2]
+
+
+def everything():
+    """params.yaml with the published profiles beside its own."""
+    found = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found["profiles"] |= yaml.safe_load((ROOT / "published.yaml").read_text())["profiles"]
+    return found
+
+
+PARAMS = parse_params(everything())
 PAIRS = (
     "clipart_painting",
     "clipart_infograph",
@@ -67,7 +77,7 @@ def test_its_data_sets_are_known_and_its_files_have_a_place(profile):
 
 @pytest.mark.parametrize("name", PARAMS.profiles)
 def test_it_can_be_chosen(name):
-    found = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    found = everything()
     assert parse_params({**found, "profile": name}).active == PARAMS.profiles[name]
 
 
@@ -138,7 +148,7 @@ def test_networks_that_are_trained_here_start_from_initial_weights():
 
 def changed(**changes):
     """params.yaml with one profile changed."""
-    found = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    found = everything()
     found["profiles"]["cub_pets_rn18"].update(changes)
     return found
 
@@ -193,7 +203,7 @@ def mappings(value, path):
 
 def test_no_mapping_is_shared_between_profiles():
     """What YAML shares (`*name`) DVC cannot vary in one place: `-S` would be lost without a word."""
-    found = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    found = everything()
     first = {}
     for path, mapping in mappings(found, "params"):
         assert first.setdefault(id(mapping), path) == path
@@ -209,9 +219,13 @@ SETTINGS = [
 
 def test_a_setting_of_a_profile_reaches_this_profile_and_no_other(tmp_path):
     """As `dvc exp run -S` sets it."""
-    before = load_params(Path(__file__).parents[2] / "params.yaml").profiles
-    shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
-    apply_overrides(tmp_path / "params.yaml", SETTINGS)
+    for name in ("params.yaml", "published.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    apply_overrides(tmp_path / "params.yaml", ["profiles_from=published.yaml"])
+    before = load_params(tmp_path / "params.yaml").profiles
+    assert len(before) == len(PARAMS.profiles)
+    apply_overrides(tmp_path / "params.yaml", SETTINGS[:2])
+    apply_overrides(tmp_path / "published.yaml", SETTINGS[2:])
     after = load_params(tmp_path / "params.yaml").profiles
     changed = {setting.split(".")[1] for setting in SETTINGS}
     assert {name for name in before if before[name] != after[name]} == changed
