@@ -56,11 +56,12 @@ def test_the_section_fits_a_screen():
 
 
 def test_the_published_commands_name_profiles_and_allowed_budgets():
-    profiles = load_params(ROOT / "params.yaml").profiles
+    profiles = yaml.safe_load((ROOT / "published.yaml").read_text())["profiles"]
     for command in COMMANDS[1].splitlines():
         settings = dict(re.findall(r"-S (\w+)=(\S+)", command))
         assert settings["profile"] in profiles
         assert settings["source"] == "s3"
+        assert "-S profiles_from=published.yaml" in command
         assert all(1 <= float(budget) <= 2 for budget in settings.get("budget", "1").split(","))
 
 
