@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from stages.core.errors import InputError
@@ -17,13 +18,31 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHUNK = 64  # images per piece of work of a thread
+
+
+def edges(images: Tensor) -> Tensor:
+    """Outlines: half the Sobel gradient's magnitude of the grey image, the same in every channel; uint8 as it came.
+
+    Colours and areas are gone. The border pixels are repeated outside.
+    """
+    grey = images.float()
+    if images.shape[1] == 3:  # luminance, ITU-R BT.601
+        grey = (grey * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True).round()
+    rows = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]])
+    kernels = torch.stack([rows, rows.T]).unsqueeze(1)  # whole numbers: exact, so the same bytes everywhere
+    gradient = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels)
+    magnitude = gradient.square().sum(1, keepdim=True).sqrt().div(2).round().clamp(max=255)
+    return magnitude.to(torch.uint8).expand(-1, images.shape[1], -1, -1)
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "upright": lambda x: x,
     "rotated": lambda x: torch.rot90(x, 1, (2, 3)),
     "inverted": lambda x: 255 - x,
     "mirrored": lambda x: torch.rot90(x, 3, (2, 3)).flip(3),
+    "edges": edges,
 }
-"""Bijections of uint8 images (n, c, h, h), each a domain of its own."""
+"""Maps of uint8 images (n, c, h, h), each a domain of its own; all but ``edges`` are bijections."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,11 @@ class ArtifactsSection(Section):
 
 class FinetuneSection(Section):
     workers: Count = 2  # networks trained side by side, one thread each
-    mixed_precision: bool = True  # on a GPU
+    mixed_precision: Literal["auto"] | bool = "auto"
+
+    def mixed_precision_on(self, device: str) -> bool:
+        """Whether to compute in bfloat16 on a device of this type: ``auto`` says on a GPU."""
+        return device != "cpu" if self.mixed_precision == "auto" else bool(self.mixed_precision)
 
 
 class StatisticsSection(Section):

@@ -16,7 +16,7 @@ Constructor = Annotated[
 ]  # a name, or package.module:function
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
 Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
-View = Literal["upright", "rotated", "inverted", "mirrored"]
+View = Literal["upright", "rotated", "inverted", "mirrored", "edges"]
 
 
 class Section(BaseModel):

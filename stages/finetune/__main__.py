@@ -24,7 +24,7 @@ def main() -> None:
             seeds=(params.seed, position),
             artifacts=(Path("data/artifacts"), Path("models/artifacts")),
             device=str(device),
-            mixed_precision=params.finetune.mixed_precision and device.type == "cuda",
+            mixed_precision=params.finetune.mixed_precision_on(device.type),
         )
         for position, (name, task) in enumerate(params.active.tasks.items())
     ]
