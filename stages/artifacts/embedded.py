@@ -58,7 +58,7 @@ def write_photographs(path: Path, size: int, count: int = 1000) -> None:
     """
     from sklearn.datasets import load_sample_images  # here: slow to import
 
-    photographs = [torch.from_numpy(image).permute(2, 0, 1) for image in load_sample_images().images]
+    photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
     draw = generator(size, count)
     crops = []
     for index in range(count):

@@ -105,11 +105,14 @@ def _side_by_side(jobs: list[Job], workers: int, bar: tqdm) -> Iterator[Trained]
                 bar.update(epochs.get())
             for future in done:
                 yield future.result()
-    except BrokenProcessPool as error:
-        raise InputError("finetune: a training process was ended from outside (out of memory?)") from error
-    finally:
+    except BaseException as error:
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            message = "finetune: a training process was ended from outside (out of memory?)"
+            raise InputError(message) from error
+        raise
+    finally:  # processes that are done leave by themselves, and take their semaphores with them
         executor.shutdown(cancel_futures=True)
 
 

@@ -165,9 +165,11 @@ def test_edges_are_the_outlines_of_areas(channels):
     images = torch.full((1, channels, 8, 8), 40, dtype=torch.uint8)
     images[..., 4:] = 140
     found = VIEWS["edges"](images)
-    assert found.dtype == torch.uint8 and found.shape == images.shape
+    assert found.dtype == torch.uint8
+    assert found.shape == images.shape
     assert torch.equal(found[..., 3:5], torch.full((1, channels, 8, 2), 200, dtype=torch.uint8))
-    assert not found[..., :3].any() and not found[..., 5:].any()
+    assert not found[..., :3].any()
+    assert not found[..., 5:].any()
     assert torch.equal(VIEWS["edges"](255 - images), found)
     assert torch.equal(VIEWS["edges"](images.mT), found.mT)
 
