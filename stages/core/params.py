@@ -71,6 +71,7 @@ class RecalibrateSection(Section):
 
 class ProbeSection(Section):
     batch_size: Count = 250
+    test_images: Count | None = None  # per task; None: all
     linear_images: Count = 1000  # labelled images per task for the linear probes
     penalty: Positive = 1e-2
     latency_batch: Count = 32

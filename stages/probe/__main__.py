@@ -51,8 +51,8 @@ def main(*names: str) -> None:
 
 
 def labelled(params: Params, split: str, device: torch.device) -> list[tuple[Batches, Tensor]]:
-    """For each task preprocessed batches and labels; of the train split at most probe.linear_images."""
-    limit = params.probe.linear_images if split == "train" else None
+    """For each task preprocessed batches and labels, at most as many as params.yaml says."""
+    limit = {"train": params.probe.linear_images, "test": params.probe.test_images}[split]
     found = []
     for task in params.active.tasks.values():
         own = load_images(task.data, split, DATA, limit=limit)

@@ -42,7 +42,7 @@ def reference_row(name: str, sources: Sequence[Source], labels: str) -> Row:
     """ensemble: all sources at once. oracle: one of them, chosen by somebody who knows the task."""
     count = float(len(sources))
     if name == "oracle":
-        return Row(Oracle(sources), {"macs": 1.0, "parameters": count}, count, sources[0])
+        return Row(Oracle(sources, labels), {"macs": 1.0, "parameters": count}, count, sources[0])
     ensemble = Ensemble(sources, labels)
     return Row(
         ensemble, {"macs": count, "parameters": count}, count, lambda x: [source(x) for source in sources]

@@ -11,18 +11,13 @@ from stages.core.network import MergedNetwork, Source
 
 
 class Candidate(Protocol):
-    """What can be probed. ``task`` is an index; images are preprocessed, (n, c, h, w)."""
+    """What can be probed."""
 
-    def own(self, x: Tensor, task: int) -> Tensor:
-        """Logits of one task's classes."""
-        ...
+    def run(self, x: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """Logits (n, classes) and what the heads read, (n, features), of preprocessed images of one task, an index.
 
-    def joint(self, x: Tensor, task: int) -> Tensor:
-        """Logits of all tasks' classes, side by side."""
-        ...
-
-    def features(self, x: Tensor, task: int) -> Tensor:
-        """What the heads read, (n, features)."""
+        With separate label spaces the logits are those of all tasks' classes, side by side.
+        """
         ...
 
 
@@ -32,18 +27,22 @@ class Merged:
 
     network: MergedNetwork
 
-    def own(self, x: Tensor, task: int) -> Tensor:
-        return self.network(x, self._name(task))
-
-    def joint(self, x: Tensor, task: int) -> Tensor:
-        return self.network(x)
-
-    def features(self, x: Tensor, task: int) -> Tensor:
-        return self.network.features(x, self._name(task) if self.network.corrected else None).flatten(1)
-
-    def _name(self, task: int) -> str | None:
-        told = self.network.labels == "separate" or self.network.corrected
-        return self.network.tasks[task].name if told else None
+    def run(self, x: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        network, head = self.network, self.network.trace.graph.output
+        if not network.corrected:
+            features = network.features(x)
+            return network.run_node(head, [features]), features.flatten(1)
+        if network.labels == "shared":
+            features = network.features(x, network.tasks[task].name)
+            return network.run_node(head, [features], task), features.flatten(1)
+        # each head reads what its own task's corrections give
+        each = [network.features(x, own.name) for own in network.tasks]
+        positions = network.parts(head.name).positions
+        logits = [
+            network.run_node(head, [features], index)[:, positions[index].to(x.device)]
+            for index, features in enumerate(each)
+        ]
+        return torch.cat(logits, 1), each[task].flatten(1)
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,10 @@ class Ensemble:
     sources: Sequence[Source]
     labels: str
 
-    def own(self, x: Tensor, task: int) -> Tensor:
-        if self.labels == "shared":
-            return torch.stack([source(x) for source in self.sources]).mean(0)
-        return self.sources[task](x)
-
-    def joint(self, x: Tensor, task: int) -> Tensor:
-        return torch.cat([source(x) for source in self.sources], 1)
-
-    def features(self, x: Tensor, task: int) -> Tensor:
-        return torch.cat([source.features(x).flatten(1) for source in self.sources], 1)
+    def run(self, x: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        logits, features = zip(*(_run(source, x) for source in self.sources), strict=True)
+        joined = torch.cat(logits, 1) if self.labels == "separate" else torch.stack(logits).mean(0)
+        return joined, torch.cat(features, 1)
 
 
 @dataclass(frozen=True)
@@ -70,39 +63,34 @@ class Oracle:
     """Each source on its own task: somebody says which."""
 
     sources: Sequence[Source]
+    labels: str
 
-    def own(self, x: Tensor, task: int) -> Tensor:
-        return self.sources[task](x)
-
-    def joint(self, x: Tensor, task: int) -> Tensor:
+    def run(self, x: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        logits, features = _run(self.sources[task], x)
+        if self.labels == "shared":
+            return logits, features
         widths = [len(source.task.classes) for source in self.sources]
-        whole = x.new_full((len(x), sum(widths)), -torch.inf)
-        start = sum(widths[:task])
-        whole[:, start : start + widths[task]] = self.sources[task](x)
-        return whole
-
-    def features(self, x: Tensor, task: int) -> Tensor:
-        return self.sources[task].features(x).flatten(1)
+        others = [logits.new_full((len(x), width), -torch.inf) for width in widths]
+        others[task] = logits
+        return torch.cat(others, 1), features
 
 
-@torch.no_grad()
-def accuracy(
-    candidate: Candidate, batches: Iterable[Tensor], labels: Tensor, task: int, offset: int | None = None
-) -> float:
-    """Percent right on one task. offset: where the task's classes start in the joint logits; None: own logits."""
-    right = start = 0
-    for x in batches:
-        logits = candidate.own(x, task) if offset is None else candidate.joint(x, task)
-        answer = logits.argmax(1).cpu() - (offset or 0)
-        right += int((answer == labels[start : start + len(x)]).sum())
-        start += len(x)
-    return 100.0 * right / start
+def _run(source: Source, x: Tensor) -> tuple[Tensor, Tensor]:
+    features = source.features(x)
+    return source.run_node(source.graph.output, [features]), features.flatten(1)
 
 
 @torch.no_grad()
-def extract(candidate: Candidate, batches: Iterable[Tensor], task: int) -> Tensor:
-    """Features of all images, once: float32 (n, features) on the CPU."""
-    return torch.cat([candidate.features(x, task).float().cpu() for x in batches])
+def collect(candidate: Candidate, batches: Iterable[Tensor], task: int) -> tuple[Tensor, Tensor]:
+    """Logits and features of all images, in one pass: float32 on the CPU."""
+    pairs = (candidate.run(x, task) for x in batches)
+    logits, features = zip(*((a.float().cpu(), b.float().cpu()) for a, b in pairs), strict=True)
+    return torch.cat(logits), torch.cat(features)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of rows whose largest logit is the label's."""
+    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, penalty: float) -> float:
@@ -133,11 +121,12 @@ def evaluate(
     found, offset = {}, 0
     for task, (name, classes) in enumerate(tasks):
         (train, known), (test, truth) = images["train"][task], images["test"][task]
-        scores = {"accuracy": accuracy(candidate, test, truth, task)}
+        logits, features = collect(candidate, test, task)
+        own = logits[:, offset : offset + classes] if separate else logits
+        scores = {"accuracy": accuracy(own, truth)}
         if separate:
-            scores["joint"] = accuracy(candidate, test, truth, task, offset)
-        features = extract(candidate, train, task), extract(candidate, test, task)
-        scores["probe"] = linear_probe(features[0], known, features[1], truth, penalty)
+            scores["joint"] = accuracy(logits, truth + offset)
+        scores["probe"] = linear_probe(collect(candidate, train, task)[1], known, features, truth, penalty)
         found[name] = {key: round(value, 4) for key, value in scores.items()}
         offset += classes
     return found

@@ -15,9 +15,8 @@ from stages.probe.evaluate import (
     Ensemble,
     Merged,
     Oracle,
-    accuracy,
+    collect,
     evaluate,
-    extract,
     linear_probe,
 )
 from stages.probe.latency import relative_latency
@@ -53,34 +52,53 @@ def test_everything_separate_is_the_ensemble(two, images, labels):
     merged, ensemble = Merged(side_by_side(made, images, labels)), Ensemble(made, labels)
     x = images(6, 5)
     for task in (0, 1):
-        torch.testing.assert_close(merged.own(x, task), ensemble.own(x, task))
-        if labels == "separate":
-            torch.testing.assert_close(merged.joint(x, task), ensemble.joint(x, task))
+        torch.testing.assert_close(merged.run(x, task)[0], ensemble.run(x, task)[0])
 
 
 @torch.no_grad()
-def test_the_oracle_knows_the_task(two, images):
-    made, x = two("separate"), images(6, 5)
-    oracle = Oracle(made)
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_is_probed_is_what_the_network_gives(two, images, labels, corrected):
+    network = side_by_side(two(labels), images, labels)
+    if corrected:
+        node = network.trace.graph.nodes[1]
+        network.set_correction(node, torch.rand(2, 2, network.parts(node.name).width, dtype=torch.float64))
+    x = images(6, 5)
+    for task, name in enumerate(own.name for own in network.tasks):
+        told = name if corrected else None
+        logits, features = Merged(network).run(x, task)
+        expected = network(x) if labels == "separate" else network(x, told)
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(features, network.features(x, told).flatten(1))
+        if labels == "separate":
+            own = logits[:, [slice(0, 2), slice(2, 5)][task]]
+            torch.testing.assert_close(own, network(x, name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+def test_the_oracle_knows_the_task(two, images, labels):
+    made, x = two(labels), images(6, 5)
     for task, start in ((0, 0), (1, 2)):
-        assert torch.equal(oracle.own(x, task), made[task](x))
-        answer = oracle.joint(x, task).argmax(1) - start
-        assert torch.equal(answer, made[task](x).argmax(1))
-        assert torch.equal(oracle.features(x, task), made[task].features(x).flatten(1))
+        logits, features = Oracle(made, labels).run(x, task)
+        assert torch.equal(logits.argmax(1) - start * (labels == "separate"), made[task](x).argmax(1))
+        assert torch.equal(features, made[task].features(x).flatten(1))
 
 
+@torch.no_grad()
 def test_accuracy_counts_right_answers_over_uneven_batches(two, images):
     made, x = two("separate"), images(7, 5)
-    with torch.no_grad():
-        truth = made[1](x).argmax(1)
+    truth = made[1](x).argmax(1)
     truth[2] = (truth[2] + 1) % 3
+    data = {
+        split: [(list(x.split(3)), truth.clamp(max=1)), (list(x.split(3)), truth)]
+        for split in ("train", "test")
+    }
     candidate = Ensemble(made, "separate")
-    assert accuracy(candidate, x.split(3), truth, 1) == pytest.approx(100 * 6 / 7)
-    with torch.no_grad():
-        joint = candidate.joint(x, 1).argmax(1) - 2
-    assert accuracy(candidate, x.split(3), truth, 1, 2) == pytest.approx(
-        100 * float((joint == truth).float().mean())
-    )
+    found = evaluate(candidate, data, [("a", 2), ("b", 3)], True, 0.1)["b"]
+    assert found["accuracy"] == pytest.approx(100 * 6 / 7, abs=1e-3)
+    joint = candidate.run(x, 1)[0].argmax(1) - 2
+    assert found["joint"] == pytest.approx(100 * float((joint == truth).float().mean()), abs=1e-3)
 
 
 def test_a_linear_probe_learns_what_is_linear_and_no_more():
@@ -91,7 +109,7 @@ def test_a_linear_probe_learns_what_is_linear_and_no_more():
     assert linear_probe(x[:400], other[:400], x[400:], other[400:], 1e-3) < 65
 
 
-def test_features_are_extracted_once(two, images, monkeypatch):
+def test_every_image_passes_once(two, images, monkeypatch):
     made = two("shared")
     network = side_by_side(made, images, "shared")
     seen = []
@@ -105,7 +123,8 @@ def test_features_are_extracted_once(two, images, monkeypatch):
     assert sum(seen) == 2 * 2 * 6  # two tasks, train and test, six images
     assert set(found) == {"a", "b"}
     assert set(found["a"]) == {"accuracy", "probe"}
-    assert extract(Merged(network), x.split(4), 0).shape == (6, 12)
+    logits, features = collect(Merged(network), x.split(4), 0)
+    assert (logits.shape, features.shape) == ((6, 3), (6, 12))
 
 
 def test_rows_say_what_they_cost(two, images, tmp_path):
@@ -147,3 +166,22 @@ def test_at_budget_two_latency_is_that_of_both_sources():
 
     found = min(relative_latency(network, [both], x, 15) for _ in range(3))
     assert found <= 1.25
+
+
+def test_no_more_test_images_than_asked_for(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    import yaml
+
+    from stages.artifacts.__main__ import main as artifacts
+    from stages.core.params import parse_params
+    from stages.probe.__main__ import labelled
+
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    artifacts()
+    for asked, expected in ((None, 500), (30, 30)):
+        content["probe"]["test_images"] = asked
+        for batches, labels in labelled(parse_params(content), "test", torch.device("cpu")):
+            assert sum(map(len, batches)) == len(labels) == expected
