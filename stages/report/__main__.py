@@ -67,7 +67,7 @@ def seconds(folder: Path, method: str, match: str) -> float | None:
 def experiments(option: str, *words: str) -> None:
     """Write reports/experiments/. Raises InputError for other words, and when there is no experiment."""
     from stages.report.comparison import comparisons
-    from stages.report.experiments import markdown, read_runs
+    from stages.report.experiments import markdown, read_runs, with_joint
 
     commits = int(words[0]) if len(words) == 1 and words[0].isdecimal() else 1
     folders = [Path(word) for word in words if not word.isdecimal()]
@@ -77,7 +77,7 @@ def experiments(option: str, *words: str) -> None:
     folder, runs = Path("reports/experiments"), read_runs(commits, folders)
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "table.md", markdown(runs))
-    for name, content in comparisons(runs):
+    for name, content in comparisons(with_joint(runs)):
         write_bytes(folder / name, content)
 
 

@@ -18,6 +18,11 @@ from stages.report.tables import METRICS as METRICS_FILE
 
 METRICS = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
 RUN = ("profile", "budget", "seed")
+ACCURACIES = {
+    "accuracy": "accuracy, average over the tasks",
+    "joint": "joint accuracy, the classes of all heads compete",
+    "probe": "linear probes on the features",
+}
 
 
 def read_runs(commits: int = 1, folders: Sequence[Path] = ()) -> pd.DataFrame:
@@ -114,7 +119,11 @@ def summary(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def markdown(runs: pd.DataFrame) -> str:
-    """The table of all methods, one column of accuracies for each profile, at the smallest budget that was run."""
+    """The table of all methods, one column of accuracies for each profile, at the smallest budget that was run.
+
+    Of several budgets also a table of each accuracy of each profile: methods by budgets.
+    """
+    against = _against_budget(runs)
     budget = runs["budget"].min()
     runs = runs[runs["budget"] == budget]
     table, profiles = summary(runs, ["profile"]), list(dict.fromkeys(runs["profile"]))
@@ -140,10 +149,33 @@ def markdown(runs: pd.DataFrame) -> str:
         f"{seeds} seed{'s' if seeds > 1 else ''}.",
         f"Calibration images per task: {images}. Costs are relative to one source; seconds: matching and fit.",
     ]
-    body = tabulate(
-        lines, header, "pipe", colalign=["left"] + ["right"] * (len(header) - 1), disable_numparse=True
-    )
-    return "# All experiments\n\n" + body + "\n\n" + "\n".join(text) + "\n"
+    return "\n\n".join(["# All experiments", _pipe(lines, header), "\n".join(text), *against]) + "\n"
+
+
+def _against_budget(runs: pd.DataFrame) -> list[str]:
+    """Sections of markdown: one for each profile and accuracy, methods by budgets; none for a single budget."""
+    budgets = sorted(set(runs["budget"]))
+    found = []
+    for profile, own in runs.groupby("profile", sort=False):
+        table, methods = summary(own, ["budget"]), order(own)
+        for metric, title in ACCURACIES.items():
+            if len(budgets) > 1 and own[metric].notna().any():
+                lines = [[m, *(_cell(table, (budget, m), metric) for budget in budgets)] for m in methods]
+                header = ["budget", *(f"{budget:g}" for budget in budgets)]
+                found += [f"## {profile}: {title}", _pipe(lines, header)]
+    return found
+
+
+def with_joint(runs: pd.DataFrame) -> pd.DataFrame:
+    """``runs`` and, where there is one, the joint accuracy as the accuracy of a profile of its own."""
+    joint = runs[runs["joint"].notna()]
+    joint = joint.assign(profile=joint["profile"] + ", joint", accuracy=joint["joint"])
+    return pd.concat([runs, joint]).sort_values([*RUN], kind="stable").reset_index(drop=True)
+
+
+def _pipe(lines: list[list[str]], header: list[str]) -> str:
+    aligned = ["left"] + ["right"] * (len(header) - 1)
+    return tabulate(lines, header, "pipe", colalign=aligned, disable_numparse=True)
 
 
 def order(runs: pd.DataFrame) -> list[str]:

@@ -10,7 +10,7 @@ import yaml
 from stages.core.errors import InputError
 from stages.report.__main__ import main
 from stages.report.comparison import comparisons
-from stages.report.experiments import fit_name, markdown, order, read_runs, summary
+from stages.report.experiments import fit_name, markdown, order, read_runs, summary, with_joint
 
 ROOT = Path(__file__).parents[2]
 ROWS = ("average", "pleas", "progressive", "zip", "zip_progressive")
@@ -32,7 +32,7 @@ def folders(tmp_path, monkeypatch):
                 (folder / "params.yaml").write_text(yaml.safe_dump(params))
                 metrics, timings = {}, {}
                 for index, name in enumerate([*ROWS, "ensemble", "oracle"]):
-                    average = {"accuracy": 50.0 + 5 * index + 2 * seed, "macs": budget}
+                    average = {"accuracy": 50.0 + 5 * index + 2 * seed, "probe": 90.0, "macs": budget}
                     if profile == "digits_split":
                         average["joint"] = average["accuracy"] - 10
                     metrics[name] = {"average": average}
@@ -66,11 +66,41 @@ def test_a_run_that_was_made_again_counts_once(folders):
     assert len(again) == len(read_runs(folders=folders))
 
 
+def cells(sections):
+    """The rows of the table in each section of markdown."""
+    return [
+        [[c.strip() for c in line.strip("|").split("|")] for line in section.split("\n") if "|" in line]
+        for section in sections
+    ]
+
+
+def test_several_budgets_have_a_table_for_each_accuracy(folders):
+    runs = read_runs(folders=folders)
+    _, *sections = markdown(runs).split("\n## ")
+    assert [section.split("\n")[0] for section in sections] == [
+        "digits: accuracy, average over the tasks",
+        "digits: linear probes on the features",
+        "digits_split: accuracy, average over the tasks",
+        "digits_split: joint accuracy, the classes of all heads compete",
+        "digits_split: linear probes on the features",
+    ]
+    header, _, *lines = cells(sections)[3]
+    assert header == ["budget", "1", "1.5"]
+    assert lines[0] == ["average", "41.0 ± 1.4", "41.0 ± 1.4"]
+    assert [line[0] for line in lines] == [*ROWS, "ensemble", "oracle"]
+    assert "## " not in markdown(runs[runs["budget"] == 1.0])
+
+
+def test_the_joint_accuracy_is_drawn_as_a_profile_of_its_own(folders):
+    found = with_joint(read_runs(folders=folders))
+    assert list(dict.fromkeys(found["profile"])) == ["digits", "digits_split", "digits_split, joint"]
+    joint = found[found["profile"] == "digits_split, joint"]
+    assert (joint["accuracy"] == joint["joint"]).all()
+
+
 def test_the_table_has_a_column_for_each_profile(folders):
     runs = read_runs(folders=folders)
-    lines = [
-        [c.strip() for c in line.strip("|").split("|")] for line in markdown(runs).split("\n") if "|" in line
-    ]
+    lines = cells(markdown(runs).split("\n## "))[0]
     costs = ["MACs (x)", "latency (x)", "seconds"]
     assert lines[0] == ["method", "digits", "digits_split", "digits_split, joint", *costs]
     assert lines[2] == ["average", "51.0 ± 1.4", "51.0 ± 1.4", "41.0 ± 1.4", "1.00", "1.00", "1.00"]
