@@ -43,9 +43,13 @@ def main(*words: str) -> None:
         for name in methods.matchings
     }
     fits = {
-        name: tables.read_columns(folder / "fit" / f"{name}.csv", ["layer"], ["residual"])
+        name: table
         for name, method in methods.methods.items()
         if method.fit.solver != "average"
+        # nothing is fitted where everything is separate
+        and len(
+            table := tables.read_columns(folder / "fit" / f"{name}.csv", ["layer"], ["residual"], empty=True)
+        )
     }
     caption = f"{params.profile}, budget {params.budget}, seed {params.seed}"
     write_json(folder / tables.METRICS, metrics)

@@ -55,10 +55,13 @@ def read_time(path: str | Path, name: str) -> float | None:
     return _numbers(Path(path), "", _mapping(Path(path))).get(name)
 
 
-def read_columns(path: str | Path, names: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
+def read_columns(
+    path: str | Path, names: Iterable[str], numbers: Iterable[str], empty: bool = False
+) -> pd.DataFrame:
     """Read CSV columns: ``names`` as text, ``numbers`` as float (an empty field is NaN), rows as they come.
 
-    Raises InputError when the file is missing, lacks a column or rows, or has no number where one belongs.
+    empty: whether no rows are allowed. Raises InputError when the file is missing, lacks a column or rows, or has no
+    number where one belongs.
     """
     names, numbers = list(names), list(numbers)
     try:
@@ -70,7 +73,7 @@ def read_columns(path: str | Path, names: Iterable[str], numbers: Iterable[str])
     absent = [name for name in names + numbers if name not in table]
     if absent:
         raise InputError(f"{path}: found the columns {list(table)}, none called {absent[0]!r}; {REPAIR}")
-    if table.empty:
+    if table.empty and not empty:
         raise InputError(f"{path}: found no rows; {REPAIR}")
     for name in numbers:
         try:

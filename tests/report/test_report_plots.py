@@ -38,6 +38,19 @@ def test_pictures_carry_no_date_and_no_version(make_reports):
         assert size(path)[0] < 1700
 
 
+def test_a_method_that_fitted_nothing_is_left_out(make_reports, figures):
+    reports = make_reports(budget=2.0)
+    (reports / "fit/pleas.csv").write_text("layer,residual\n")
+    main()
+    (drawn,) = [f for f in figures if f.axes[0].get_ylabel().startswith("residual")]
+    assert "progressive" in texts(drawn)
+    assert "pleas\n" not in texts(drawn) + "\n"
+    for path in (reports / "fit").glob("*.csv"):
+        path.write_text("layer,residual\n")
+    main()
+    assert any("No method is fitted" in texts(figure) for figure in figures)
+
+
 def test_seventy_groups_are_named_by_block(make_reports, deep_groups, figures):
     assert len(deep_groups) >= 70
     make_reports(groups=deep_groups, budget=1.46)

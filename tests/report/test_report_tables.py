@@ -163,7 +163,7 @@ def test_a_missing_file_is_named(make_reports, name):
         ("probe/pleas.json", '{"tasks": {"upright": 3, "rotated": {}}}', "tasks.upright: found 3"),
         ("probe/pleas.latency.json", '{"latency": true}', "latency: found True"),
         ("fit/pleas.csv", "", "not a CSV file"),
-        ("fit/pleas.csv", "layer,residual\n", "found no rows"),
+        ("match/weights.csv", "group,network,similarity,unmatched\n", "found no rows"),
         ("fit/pleas.csv", "layer,energy\na,1\n", "none called 'residual'"),
         ("fit/pleas.csv", "layer,residual\na,much\n", "column 'residual' is not all numbers"),
         ("fit/pleas.csv", "layer,residual\na,inf\n", "found inf"),
