@@ -1,10 +1,14 @@
 """Device, threads and random numbers: fixed by parameters, so that a second run gives the same bytes."""
 
+import ctypes
 import os
+from functools import cache
 
 import torch
 
 from stages.core.errors import InputError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def prepare(device: str, threads: int) -> torch.device:
@@ -12,6 +16,7 @@ def prepare(device: str, threads: int) -> torch.device:
 
     ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N. Raises InputError when it is not there.
     """
+    return_freed_memory()
     torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +29,20 @@ def prepare(device: str, threads: int) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     return chosen
+
+
+@cache
+def return_freed_memory() -> None:
+    """Have glibc give every freed tensor of some size back to the system, for the rest of the process.
+
+    Left alone it learns from the first large tensors it frees to keep those below 32 MiB for others like them. At 224
+    pixels the first layers leave hundreds of MiB so, which what the last layers need does not fit into. Other C
+    libraries have no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 4 * 2**20)
 
 
 def generator(*seeds: int) -> torch.Generator:

@@ -101,6 +101,11 @@ class MergedNetwork(nn.Module):
             return head_parts([len(task.classes) for task in self.tasks])
         return parts_of(self.trace.layouts[value], self.shared, self.networks)
 
+    def entries(self, value: str) -> int:
+        """How many numbers the named value of one image holds."""
+        own = self.trace.shapes[value].numel()
+        return own // self.trace.layouts[value].width * self.parts(value).width
+
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
         """One operation of the merged network. task: whose correction is applied, where there is one."""
         if _key(node) not in self.maps:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph import Node
+from stages.core.network import MergedNetwork
 from stages.core.sweep import Sweep
 
 
@@ -19,13 +20,13 @@ def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int
         if task not in (None, batch.task):
             continue
         weight = sweep.weights[batch.task]
-        x = value(index).double()
+        x = value(index)
         dims = [other for other in range(x.dim()) if other != dim]
-        shift = x.mean(dims, keepdim=True) if shift is None else shift
-        x = x - shift
+        shift = x.mean(dims, keepdim=True, dtype=torch.float64) if shift is None else shift
+        x = x - shift  # in float64
         count += weight * x.numel() / x.shape[dim]
         total = total + weight * x.sum(dims)
-        squares = squares + weight * x.square().sum(dims)
+        squares = squares + weight * x.square_().sum(dims)
     mean = total / count
     return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
 
@@ -33,6 +34,11 @@ def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int
 def merged_moments(norm: Node, sweep: Sweep) -> Tensor:
     """Mean and variance of what the merged network's batch norm reads: float64 (2, merged width)."""
     return moments_of(sweep, lambda index: sweep.of_merged(norm.inputs[0], index), 1)
+
+
+def moments_bytes(network: MergedNetwork, norm: Node, batch: int) -> int:
+    """Memory of what ``merged_moments`` works with, for batches of so many images."""
+    return 16 * batch * max(network.entries(name) for name in (norm.inputs[0], norm.name))
 
 
 def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) -> None:

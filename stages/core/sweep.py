@@ -5,7 +5,8 @@ goes to the next; a value is freed after its last use. So each image passes each
 depth, and whoever looks on sees a layer's inputs and outputs over the whole data set at that moment.
 
 Held in memory: for every image the values that a later node still reads, of every network, in the storage type,
-and at a watched node its inputs beside its outputs. ``peak_bytes`` says how much that is before anything runs.
+and at a watched node its inputs beside its outputs; what one batch is worked with, which batches are small enough to
+bound; what the visitor holds. ``peak_bytes`` says how much that is before anything runs.
 """
 
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.core.device import return_freed_memory
 from stages.core.errors import InputError
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork, Source
@@ -25,6 +27,7 @@ from stages.core.trace import Trace
 
 GIB = 2**30
 NO_TASK = -1
+ENTRIES = 2**24  # of a batch's largest value, unless a single image has more
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class Visitor(Protocol):
 
     def visit(self, node: Node, sweep: "Sweep") -> None: ...
 
-    def extra_bytes(self, node: Node, images: int) -> int:
-        """What the visitor holds while it visits a node, of so many images."""
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        """What the visitor holds at most while it visits a node, of so many images, at most ``batch`` at a time."""
         ...
 
 
 class Sweep:
-    """One pass of all batches. The merged network is optional; it runs with the weights it has at that moment."""
+    """One pass of all batches, large ones in parts. The merged network is optional; it runs with the weights it
+    has at that moment."""
 
     def __init__(
         self,
@@ -57,8 +61,10 @@ class Sweep:
         merged: MergedNetwork | None = None,
         storage: torch.dtype | None = None,
     ) -> None:
-        self.sources, self.batches, self.merged = sources, batches, merged
-        self.graph = sources[0].graph if sources else merged.trace.graph
+        trace = sources[0].trace if sources else merged.trace
+        self.sources, self.merged, self.graph = sources, merged, trace.graph
+        self.batches = batches = bounded(batches, trace)
+        return_freed_memory()
         self.dtype = batches[0].images.dtype
         self.storage = storage or self.dtype
         self.weights = task_weights(batches)
@@ -121,6 +127,12 @@ def images_to_batches(images: Sequence[Tensor], batch_size: int) -> list[Batch]:
     return [Batch(part, task) for task, own in enumerate(images) for part in own.split(batch_size)]
 
 
+def bounded(batches: Sequence[Batch], trace: Trace) -> list[Batch]:
+    """The same images in batches whose values have at most ``ENTRIES`` entries in any one network."""
+    most = max(1, ENTRIES // max(shape.numel() for shape in trace.shapes.values()))
+    return [Batch(part, batch.task) for batch in batches for part in batch.images.split(most)]
+
+
 def peak_bytes(
     trace: Trace,
     networks: int,
@@ -131,12 +143,12 @@ def peak_bytes(
 ) -> int:
     """What a sweep holds at most: values of all images at the worst node, and what the visitor holds there."""
     images = sum(len(batch.images) for batch in batches)
+    batch = max(len(batch.images) for batch in bounded(batches, trace))
     own = batches[0].images.element_size()
     itemsize = (storage or batches[0].images.dtype).itemsize
+    own_entries = {name: networks * shape.numel() for name, shape in trace.shapes.items()}
     entries = {
-        name: networks * shape.numel()
-        + (0 if merged is None else shape.numel() // trace.layouts[name].width * merged.parts(name).width)
-        for name, shape in trace.shapes.items()
+        name: count + (0 if merged is None else merged.entries(name)) for name, count in own_entries.items()
     }
     last, first = trace.graph.last_uses(), trace.graph.nodes[0].name
     always = images * trace.shapes[first].numel() * own  # the images themselves, once and in their own type
@@ -145,8 +157,11 @@ def peak_bytes(
         freed = sum(entries[name] for name in last[node.name])
         watched = visitor.wants(node)
         held = live + entries[node.name] - (0 if watched else min(freed, entries[node.name]))
-        extra = visitor.extra_bytes(node, images) if watched else 0
-        peak = max(peak, always + held * images * itemsize + extra)
+        peak = max(peak, always + held * images * itemsize)
+        if watched:  # before the merged network runs
+            held = live + own_entries[node.name]
+            extra = visitor.extra_bytes(node, images, batch)
+            peak = max(peak, always + held * images * itemsize + extra)
         live += entries[node.name] - freed
     return peak
 

@@ -4,6 +4,7 @@ In a merged network a part is shared or one network's, and reads its own part of
 not touch. The objective of each is that of stages.fit.normal.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,10 @@ class PartEquations:
     def bytes(parts: int, a: int, b: int) -> int:
         """Memory of the sums and of the solves."""
         return 8 * parts * (4 * a * a + 5 * a * b)
+
+    def add_rows(self, parts: int, weight: float, z: Tensor, y: Tensor) -> None:
+        """The same of rows as a layer sees them, all parts side by side."""
+        self.add(z.view(len(z), parts, -1), y.view(len(y), parts, -1), weight)
 
     def add(self, z: Tensor, y: Tensor, weight: float) -> None:
         """The products are taken in the type of z, the sums in float64."""
@@ -92,17 +97,11 @@ def fit_grouped(fitter: "Fitter", node: Node, sweep: Sweep, fitted: Tensor) -> f
     Returns the relative residual energy.
     """
     module, norm = fitter.network.map_of(node), fitter.norms.get(node.name)
-    parts, kernel = module.groups, tuple(module.weight.shape[2:])
+    parts = module.groups
     fitted = fitted.to(module.weight.device)
     equations = PartEquations(module.bias is not None or norm is not None)
     for index, batch in enumerate(sweep.batches):
-        z, y = fitter.inputs(node, sweep, index), fitter.targets(node, sweep, index)
-        for z_rows, y_rows in fitter.rows(node, z, y, kernel):
-            equations.add(
-                z_rows.view(len(z_rows), parts, -1),
-                y_rows.view(len(y_rows), parts, -1),
-                sweep.weights[batch.task],
-            )
+        fitter.each_rows(node, sweep, index, partial(equations.add_rows, parts, sweep.weights[batch.task]))
     found = equations.solve(
         _start(fitter, node).view(parts, -1, equations.G.shape[1]), fitter.ridge, node.name
     )

@@ -6,6 +6,7 @@ later layer sees what the earlier ones really give (``inputs: merged``) or what 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ from stages.core.graph import Node
 from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
 from stages.core.methods import Fit
 from stages.core.network import MergedNetwork, Source
-from stages.core.norms import install_statistics, merged_moments
+from stages.core.norms import install_statistics, merged_moments, moments_bytes
 from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam
 from stages.fit.average import average_block, entry_shares
-from stages.fit.grouped import PartEquations, fit_grouped
-from stages.fit.normal import NormalEquations
-
-CHUNK = 2**24  # entries of one im2col matrix
+from stages.fit.grouped import fit_grouped
+from stages.fit.memory import few_rows, images_by_row, visit_bytes
+from stages.fit.normal import NormalEquations, Solution
+from stages.fit.rows import RowEquations
 
 
 @dataclass
@@ -80,27 +81,10 @@ class Fitter:
     def wants(self, node: Node) -> bool:
         return node.fitted or (node.operation == "batch_norm" and self.fit.inputs == "merged")
 
-    def extra_bytes(self, node: Node, images: int) -> int:
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
         if not node.fitted:
-            return 0
-        module, trace = self.network.map_of(node), self.network.trace
-        if self.fit.solver == "adam":  # holds the inputs and targets of all images, and works on a few
-            z, y = (
-                trace.shapes[name].numel() // trace.layouts[name].width * self.network.parts(name).width
-                for name in (node.inputs[0], node.name)
-            )
-            entries = images * ((0 if self.fit.inputs == "merged" else z) + y) + self.fit.batch_size * (
-                2 * z + 4 * y
-            )
-            return entries * module.weights[0].element_size() + 12 * CHUNK
-        taps = module.weights[0].shape[2:].numel()
-        if node.grouped:
-            rows = module.outputs.width // module.groups
-            return PartEquations.bytes(module.groups, module.weight[0].numel(), rows) + 12 * CHUNK
-        equations = len(self.sources) if self.own_rows(node) else 1
-        return (
-            equations * NormalEquations.bytes(module.inputs.width * taps, module.outputs.width) + 12 * CHUNK
-        )
+            return moments_bytes(self.network, node, batch)
+        return visit_bytes(self, node, images, batch)
 
     def visit(self, node: Node, sweep: Sweep) -> None:
         if not node.fitted:
@@ -116,43 +100,59 @@ class Fitter:
 
     def _fit_exact(self, node: Node, sweep: Sweep) -> None:
         module = self.network.map_of(node)
-        taps = module.weights[0].shape[2:].numel()
         norm = self.norms.get(node.name)
         separate_heads = self.own_rows(node)
         device = sweep.batches[0].images.device
-        sizes = module.inputs.width * taps, module.outputs.width
         intercept = module.bias is not None or norm is not None
-        equations = [
-            NormalEquations(*sizes, intercept, device) for _ in (self.sources if separate_heads else range(1))
-        ]
+        equations = self._equations(node, sweep, intercept)
         for index, batch in enumerate(sweep.batches):
-            z, y = self.inputs(node, sweep, index), self.targets(node, sweep, index)
             into = equations[batch.task if separate_heads else 0]
-            for z_rows, y_rows in self.rows(node, z, y, kernel_of(module.weights[0])):
-                into.add(z_rows, y_rows, sweep.weights[batch.task])
+            self.each_rows(node, sweep, index, partial(into.add, weight=sweep.weights[batch.task]))
         starts = self._starts(node)
         left = energy = 0.0
         biases = torch.zeros(module.outputs.width, dtype=torch.float64, device=device)
         moments = torch.zeros(2, module.outputs.width, dtype=torch.float64, device=device)
         for i, block in enumerate(module.blocks):
             for rows in self._row_sets(node, block):
-                columns = tap_columns(block.columns.to(device), taps)
                 these = equations[int(module.outputs.owner[rows[0]]) if separate_heads else 0]
-                local = rows - block.start
-                weight = module.weights[i]
-                solution = these.solve(
-                    rows.to(device), columns, weight_matrix(starts[i][local]), self.ridge, node.name
-                )
-                weight[local] = solution.weight.to(weight.dtype).view_as(weight[local])
-                biases[rows] = solution.bias
+                found = self._solve_rows(node, these, i, rows, starts[i])
+                biases[rows] = found.bias
                 if intercept:
-                    moments[:, rows] = torch.stack(these.output_moments(solution.weight, columns))
-                left += float(solution.residual.sum())
-                energy += float(solution.energy.sum())
+                    moments[:, rows] = found.moments
+                left += float(found.residual.sum())
+                energy += float(found.energy.sum())
+                del found
         fitted = ~self.exact[node.name].to(device)
         self.install_offset(node, norm, fitted, biases, moments)
         if fitted.any():
             self.record.append(LayerFit(layer_of(node), left / energy if energy > 0 else 0.0))
+
+    def _equations(self, node: Node, sweep: Sweep, intercept: bool) -> list[NormalEquations | RowEquations]:
+        """One for all tasks, or one for each where a task has a head of its own."""
+        module, example = self.network.map_of(node), sweep.batches[0].images
+        sizes = module.inputs.width * module.weights[0].shape[2:].numel(), module.outputs.width
+        tasks = (
+            [[task] for task in range(len(self.sources))] if self.own_rows(node) else [list(sweep.weights)]
+        )
+        if few_rows(self.network, node, sum(len(batch.images) for batch in sweep.batches)) is None:
+            return [NormalEquations(*sizes, intercept, example.device) for _ in tasks]
+        images = [sum(len(batch.images) for batch in sweep.batches if batch.task in own) for own in tasks]
+        counts = [few_rows(self.network, node, count) for count in images]
+        return [RowEquations(count, *sizes, intercept, example.dtype, example.device) for count in counts]
+
+    def _solve_rows(
+        self, node: Node, equations: NormalEquations | RowEquations, i: int, rows: Tensor, start: Tensor
+    ) -> Solution:
+        """Solve and install some rows of a layer's block i."""
+        module = self.network.map_of(node)
+        weight, block = module.weights[i], module.blocks[i]
+        columns = tap_columns(block.columns.to(weight.device), weight.shape[2:].numel())
+        local = rows - block.start
+        found = equations.solve(
+            rows.to(weight.device), columns, weight_matrix(start[local]).double(), self.ridge, node.name
+        )
+        weight[local] = found.weight.to(weight.dtype).view_as(weight[local])
+        return found
 
     def _starts(self, node: Node) -> list[Tensor]:
         """What the ridge holds to, block by block: the average of the maps that are fitted.
@@ -269,18 +269,22 @@ class Fitter:
             result.index_add_(layout.dim, positions.to(result.device)[counted], part)
         return result
 
-    def rows(self, node: Node, z: Tensor, y: Tensor, kernel: tuple[int, ...]):
-        """(z rows, y rows) in chunks of bounded memory, at the drawn positions."""
-        per_image = max(1, z.shape[1] * max(1, torch.Size(kernel).numel()) * y[0].numel() // y.shape[1])
-        step = max(1, CHUNK // per_image)
-        for start in range(0, len(z), step):
-            z_rows = input_rows(node, z[start : start + step], kernel)
-            y_rows = output_rows(node, y[start : start + step])
-            if self.positions < 1 and node.operation == "conv2d" and y[0, 0].numel() > 1:
-                count = max(1, round(self.positions * len(z_rows)))
-                kept = torch.randperm(len(z_rows), generator=self.generator)[:count].to(z.device)
-                z_rows, y_rows = z_rows[kept], y_rows[kept]
-            yield z_rows, y_rows
+    def each_rows(self, node: Node, sweep: Sweep, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
+        """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
+        z, y = self.inputs(node, sweep, index), self.targets(node, sweep, index)
+        for start in range(0, len(z), images_by_row(self.network, node)):
+            use(*self._rows(node, z, y, start))
+
+    def _rows(self, node: Node, z: Tensor, y: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """z rows and y rows of some images, as many as memory is meant for, at the drawn positions."""
+        images = slice(start, start + images_by_row(self.network, node))
+        kernel = kernel_of(self.network.map_of(node).weights[0])
+        z_rows, y_rows = input_rows(node, z[images], kernel), output_rows(node, y[images])
+        if self.positions < 1 and node.operation == "conv2d" and y[0, 0].numel() > 1:
+            count = max(1, round(self.positions * len(z_rows)))
+            kept = torch.randperm(len(z_rows), generator=self.generator)[:count].to(z.device)
+            z_rows, y_rows = z_rows[kept], y_rows[kept]
+        return z_rows, y_rows
 
     def own_rows(self, node: Node) -> bool:
         """Heads of separate label spaces are fitted on their own task's rows, where images have a task."""

@@ -12,25 +12,30 @@ import torch
 from torch import Tensor
 
 from stages.core.errors import InputError
+from stages.core.gram import BLOCK, add_gram, blocks, complete_gram, gram_bytes, restricted
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """weight (d_out, d_in), bias (d_out,) (zero without an intercept), residual: energy left over / energy of y."""
+    """One block of a layer: the map, what it leaves over and what it gives."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (d_out, d_in)
+    bias: Tensor  # (d_out,), zero without an intercept
     residual: Tensor  # (d_out,) energy left over
     energy: Tensor  # (d_out,) energy of y, about its mean with an intercept
+    moments: (
+        Tensor | None
+    )  # (2, d_out) mean and variance of W z over the rows seen; None without an intercept
 
 
 class NormalEquations:
     """Sums over rows of z (rows, d_in) and y (rows, d_out), kept in float64.
 
     Rows are shifted by the first batch's mean before they are multiplied when there is an intercept: the problem
-    stays the same, and the products lose no digits to a common offset.
+    stays the same, and the products lose no digits to a common offset. The first ``solve`` completes the sums; no
+    rows can be added after it.
     """
 
     def __init__(self, d_in: int, d_out: int, intercept: bool, device: torch.device) -> None:
@@ -44,82 +49,146 @@ class NormalEquations:
         self.yy = torch.zeros(d_out, **options)
         self.shift_z = self.shift_y = None
         self.eps = torch.finfo(torch.float64).eps
+        self._complete = False
 
     @staticmethod
     def bytes(d_in: int, d_out: int) -> int:
-        """Memory of the sums and of a solve: G, its restriction, that with the ridge and the factor; C and the like."""
-        return 8 * (4 * d_in * d_in + 5 * d_in * d_out)
+        """Memory of the sums."""
+        return 8 * d_in * (d_in + d_out)
+
+    @staticmethod
+    def add_bytes(d_in: int, d_out: int) -> int:
+        """Memory of adding to them, beside the rows."""
+        return gram_bytes(d_in) + 12 * d_in * d_out
+
+    @staticmethod
+    def solve_bytes(d_in: int, columns: int, rows: int) -> int:
+        """Memory of solving a block by Cholesky: G restricted, which becomes its own factor, and what is like C."""
+        working = min(BLOCK, columns) * (d_in + columns)
+        return 8 * (columns * columns + 2 * columns * rows + max(2 * columns * rows, working))
 
     def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """z (rows, d_in), y (rows, d_out): any float type; the products are taken in it, the sums in float64."""
+        if self._complete:
+            raise RuntimeError("rows are added before the first solve")
         if self.shift_z is None:
             on = 1.0 if self.intercept else 0.0
             self.shift_z, self.shift_y = z.mean(0) * on, y.mean(0) * on
         z, y = z - self.shift_z, y - self.shift_y
         self.eps = max(self.eps, torch.finfo(z.dtype).eps)
         self.weight += weight * len(z)
-        self.G += weight * (z.T @ z).double()
-        self.C += weight * (z.T @ y).double()
+        add_gram(self.G, z, weight)
+        self.C += (z.T @ y).double().mul_(weight)
         self.sum_z += weight * z.sum(0).double()
         self.sum_y += weight * y.sum(0).double()
-        self.yy += weight * y.square().sum(0).double()
+        self.yy += weight * y.square_().sum(0).double()
 
     def solve(self, rows: Tensor, columns: Tensor, start: Tensor, ridge: float, name: str = "") -> Solution:
         """One block: outputs ``rows`` from inputs ``columns``; start: W0, (rows, columns)."""
-        self._check(name)
-        start = start.double()
-        G = self.G[columns][:, columns]
-        C = self.C[columns][:, rows]
-        yy = self.yy[rows]
+        self._finish(name)
+        C, yy = self.C[columns[:, None], rows], self.yy[rows]
+        W = self._weight(columns, C, start.double(), ridge, name)
+        given = self._energy(W, columns)
+        residual = (yy - 2 * (W * C.T).sum(1) + given).clamp(min=0)
+        if not self.intercept:
+            return Solution(W, torch.zeros_like(yy), residual, yy.clamp(min=0), None)
+        mean = W @ (self.shift_z.double() + self.sum_z / self.weight)[columns]
+        bias = (self.shift_y.double() + self.sum_y / self.weight)[rows] - mean
+        moments = torch.stack([mean, (given / self.weight).clamp(min=0)])
+        return Solution(W, bias, residual, yy.clamp(min=0), moments)
+
+    def _finish(self, name: str) -> None:
+        """Move the sums to the mean where there is an intercept, and fill in the other half of G."""
+        if self._complete:
+            return
+        check_rows(self.weight, name)
         if self.intercept:
-            z, y = self.sum_z[columns] / self.weight, self.sum_y[rows] / self.weight
-            G.addr_(z, z, alpha=-self.weight)  # in place: these are copies, and G is what memory goes to
-            C.addr_(z, y, alpha=-self.weight)
-            yy = yy - self.weight * y.square()
-        penalty = ridge * G.diagonal().mean()
-        change = solve_symmetric(G, penalty, C - G @ start.T, name, self.eps)
-        W = start + change.T
-        residual = yy - 2 * (W * C.T).sum(1) + (W @ G * W).sum(1)
-        bias = torch.zeros(len(rows), dtype=torch.float64, device=W.device)
-        if self.intercept:
-            bias = self.shift_y.double()[rows] + y - W @ (self.shift_z.double()[columns] + z)
-        return Solution(W, bias, residual.clamp(min=0), yy.clamp(min=0))
+            z, y = self.sum_z / self.weight, self.sum_y / self.weight
+            self.C -= torch.outer(self.weight * z, y)
+            self.yy -= self.weight * y.square()
+            for block in blocks(len(z)):
+                self.G[block, : block.stop] -= torch.outer(self.weight * z[block], z[: block.stop])
+        complete_gram(self.G)
+        check_finite(self.G, self.C, name)
+        self._complete = True
 
-    def _check(self, name: str) -> None:
-        if self.weight == 0:
-            raise InputError(f"{name}: no rows to fit it to; allowed: images of every task")
-        if not (torch.isfinite(self.G).all() and torch.isfinite(self.C).all()):
-            raise InputError(
-                f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a storage "
-                "type that reaches as far as the values"
-            )
+    def _weight(self, columns: Tensor, C: Tensor, start: Tensor, ridge: float, name: str) -> Tensor:
+        """W, (rows, columns)."""
+        G = restricted(self.G, columns)
+        penalty = ridge * float(G.diagonal().mean())
+        right = torch.addmm(C, G, start.T, alpha=-1)
+        if penalty > 0:
+            failed = solve_definite_(G, penalty, right)
+            if failed == 0:
+                return start + right.T
+            _warn(name, failed, len(G))
+            G = restricted(self.G, columns)
+            right = torch.addmm(C, G, start.T, alpha=-1)
+        return start + solve_pseudo(G, penalty, right, self.eps).T
 
-    def output_moments(self, W: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of W z over the rows seen, W (d_out, columns). Needs an intercept."""
-        z = self.sum_z[columns] / self.weight
-        covariance = self.G[columns][:, columns] / self.weight - torch.outer(z, z)
-        mean = W @ (self.shift_z.double()[columns] + z)
-        return mean, (W @ covariance * W).sum(1).clamp(min=0)
+    def _energy(self, W: Tensor, columns: Tensor) -> Tensor:
+        """The diagonal of W G W^T, (rows,)."""
+        found = W.new_zeros(len(W))
+        for block in blocks(len(columns)):
+            G = self.G[columns[block]].index_select(1, columns)
+            found += ((W @ G.T) * W[:, block]).sum(1)
+        return found
 
 
-def solve_symmetric(
-    G: Tensor, penalty: Tensor | float, right: Tensor, name: str = "", eps: float = 0.0
-) -> Tensor:
+def check_rows(count: float, name: str) -> None:
+    """Gate: there is something to fit to."""
+    if count == 0:
+        raise InputError(f"{name}: no rows to fit it to; allowed: images of every task")
+
+
+def check_finite(inputs: Tensor, targets: Tensor, name: str) -> None:
+    """Gate: numbers alone, and none so large that it could not be squared."""
+    if not (
+        torch.isfinite(inputs.sum()) and torch.isfinite(targets.sum())
+    ):  # a single one that is not is enough
+        raise InputError(
+            f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a storage "
+            "type that reaches as far as the values"
+        )
+
+
+def solve_symmetric(G: Tensor, penalty: float, right: Tensor, name: str = "", eps: float = 0.0) -> Tensor:
     """(G + penalty I)^-1 right by Cholesky; by the pseudo-inverse (eigenvalues) where that cannot work.
 
-    The pseudo-inverse gives the smallest solution, so what the data does not determine stays at the start. eps: the
-    relative rounding error in G, when that is larger than its type's.
+    eps: the relative rounding error in G, when that is larger than its type's.
     """
-    d = len(G)
-    if float(penalty) > 0:
-        ridged = G.clone()
-        ridged.diagonal().add_(penalty)
-        factor, info = torch.linalg.cholesky_ex(ridged)
-        if int(info) == 0:
-            return torch.cholesky_solve(right, factor)
-        log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, int(info), d)
+    if penalty > 0:
+        solution = right.clone()
+        failed = solve_definite_(G.clone(), penalty, solution)
+        if failed == 0:
+            return solution
+        _warn(name, failed, len(G))
+    return solve_pseudo(G, penalty, right, eps)
+
+
+def solve_definite_(G: Tensor, penalty: float, right: Tensor) -> int:
+    """Put (G + penalty I)^-1 right into ``right``; G is lost. Returns 0, or the pivot where Cholesky failed.
+
+    LAPACK works column by column: the transpose of a symmetric matrix is that matrix in this order, so that the
+    factor takes its place and no other is made.
+    """
+    G.diagonal().add_(penalty)
+    info = torch.empty((), dtype=torch.int32, device=G.device)
+    factor, info = torch.linalg.cholesky_ex(G.mT, out=(G.mT, info))
+    if int(info) == 0:
+        half = torch.linalg.solve_triangular(factor, right, upper=False)
+        right.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True, out=half))
+    return int(info)
+
+
+def solve_pseudo(G: Tensor, penalty: float, right: Tensor, eps: float = 0.0) -> Tensor:
+    """The smallest solution, so that what the data does not determine stays at the start."""
     values, vectors = torch.linalg.eigh(G)
     values = values + penalty
-    kept = values > values.max().clamp(min=0) * d * max(eps, torch.finfo(G.dtype).eps)
+    kept = values > values.max().clamp(min=0) * len(G) * max(eps, torch.finfo(G.dtype).eps)
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
     return vectors @ (inverse[:, None] * (vectors.T @ right))
+
+
+def _warn(name: str, pivot: int, d: int) -> None:
+    log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, pivot, d)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from stages.core.alignment import view_states
 from stages.core.blocks import Block
+from stages.core.gram import add_gram, complete_gram, restricted
 from stages.core.graph import Node
-from stages.core.layers import kernel_of, tap_columns
+from stages.core.layers import tap_columns
 from stages.core.sweep import Sweep
 from stages.fit.average import average_block
 from stages.fit.layerwise import Fitter, LayerFit, layer_of
+from stages.fit.memory import regmean_bytes
 from stages.fit.normal import solve_symmetric
 
 
@@ -26,12 +28,10 @@ class RegMean(Fitter):
         self.fit = self.fit.model_copy(update={"inputs": "source", "targets": "own"})
         self.states = view_states(self.sources, self.alignment, self.network.shared)
 
-    def extra_bytes(self, node: Node, images: int) -> int:
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
         if not node.linear:
             return 0
-        taps = self.network.map_of(node).weights[0].shape[2:].numel()
-        d_in = self.network.parts(node.inputs[0]).width * taps
-        return 8 * (len(self.sources) + 3) * d_in * d_in + 12 * 2**24
+        return regmean_bytes(self, node, batch)
 
     def visit(self, node: Node, sweep: Sweep) -> None:
         if not node.linear:
@@ -46,7 +46,7 @@ class RegMean(Fitter):
             if len(rows):
                 columns = tap_columns(block.columns.to(weight.device), weight.shape[2:].numel())
                 W, own_left, own_energy = regression_mean(
-                    [G[columns][:, columns] for G in grams],
+                    [restricted(G, columns) for G in grams],
                     [own[rows].flatten(1).double() for own in self._networks(node, block)],
                     self.ridge,
                     node.name,
@@ -57,16 +57,17 @@ class RegMean(Fitter):
 
     def _grams(self, node: Node, sweep: Sweep) -> list[Tensor]:
         """G_t of every task, off-diagonal entries scaled: (d_in, d_in) each."""
-        module, grams = self.network.map_of(node), [None for _ in self.sources]
+        module = self.network.map_of(node)
+        d_in = module.inputs.width * module.weights[0].shape[2:].numel()
+        grams = [module.weights[0].new_zeros(d_in, d_in, dtype=torch.float64) for _ in self.sources]
         for index, batch in enumerate(sweep.batches):
-            z = self.inputs(node, sweep, index)
-            for rows, _ in self.rows(
-                node, z, sweep.source(0, node.name, index), kernel_of(module.weights[0])
-            ):
-                own = sweep.weights[batch.task] * (rows.T @ rows).double()
-                grams[batch.task] = own if grams[batch.task] is None else grams[batch.task] + own
-        scale = self.fit.off_diagonal
-        return [scale * G + (1 - scale) * torch.diag(G.diagonal()) for G in grams]
+            G, weight = grams[batch.task], sweep.weights[batch.task]
+            self.each_rows(node, sweep, index, lambda rows, _, G=G, weight=weight: add_gram(G, rows, weight))
+        for G in grams:
+            complete_gram(G)
+            diagonal = G.diagonal().clone()
+            G.mul_(self.fit.off_diagonal).diagonal().copy_(diagonal)
+        return grams
 
     def _networks(self, node: Node, block: Block) -> list[Tensor]:
         """W_t of a block: what each network alone would put there, zero where it has nothing."""
@@ -96,7 +97,7 @@ def regression_mean(
     G = sum(grams)
     mean = sum(weights) / len(weights)
     right = sum(own @ (W - mean).T for own, W in zip(grams, weights, strict=True))
-    penalty = ridge * G.diagonal().mean()
+    penalty = ridge * float(G.diagonal().mean())
     eps = torch.finfo(torch.float32).eps
     merged = mean + solve_symmetric(G, penalty, right, name, eps).T
     left = sum(

@@ -12,7 +12,7 @@ import torch
 from stages.core.exact import exact_entries
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork
-from stages.core.norms import install_statistics, merged_moments
+from stages.core.norms import install_statistics, merged_moments, moments_bytes
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 
 
@@ -24,8 +24,8 @@ class _Statistics:
     def wants(self, node: Node) -> bool:
         return node.operation == "batch_norm"
 
-    def extra_bytes(self, node: Node, images: int) -> int:
-        return 0
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        return moments_bytes(self.network, node, batch)
 
     def visit(self, node: Node, sweep: Sweep) -> None:
         moments = merged_moments(node, sweep)

@@ -15,7 +15,7 @@ from stages.core.alignment import Alignment, exclusive_norms
 from stages.core.exact import exact_entries
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork, Source
-from stages.core.norms import install_statistics, merged_moments, moments_of
+from stages.core.norms import install_statistics, merged_moments, moments_bytes, moments_of
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 
 TINY = 1e-6  # of a goal's deviation: below it a unit counts as constant
@@ -46,8 +46,9 @@ class _Repair:
     def wants(self, node: Node) -> bool:
         return node.name in self.places
 
-    def extra_bytes(self, node: Node, images: int) -> int:
-        return 0
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        own = max(self.network.entries(name) for name in (node.inputs[0], node.name))
+        return moments_bytes(self.network, node, batch) + 8 * batch * own  # and the values themselves
 
     def visit(self, node: Node, sweep: Sweep) -> None:
         if node.operation == "batch_norm":  # first the statistics of what it reads now

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.gram import add_gram, complete_gram, gram_bytes
 from stages.core.graph import Node
 from stages.core.layers import unit_rows
 from stages.core.moments import PLACES, TaskMoments
@@ -22,7 +23,7 @@ from stages.core.spec import Axis, Inner, Span
 from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
 from stages.core.trace import Trace
 
-CHUNK = 2**24
+CHUNK = 2**22  # entries of the rows that are summed at a time
 ENDS = (
     "input",
     "linear",
@@ -45,60 +46,80 @@ class MomentsVisitor:
     """Accumulates the moments of every free group."""
 
     def __init__(
-        self, trace: Trace, networks: int, tasks: int, positions: float, generator: torch.Generator
+        self,
+        trace: Trace,
+        networks: int,
+        tasks: int,
+        positions: float,
+        generator: torch.Generator,
+        itemsize: int = 4,
     ) -> None:
+        """itemsize: bytes of an entry of the values that are looked at."""
+        self.itemsize = itemsize
         self.trace, self.networks, self.tasks = trace, networks, tasks
         self.positions, self.generator = positions, generator
-        self.at = places(trace)
-        self.inside = places_inside(trace)
+        self.views = views(trace)
         self.found: dict[tuple[str, str], _Sums] = {}  # (place, group) -> sums of the places' means
 
     def wants(self, node: Node) -> bool:
-        return node.name in self.at or node.name in self.inside
+        return node.name in self.views
 
-    def extra_bytes(self, node: Node, images: int) -> int:
-        sizes = [(self.networks * group.size) ** 2 for group in self.trace.spec.free.values()]
-        sizes += [(self.networks * i.parts * i.size) ** 2 for i in _single_units(self.trace)]
-        return 8 * (self.tasks + 1) * (2 * sum(sizes) + max(sizes, default=0)) + 12 * CHUNK
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        found: dict[tuple[str, str], int] = {}
+        for name, seen in self.views.items():
+            most = 0
+            for view in seen:
+                sums = {(view.place, part.name): self._sum_bytes(part) for part in view.parts}
+                most = max(most, sum(found.values()) + sum(sums.values()) + self._work_bytes(view, batch))
+                found |= sums
+            if name == node.name:
+                return most
+        return 0
+
+    def _sum_bytes(self, part: "Part") -> int:
+        return 8 * self.tasks * (self.networks * part.units) ** 2
+
+    def _work_bytes(self, view: "View", batch: int) -> int:
+        """Rows of one network after the other and side by side; a piece of them in float64, or products of them."""
+        layout, own = self.trace.layouts[view.value], self.trace.shapes[view.value].numel()
+        most = 0
+        for part in view.parts:
+            width = self.networks * part.units
+            entries = self.networks * batch * own // layout.width * part.units * part.block
+            most = max(
+                most,
+                2 * entries * self.itemsize + max(8 * min(CHUNK, entries), gram_bytes(width)),
+            )
+        return most
 
     def visit(self, node: Node, sweep: Sweep) -> None:
-        for place, name in self.at.get(node.name, ()):
-            layout, start, segments = self.trace.layouts[name], 0, []
-            for segment in layout.segments:
-                segments.append((segment.group, start, segment.size, segment.block))
-                start += segment.size * segment.block
-            self._take(sweep, place, name, [own for own in segments if own[0] in self.trace.spec.free])
-        for name, inner, span in self.inside.get(node.name, ()):
-            self._take(
-                sweep, "inside", name, [(inner.name, span.start, inner.parts * inner.size, span.block)]
-            )
+        for view in self.views[node.name]:
+            self._take(sweep, view)
 
-    def _take(
-        self, sweep: Sweep, place: str, name: str, segments: Sequence[tuple[str, int, int, int]]
-    ) -> None:
-        """Segments of a value, (name, start, units, block), over all batches."""
+    def _take(self, sweep: Sweep, view: "View") -> None:
+        """Parts of a value over all batches."""
         sums: dict[str, _Sums] = {}
         for index, batch in enumerate(sweep.batches):
-            values = [sweep.source(m, name, index) for m in range(self.networks)]
-            self._add(sums, self.trace.layouts[name].dim, values, segments, batch.task)
+            values = [sweep.source(m, view.value, index) for m in range(self.networks)]
+            self._add(sums, self.trace.layouts[view.value].dim, values, view.parts, batch.task)
         for group, own in sums.items():
-            self._count_alike((place, group), own)
+            self._count_alike((view.place, group), own)
 
     def _add(
         self,
         sums: dict[str, _Sums],
         dim: int,
         values: Sequence[Tensor],
-        segments: Sequence[tuple[str, int, int, int]],
+        parts: Sequence["Part"],
         task: int,
     ) -> None:
-        for name, start, units, block in segments:
-            own = [v.narrow(dim, start, units * block) for v in values]
-            rows = torch.cat([unit_rows(v, dim, block) for v in own], 1)
+        for part in parts:
+            own = [v.narrow(dim, part.start, part.units * part.block) for v in values]
+            rows = torch.cat([unit_rows(v, dim, part.block) for v in own], 1)
             if self.positions < 1 and len(rows) > len(values[0]):
                 count = max(1, round(self.positions * len(rows)))
                 rows = rows[torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)]
-            self._sum(sums, name, rows, task)
+            self._sum(sums, part.name, rows, task)
 
     def _sum(self, sums: dict[str, _Sums], group: str, rows: Tensor, task: int) -> None:
         """rows: (rows, N d)."""
@@ -107,14 +128,17 @@ class MomentsVisitor:
             sums[group] = self._zeros(d, rows.device)
         for part in rows.split(max(1, CHUNK // d)):
             sums[group].mean[task] += part.sum(0, dtype=torch.float64)
-            sums[group].second[task] += (part.T @ part).double()
+            add_gram(sums[group].second[task], part, 1.0)
             sums[group].count[task] += len(part)
 
     def _count_alike(self, key: tuple[str, str], own: _Sums) -> None:
+        own.mean /= own.count[:, None]
+        own.second /= own.count[:, None, None]
         if key not in self.found:
-            self.found[key] = self._zeros(own.mean.shape[1], own.mean.device)
-        self.found[key].mean += own.mean / own.count[:, None]
-        self.found[key].second += own.second / own.count[:, None, None]
+            self.found[key] = _Sums(own.mean, own.second, torch.ones_like(own.count))
+            return
+        self.found[key].mean += own.mean
+        self.found[key].second += own.second
         self.found[key].count += 1
 
     def _zeros(self, d: int, device: torch.device) -> _Sums:
@@ -122,11 +146,59 @@ class MomentsVisitor:
         return _Sums(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def moments(self) -> dict[str, dict[str, TaskMoments]]:
+        """What was found, once: the sums become the moments."""
         gathered: dict[str, dict[str, TaskMoments]] = {place: {} for place in PLACES}
-        for (place, group), s in self.found.items():
-            mean, second = s.mean / s.count[:, None], s.second / s.count[:, None, None]
-            gathered[place][group] = TaskMoments(mean, second)
+        for place, group in list(self.found):
+            s = self.found.pop((place, group))
+            for second in s.second:
+                complete_gram(second)
+            s.mean /= s.count[:, None]
+            s.second /= s.count[:, None, None]
+            gathered[place][group] = TaskMoments(s.mean, s.second)
         return gathered
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units of one group along a value: where they start, how many, how many entries each."""
+
+    name: str
+    start: int
+    units: int
+    block: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A value that is looked at, as what (after, before, inside), and the units on it."""
+
+    place: str
+    value: str
+    parts: tuple[Part, ...]
+
+
+def views(trace: Trace) -> dict[str, list[View]]:
+    """All that is looked at, by the node that is visited then, in the order of the graph."""
+    at, inside = places(trace), places_inside(trace)
+    found = dict[str, list[View]]()
+    for node in trace.graph.nodes:
+        own = [View(place, value, _parts(trace, value)) for place, value in at.get(node.name, ())]
+        for value, inner, span in inside.get(node.name, ()):
+            part = Part(inner.name, span.start, inner.parts * inner.size, span.block)
+            own.append(View("inside", value, (part,)))
+        if own:
+            found[node.name] = own
+    return found
+
+
+def _parts(trace: Trace, value: str) -> tuple[Part, ...]:
+    """The free groups along a value."""
+    start, parts = 0, list[Part]()
+    for segment in trace.layouts[value].segments:
+        if segment.group in trace.spec.free:
+            parts.append(Part(segment.group, start, segment.size, segment.block))
+        start += segment.size * segment.block
+    return tuple(parts)
 
 
 def places(trace: Trace) -> dict[str, list[tuple[str, str]]]:
@@ -208,7 +280,8 @@ def gather(
     trace = sources[0].trace
     generator = generator or torch.Generator().manual_seed(0)
     tasks = max(batch.task for batch in batches) + 1
-    visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator)
+    itemsize = batches[0].images.element_size()
+    visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator, itemsize)
     needed = peak_bytes(trace, len(sources), batches, visitor, None, storage)
     check_memory(needed, memory, batches[0].images.device, "statistics")
     Sweep(sources, batches, None, storage).run(visitor, progress)

@@ -138,7 +138,7 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
 
 @pytest.mark.parametrize("fit", [PROGRESSIVE, PUBLISHED], ids=["progressive", "published"])
 def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, monkeypatch):
-    monkeypatch.setattr("stages.fit.layerwise.CHUNK", 2**15)
+    monkeypatch.setattr("stages.fit.memory.CHUNK", 2**15)
     make, x = family
     made = sources([make(0), make(1)], x)
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}

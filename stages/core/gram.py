@@ -1,0 +1,37 @@
+"""Gram matrices of many rows: summed in float64, some rows of the matrix at a time, each product taken once."""
+
+from torch import Tensor
+
+BLOCK = (
+    512  # rows of a matrix that are worked on at a time, so that what is worked with stays small beside it
+)
+
+
+def blocks(d: int) -> list[slice]:
+    """Rows of a (d, d) matrix, ``BLOCK`` at a time."""
+    return [slice(start, min(start + BLOCK, d)) for start in range(0, d, BLOCK)]
+
+
+def restricted(G: Tensor, columns: Tensor) -> Tensor:
+    """G of some inputs, a copy: without the intermediate of all their rows that double indexing makes."""
+    own = G.new_empty(len(columns), len(columns))
+    for block in blocks(len(columns)):
+        own[block] = G[columns[block]].index_select(1, columns)
+    return own
+
+
+def add_gram(G: Tensor, z: Tensor, weight: float) -> None:
+    """Add weight * z^T z to G, (d, d) float64: on and below the blocks of its diagonal, which is half the work."""
+    for block in blocks(len(G)):
+        G[block, : block.stop] += (z[:, block].T @ z[:, : block.stop]).double().mul_(weight)
+
+
+def gram_bytes(d: int) -> int:
+    """Memory of what ``add_gram`` works with: one block of rows in float64, made from one in a shorter type."""
+    return 12 * min(BLOCK, d) * d
+
+
+def complete_gram(G: Tensor) -> None:
+    """Fill in the half that ``add_gram`` leaves out."""
+    for block in blocks(len(G)):
+        G[: block.start, block] = G[block, : block.start].T

@@ -1,0 +1,50 @@
+"""Memory of a fit as the system sees it, against what was predicted, in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+import torch, torchvision
+from stages import merge
+from stages.core.device import prepare
+from stages.core.sweep import Sweep
+from stages.fit import merge as fitting
+
+prepare("cpu", 1)
+torch.manual_seed(0)
+networks = {name: torchvision.models.resnet18(num_classes=5) for name in "ab"}
+images = {name: [torch.randn(4, 3, 224, 224) for _ in range(4)] for name in "ab"}
+found, run, predict = {}, Sweep.run, fitting.peak_bytes
+
+def resident(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watched(self, visitor, progress=None):
+    if type(visitor).__name__ != "Fitter":
+        return run(self, visitor, progress)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS") - sum(batch.images.nbytes for batch in self.batches)
+    run(self, visitor, progress)
+    found["used"] = resident("VmHWM") - before
+
+def predicted(*arguments):
+    found["predicted"] = predict(*arguments)
+    return found["predicted"]
+
+Sweep.run, fitting.peak_bytes = watched, predicted
+merge(networks, images, 1.2, progress=False)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_fit_at_224_pixels_takes_the_memory_that_was_predicted():
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["used"] == pytest.approx(found["predicted"], rel=0.05), found
