@@ -73,7 +73,7 @@ def merge(
     statistics = pool(gathered, len(names), len(names))
     matching, benefits = make_matching(sources, settings, statistics, generator(seed))
     splits, allocation, base = split_units(sources[0], benefits, float(budget), len(names), labels, spending)
-    alignment = make_alignment(settings, sources, statistics, matching, splits)
+    alignment = make_alignment(settings, sources, lambda: statistics, matching, splits)
     reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": spending.cost}
     network, _ = fit_network(
         sources,

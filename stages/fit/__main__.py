@@ -1,6 +1,7 @@
 """Build one method's merged network: models/match, models/allocate -> models/fit/<method>."""
 
 import time
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ def main(name: str) -> None:
     method, settings = methods.method(name), methods.matching_of(name)
     device = prepare(params.device, params.threads)
     matching, splits, reached = load_pairing(method.match)
-    sources, statistics = load_sources(params, device), load_statistics(params, settings.data)
+    sources = load_sources(params, device)
     batches = load_calibration(params, section.images, section.batch_size, device, method.data)
     start = time.perf_counter()
     network, record = fit_network(
@@ -30,7 +31,9 @@ def main(name: str) -> None:
         batches,
         method.fit,
         labels=params.active.labels,
-        alignment=make_alignment(settings, sources, statistics, matching, splits),
+        alignment=make_alignment(
+            settings, sources, partial(load_statistics, params, settings.data), matching, splits
+        ),
         ridge=section.ridge,
         positions=section.positions,
         storage=getattr(torch, section.storage),

@@ -84,7 +84,9 @@ def _by_alignment(task: Task) -> dict[str, Tensor]:
     """The pairs that an alignment of all units ties most; what it leaves open is decided by correlation."""
     spec, networks = task.sources[0].trace.spec, len(task.sources)
     position = identity_matching(spec, networks)
-    alignment = make_alignment(task.settings, task.sources, task.statistics, position, full_split(spec))
+    alignment = make_alignment(
+        task.settings, task.sources, lambda: task.statistics, position, full_split(spec)
+    )
     units = dict(position.units)
     for name, found in alignment.groups.items():
         alike = task.statistics.after[name].between("correlation")

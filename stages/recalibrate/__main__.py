@@ -1,7 +1,7 @@
 """Mend the statistics of every method's network: models/fit -> models/recalibrate."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -48,7 +48,7 @@ def aligned_sources(
     """The sources in the merged order of a named matching, and its alignment."""
     matching, splits, _ = load_pairing(match)
     settings = methods.match[match]
-    statistics = load_statistics(params, settings.data)
+    statistics = partial(load_statistics, params, settings.data)
     alignment = make_alignment(settings, sources, statistics, matching, splits)
     return align(sources, matching, splits), alignment
 

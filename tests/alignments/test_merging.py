@@ -59,7 +59,7 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         matching, _ = make_matching(self.sources, way, self.statistics, generator)
         splits = full_split(self.spec, kept)
-        alignment = make_alignment(way, self.sources, self.statistics, matching, splits)
+        alignment = make_alignment(way, self.sources, lambda: self.statistics, matching, splits)
         return matching, splits, alignment
 
     def merge(self, way, fit, kept=None, labels="shared"):

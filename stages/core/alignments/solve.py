@@ -25,16 +25,17 @@ ALIGNMENTS: dict[str, Callable[[Problem, Settings], Alignment]] = {
 def make_alignment(
     settings: Settings,
     sources: Sequence[Source],
-    statistics: Statistics,
+    statistics: Callable[[], Statistics],
     matching: Matching,
     splits: Mapping[str, UnitSplit],
 ) -> Alignment:
     """What is done to the shared units beyond pairing them; nothing where the way is a permutation.
 
-    sources: as they were traced. Of the units that stay separate, nothing is used.
+    sources: as they were traced. statistics: asked for where they are needed, since they may be large. Of the units
+    that stay separate, nothing is used.
     """
     if settings.by not in ALIGNMENTS:
         return Alignment(len(sources))
     aligned, units = align(sources, matching, splits), merged_units(matching, splits)
     shared = {name: len(split.shared) for name, split in splits.items()}
-    return ALIGNMENTS[settings.by](make_problem(aligned, statistics, units, shared), settings)
+    return ALIGNMENTS[settings.by](make_problem(aligned, statistics(), units, shared), settings)
