@@ -74,10 +74,22 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file. Tensors are made contiguous on the CPU; metadata values are strings."""
-    from safetensors.torch import save  # here, so that stages without tensors do not import torch
+    from safetensors.torch import save_file  # here, so that stages without tensors do not import torch
 
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, metadata=dict(metadata or {})))
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if (
+            storage.nbytes() != own.nbytes or storage.data_ptr() in storages
+        ):  # safetensors takes no shared memory
+            own = own.clone()
+        storages.add(own.untyped_storage().data_ptr())
+        plain[name] = own
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def read_json(path: str | Path) -> Any:

@@ -80,3 +80,12 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         with pytest.raises(InputError, match=name) as error:
             read(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_tensors_that_share_memory_are_written_each_as_it_is(tmp_path):
+    whole = torch.arange(6.0)
+    tensors = {"whole": whole, "again": whole, "part": whole[2:4], "turned": whole.view(2, 3).T}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    found, _ = read_tensors(tmp_path / "t.safetensors")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
