@@ -80,9 +80,8 @@ def write_tensors(
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
         storage = own.untyped_storage()
-        if (
-            storage.nbytes() != own.nbytes or storage.data_ptr() in storages
-        ):  # safetensors takes no shared memory
+        # safetensors takes no tensor that shares its memory, with another or with the rest of its storage
+        if storage.nbytes() != own.nbytes or storage.data_ptr() in storages:
             own = own.clone()
         storages.add(own.untyped_storage().data_ptr())
         plain[name] = own

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-BLOCK = (
-    512  # rows of a matrix that are worked on at a time, so that what is worked with stays small beside it
-)
+# Rows of a matrix that are worked on at a time, so that what is worked with stays small beside it.
+BLOCK = 512
 
 
 def blocks(d: int) -> list[slice]:
@@ -16,8 +15,13 @@ def restricted(G: Tensor, columns: Tensor) -> Tensor:
     """G of some inputs, a copy: without the intermediate of all their rows that double indexing makes."""
     own = G.new_empty(len(columns), len(columns))
     for block in blocks(len(columns)):
-        own[block] = G[columns[block]].index_select(1, columns)
+        own[block] = restricted_rows(G, columns, block)
     return own
+
+
+def restricted_rows(G: Tensor, columns: Tensor, block: slice) -> Tensor:
+    """Some rows of the same."""
+    return G[columns[block]].index_select(1, columns)
 
 
 def add_gram(G: Tensor, z: Tensor, weight: float) -> None:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from stages.core.alignment import norm_scale
-from stages.core.errors import InputError
 from stages.core.graph import Node
 from stages.core.sweep import Sweep
 from stages.fit.average import average_vector, entry_shares
-from stages.fit.normal import solve_symmetric
+from stages.fit.normal import check_finite, check_rows, solve_symmetric
 
 if TYPE_CHECKING:
     from stages.fit.layerwise import Fitter
@@ -53,12 +52,8 @@ class PartEquations:
 
     def solve(self, start: Tensor, ridge: float, name: str) -> "PartSolution":
         """start: (parts, b, a), what the ridge holds to."""
-        if self.weight == 0:
-            raise InputError(f"{name}: no rows to fit it to; allowed: images of every task")
-        if not (torch.isfinite(self.G).all() and torch.isfinite(self.C).all()):
-            raise InputError(
-                f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images"
-            )
+        check_rows(self.weight, name)
+        check_finite(self.G, self.C, name)
         G, C, yy, start = self.G, self.C, self.yy, start.double()
         if self.intercept:
             z, y = self.sum_z / self.weight, self.sum_y / self.weight

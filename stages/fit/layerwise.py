@@ -23,7 +23,7 @@ from stages.core.sweep import Sweep
 from stages.fit.adam import fit_adam
 from stages.fit.average import average_block, entry_shares
 from stages.fit.grouped import fit_grouped
-from stages.fit.memory import few_rows, images_by_row, visit_bytes
+from stages.fit.memory import few_rows, images_by_row, map_sizes, visit_bytes
 from stages.fit.normal import NormalEquations, Solution
 from stages.fit.rows import RowEquations
 
@@ -121,7 +121,7 @@ class Fitter:
                     moments[:, rows] = found.moments
                 left += float(found.residual.sum())
                 energy += float(found.energy.sum())
-                del found
+                del found  # before the next block's is made beside it
         fitted = ~self.exact[node.name].to(device)
         self.install_offset(node, norm, fitted, biases, moments)
         if fitted.any():
@@ -130,10 +130,8 @@ class Fitter:
     def _equations(self, node: Node, sweep: Sweep, intercept: bool) -> list[NormalEquations | RowEquations]:
         """One for all tasks, or one for each where a task has a head of its own."""
         module, example = self.network.map_of(node), sweep.batches[0].images
-        sizes = module.inputs.width * module.weights[0].shape[2:].numel(), module.outputs.width
-        tasks = (
-            [[task] for task in range(len(self.sources))] if self.own_rows(node) else [list(sweep.weights)]
-        )
+        sizes, every = map_sizes(module), range(len(self.sources))
+        tasks = [[task] for task in every] if self.own_rows(node) else [list(sweep.weights)]
         if few_rows(self.network, node, sum(len(batch.images) for batch in sweep.batches)) is None:
             return [NormalEquations(*sizes, intercept, example.device) for _ in tasks]
         images = [sum(len(batch.images) for batch in sweep.batches if batch.task in own) for own in tasks]
@@ -272,14 +270,14 @@ class Fitter:
     def each_rows(self, node: Node, sweep: Sweep, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
         """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
         z, y = self.inputs(node, sweep, index), self.targets(node, sweep, index)
-        for start in range(0, len(z), images_by_row(self.network, node)):
-            use(*self._rows(node, z, y, start))
+        step = images_by_row(self.network, node)
+        for z_some, y_some in zip(z.split(step), y.split(step), strict=True):
+            use(*self._rows(node, z_some, y_some))
 
-    def _rows(self, node: Node, z: Tensor, y: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """z rows and y rows of some images, as many as memory is meant for, at the drawn positions."""
-        images = slice(start, start + images_by_row(self.network, node))
+    def _rows(self, node: Node, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """z rows and y rows of some images at the drawn positions."""
         kernel = kernel_of(self.network.map_of(node).weights[0])
-        z_rows, y_rows = input_rows(node, z[images], kernel), output_rows(node, y[images])
+        z_rows, y_rows = input_rows(node, z, kernel), output_rows(node, y)
         if self.positions < 1 and node.operation == "conv2d" and y[0, 0].numel() > 1:
             count = max(1, round(self.positions * len(z_rows)))
             kept = torch.randperm(len(z_rows), generator=self.generator)[:count].to(z.device)

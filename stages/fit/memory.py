@@ -6,6 +6,7 @@ summed; then the sums are solved.
 
 from typing import TYPE_CHECKING
 
+from stages.core.blocks import BlockMap
 from stages.core.gram import gram_bytes
 from stages.core.graph import Node
 from stages.core.network import MergedNetwork
@@ -28,9 +29,7 @@ def visit_bytes(fitter: "Fitter", node: Node, images: int, batch: int) -> int:
     if node.grouped:
         return _parts_bytes(fitter.network, node) + adding
     module = fitter.network.map_of(node)
-    taps = module.weights[0].shape[2:].numel()
-    blocks = [(len(block.columns) * taps, block.stop - block.start) for block in module.blocks]
-    sizes, count = (module.inputs.width * taps, module.outputs.width), few_rows(fitter.network, node, images)
+    sizes, blocks, count = map_sizes(module), _block_sizes(module), few_rows(fitter.network, node, images)
     if count is not None:
         held = RowEquations.bytes(count, *sizes, module.weights[0].element_size())
         return held + max(adding, *(RowEquations.solve_bytes(count, *block) for block in blocks))
@@ -43,15 +42,12 @@ def visit_bytes(fitter: "Fitter", node: Node, images: int, batch: int) -> int:
 def regmean_bytes(fitter: "RegMean", node: Node, batch: int) -> int:
     """Memory of a layer's regression mean: every task's Gram matrix, then those restricted to a block's inputs."""
     module, networks = fitter.network.map_of(node), len(fitter.sources)
-    taps = module.weights[0].shape[2:].numel()
-    sums = 8 * networks * (module.inputs.width * taps) ** 2
-    solving = max(
-        8 * d_in * ((networks + 2) * d_in + (2 * networks + 3) * (block.stop - block.start))
-        for block in module.blocks
-        for d_in in [len(block.columns) * taps]
-    )
-    adding = rows_bytes(fitter, node, batch) + gram_bytes(module.inputs.width * taps)
-    return sums + max(adding, solving)
+    d_in, _ = map_sizes(module)
+    solving = [
+        8 * columns * ((networks + 2) * columns + (2 * networks + 3) * rows)
+        for columns, rows in _block_sizes(module)
+    ]
+    return 8 * networks * d_in**2 + max(rows_bytes(fitter, node, batch) + gram_bytes(d_in), *solving)
 
 
 def rows_bytes(fitter: "Fitter", node: Node, batch: int) -> int:
@@ -73,9 +69,9 @@ def rows_bytes(fitter: "Fitter", node: Node, batch: int) -> int:
 
 def few_rows(network: MergedNetwork, node: Node, images: int) -> int | None:
     """How many rows so many images give, when the layer is better solved on them than on sums of their products."""
-    module = network.map_of(node)
-    count = images * (network.entries(node.name) // module.outputs.width)
-    return count if 2 * count <= module.inputs.width * module.weights[0].shape[2:].numel() else None
+    d_in, d_out = map_sizes(network.map_of(node))
+    count = images * (network.entries(node.name) // d_out)
+    return count if 2 * count <= d_in else None
 
 
 def images_by_row(network: MergedNetwork, node: Node) -> int:
@@ -85,9 +81,19 @@ def images_by_row(network: MergedNetwork, node: Node) -> int:
 
 def _row_entries(network: MergedNetwork, node: Node) -> int:
     """Entries of the rows of one image: those of its outputs' places, each with all the inputs it is made from."""
-    module = network.map_of(node)
-    rows = network.entries(node.name) // module.outputs.width
-    return rows * module.inputs.width * module.weights[0].shape[2:].numel()
+    d_in, d_out = map_sizes(network.map_of(node))
+    return network.entries(node.name) // d_out * d_in
+
+
+def map_sizes(module: BlockMap) -> tuple[int, int]:
+    """d_in and d_out of a layer whose blocks are seen as parts of one matrix."""
+    return module.inputs.width * module.weights[0].shape[2:].numel(), module.outputs.width
+
+
+def _block_sizes(module: BlockMap) -> list[tuple[int, int]]:
+    """Columns and rows of each block."""
+    taps = module.weights[0].shape[2:].numel()
+    return [(len(block.columns) * taps, block.stop - block.start) for block in module.blocks]
 
 
 def _parts_bytes(network: MergedNetwork, node: Node) -> int:

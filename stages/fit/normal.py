@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.core.errors import InputError
-from stages.core.gram import BLOCK, add_gram, blocks, complete_gram, gram_bytes, restricted
+from stages.core.gram import BLOCK, add_gram, blocks, complete_gram, gram_bytes, restricted, restricted_rows
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +130,7 @@ class NormalEquations:
         """The diagonal of W G W^T, (rows,)."""
         found = W.new_zeros(len(W))
         for block in blocks(len(columns)):
-            G = self.G[columns[block]].index_select(1, columns)
-            found += ((W @ G.T) * W[:, block]).sum(1)
+            found += ((W @ restricted_rows(self.G, columns, block).T) * W[:, block]).sum(1)
         return found
 
 
@@ -143,9 +142,7 @@ def check_rows(count: float, name: str) -> None:
 
 def check_finite(inputs: Tensor, targets: Tensor, name: str) -> None:
     """Gate: numbers alone, and none so large that it could not be squared."""
-    if not (
-        torch.isfinite(inputs.sum()) and torch.isfinite(targets.sum())
-    ):  # a single one that is not is enough
+    if not all(torch.isfinite(own.sum()) for own in (inputs, targets)):  # a single one that is not shows
         raise InputError(
             f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a storage "
             "type that reaches as far as the values"

@@ -16,7 +16,7 @@ from stages.core.layers import tap_columns
 from stages.core.sweep import Sweep
 from stages.fit.average import average_block
 from stages.fit.layerwise import Fitter, LayerFit, layer_of
-from stages.fit.memory import regmean_bytes
+from stages.fit.memory import map_sizes, regmean_bytes
 from stages.fit.normal import solve_symmetric
 
 
@@ -55,10 +55,14 @@ class RegMean(Fitter):
                 left, energy = left + own_left, energy + own_energy
         self.record.append(LayerFit(layer_of(node), left / energy if energy > 0 else 0.0))
 
+    def targets(self, node: Node, sweep: Sweep, index: int) -> Tensor:
+        """Nothing is fitted to them: any network's outputs show where the rows are."""
+        return sweep.source(0, node.name, index)
+
     def _grams(self, node: Node, sweep: Sweep) -> list[Tensor]:
         """G_t of every task, off-diagonal entries scaled: (d_in, d_in) each."""
         module = self.network.map_of(node)
-        d_in = module.inputs.width * module.weights[0].shape[2:].numel()
+        d_in, _ = map_sizes(module)
         grams = [module.weights[0].new_zeros(d_in, d_in, dtype=torch.float64) for _ in self.sources]
         for index, batch in enumerate(sweep.batches):
             G, weight = grams[batch.task], sweep.weights[batch.task]

@@ -35,6 +35,25 @@ ENDS = (
 )  # what non-linearities come behind
 
 
+@dataclass(frozen=True)
+class Part:
+    """Units of one group along a value: where they start, how many, how many entries each."""
+
+    name: str
+    start: int
+    units: int
+    block: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A value that is looked at, as what (after, before, inside), and the units on it."""
+
+    place: str
+    value: str
+    parts: tuple[Part, ...]
+
+
 @dataclass
 class _Sums:
     mean: Tensor
@@ -76,10 +95,10 @@ class MomentsVisitor:
                 return most
         return 0
 
-    def _sum_bytes(self, part: "Part") -> int:
+    def _sum_bytes(self, part: Part) -> int:
         return 8 * self.tasks * (self.networks * part.units) ** 2
 
-    def _work_bytes(self, view: "View", batch: int) -> int:
+    def _work_bytes(self, view: View, batch: int) -> int:
         """Rows of one network after the other and side by side; a piece of them in float64, or products of them."""
         layout, own = self.trace.layouts[view.value], self.trace.shapes[view.value].numel()
         most = 0
@@ -96,7 +115,7 @@ class MomentsVisitor:
         for view in self.views[node.name]:
             self._take(sweep, view)
 
-    def _take(self, sweep: Sweep, view: "View") -> None:
+    def _take(self, sweep: Sweep, view: View) -> None:
         """Parts of a value over all batches."""
         sums: dict[str, _Sums] = {}
         for index, batch in enumerate(sweep.batches):
@@ -110,7 +129,7 @@ class MomentsVisitor:
         sums: dict[str, _Sums],
         dim: int,
         values: Sequence[Tensor],
-        parts: Sequence["Part"],
+        parts: Sequence[Part],
         task: int,
     ) -> None:
         for part in parts:
@@ -156,25 +175,6 @@ class MomentsVisitor:
             s.second /= s.count[:, None, None]
             gathered[place][group] = TaskMoments(s.mean, s.second)
         return gathered
-
-
-@dataclass(frozen=True)
-class Part:
-    """Units of one group along a value: where they start, how many, how many entries each."""
-
-    name: str
-    start: int
-    units: int
-    block: int
-
-
-@dataclass(frozen=True)
-class View:
-    """A value that is looked at, as what (after, before, inside), and the units on it."""
-
-    place: str
-    value: str
-    parts: tuple[Part, ...]
 
 
 def views(trace: Trace) -> dict[str, list[View]]:

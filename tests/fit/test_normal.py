@@ -218,3 +218,16 @@ def test_no_rows_at_all_are_refused_with_the_layer():
     equations = NormalEquations(5, 2, True, torch.device("cpu"))
     with pytest.raises(InputError, match="fc: no rows to fit it to"):
         equations.solve(torch.arange(2), torch.arange(5), torch.zeros(2, 5), 1e-3, "fc")
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_solution_is_the_same_whatever_is_worked_on_at_a_time(intercept, monkeypatch):
+    z, y, start = problem(60, 8, 3)
+    columns = torch.tensor([1, 2, 4, 5, 7])
+    found = []
+    for block in (512, 3):
+        monkeypatch.setattr("stages.core.gram.BLOCK", block)
+        found.append(accumulate(z, y, intercept).solve(every(y), columns, start[:, columns], 1e-3))
+    for name in ("weight", "bias", "residual", "energy", "moments"):
+        one, other = (getattr(solution, name) for solution in found)
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9)
