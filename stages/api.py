@@ -13,15 +13,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.allocate.splits import split_units
-from stages.core.alignments.solve import make_alignment
-from stages.core.device import generator
-from stages.core.errors import InputError
-from stages.core.methods import Matching, Method
-from stages.core.moments import pool
-from stages.core.network import MergedNetwork, Source, Task, load_merged
-from stages.core.params import AllocateSection, first_line
-from stages.core.sources import align, make_sources
-from stages.core.sweep import Batch
+from stages.core.align.solve import make_alignment
+from stages.core.merged.network import MergedNetwork, Source, Task, load_merged
+from stages.core.recipe.methods import Matching, Method
+from stages.core.runtime.device import generator
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import AllocateSection, first_line
+from stages.core.sweep.sweep import Batch
+from stages.core.tracing.sources import align, make_sources
+from stages.core.units.moments import pool
 from stages.fit.merge import fit_network
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate as recalibrate_network

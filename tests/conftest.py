@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.core.network import Task
-from stages.core.sources import make_sources
-from stages.core.spec import Matching, full_split, permute
-from stages.core.trace import trace
+from stages.core.graph.trace import trace
+from stages.core.merged.network import Task
+from stages.core.tracing.sources import make_sources
+from stages.core.units.groups import Matching, full_split, permute
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stages import load_merged, merge
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
 
 
 class Plain(nn.Module):

@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 from test_end_to_end import ROOT, Clone
 
-from stages.core.architectures import build
-from stages.core.network import load_merged
-from stages.core.params import load_params
+from stages.core.merged.network import load_merged
+from stages.core.networks.architectures import build
+from stages.core.settings.params import load_params
 
 pytestmark = pytest.mark.slow
 SECTION = re.search(r"## Your own two networks\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]

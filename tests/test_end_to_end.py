@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.core.params import load_params
+from stages.core.settings.params import load_params
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -236,10 +236,10 @@ def test_the_readme_snippet_gives_the_network_of_the_pipeline(default):
     setup = """
 import torch
 from pathlib import Path
-from stages.core.loading import DATA, network_path
-from stages.core.checkpoints import load_network
-from stages.core.datasets import load_images, normalise
-from stages.core.params import load_params
+from stages.core.handover.loading import DATA, network_path
+from stages.core.networks.checkpoints import load_network
+from stages.core.images.load import load_images, normalise
+from stages.core.settings.params import load_params
 torch.set_num_threads(2)
 params = load_params()
 net_a, net_b = (load_network(params.active.architecture, network_path(t)) for t in params.active.tasks)
@@ -250,7 +250,7 @@ batches_a, batches_b = map(calibration, params.active.tasks.values())
 images = batches_a[0]
 """
     check = """
-from stages.core.network import load_merged as load
+from stages.core.merged.network import load_merged as load
 pipeline = load("models/recalibrate/progressive.safetensors")
 assert all(torch.equal(v, again.state_dict()[k]) for k, v in pipeline.state_dict().items())
 assert torch.equal(pipeline(images), logits)

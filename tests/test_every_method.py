@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.core.params import load_params
+from stages.core.settings.params import load_params
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

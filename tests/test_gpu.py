@@ -12,8 +12,8 @@ from families import FAMILIES, spread
 from pretend import OnGPU, pretend_gpu
 
 from stages import merge
-from stages.core.architectures import build
-from stages.core.params import load_params
+from stages.core.networks.architectures import build
+from stages.core.settings.params import load_params
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

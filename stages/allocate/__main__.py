@@ -5,12 +5,12 @@ from dataclasses import asdict
 import torch
 
 from stages.allocate.splits import split_units
-from stages.core.artifacts import read_tensors, write_csv, write_json
-from stages.core.command import command
-from stages.core.device import prepare
-from stages.core.loading import load_sources
-from stages.core.methods import load_methods
-from stages.core.params import load_params
+from stages.core.handover.loading import load_sources
+from stages.core.recipe.methods import load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.device import prepare
+from stages.core.runtime.files import read_tensors, write_csv, write_json
+from stages.core.settings.params import load_params
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ that read d_i. All numbers are integers, and cost(d) = N * base.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stages.core.cost import counted_nodes, entry_cost
-from stages.core.spec import State
-from stages.core.trace import Trace
+from stages.core.graph.trace import Trace
+from stages.core.merged.cost import counted_nodes, entry_cost
+from stages.core.units.groups import State
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 
 from stages.allocate.model import CostModel
 from stages.allocate.simple import prefix, uniform
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from stages.allocate.model import cost_model
 from stages.allocate.solve import Allocation, allocate
-from stages.core.cost import split_cost
-from stages.core.errors import InputError
-from stages.core.network import Source
-from stages.core.params import AllocateSection
-from stages.core.spec import UnitSplit
+from stages.core.merged.cost import split_cost
+from stages.core.merged.network import Source
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import AllocateSection
+from stages.core.units.groups import UnitSplit
 
 
 def split_units(

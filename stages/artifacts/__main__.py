@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from stages.core.command import command
-from stages.core.errors import InputError
-from stages.core.homes import HOMES
-from stages.core.methods import load_methods
-from stages.core.params import load_params
-from stages.core.places import file_name, kind_of
-from stages.core.profiles import Profile
+from stages.core.recipe.methods import load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.errors import InputError
+from stages.core.settings.datasets import HOMES
+from stages.core.settings.params import load_params
+from stages.core.settings.places import file_name, kind_of
+from stages.core.settings.profiles import Profile
 
 KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")

@@ -22,11 +22,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tqdm import tqdm
 
 from stages.artifacts.client import Store, Version, reason, refusal, status
-from stages.core.artifacts import replacing, sha256
-from stages.core.cache import alone, cache_folder
-from stages.core.errors import InputError
-from stages.core.params import ArtifactsSection
-from stages.core.places import split_url
+from stages.core.runtime.cache import alone, cache_folder
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import replacing, sha256
+from stages.core.settings.params import ArtifactsSection
+from stages.core.settings.places import split_url
 
 CHUNK = 1 << 16  # bytes; what a cut connection can cost at most
 PROGRESS = 1 << 20  # bytes; an attempt that brought less counts as failed

@@ -23,8 +23,8 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
-from stages.core.errors import InputError
-from stages.core.params import ArtifactsSection
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import ArtifactsSection
 
 DEADLINE = 1.5  # of artifacts.timeout: name lookup, every address and one repetition together
 

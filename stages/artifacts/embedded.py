@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.core.architectures import build
-from stages.core.artifacts import write_bytes, write_tensors
-from stages.core.device import generator
-from stages.core.errors import InputError
-from stages.core.profiles import Architecture, Data, Profile
+from stages.core.networks.architectures import build
+from stages.core.runtime.device import generator
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import write_bytes, write_tensors
+from stages.core.settings.profiles import Architecture, Data, Profile
 
 
 def materialise(profile: Profile, seed: int, files: Mapping[str, Path]) -> None:

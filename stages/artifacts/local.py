@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from stages.core.artifacts import replacing
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import replacing
 
 OWN = Path("data/own")
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from stages.core.artifacts import write_tensors, write_text
-from stages.core.command import command
-from stages.core.device import prepare
-from stages.core.params import load_params
+from stages.core.runtime.command import command
+from stages.core.runtime.device import prepare
+from stages.core.runtime.files import write_tensors, write_text
+from stages.core.settings.params import load_params
 from stages.finetune.train import COLUMNS
 from stages.finetune.workers import Job, Trained, run_all
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.core.datasets import ImageSet, normalise
-from stages.core.decoding import ahead
-from stages.core.errors import InputError
-from stages.core.profiles import Data, Finetune
+from stages.core.images.decoding import ahead
+from stages.core.images.load import ImageSet, normalise
+from stages.core.runtime.errors import InputError
+from stages.core.settings.profiles import Data, Finetune
 
 COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy")
 

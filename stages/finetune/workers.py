@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages.core.checkpoints import load_network
-from stages.core.datasets import load_images
-from stages.core.device import generator, prepare
-from stages.core.errors import InputError
-from stages.core.places import file_name
-from stages.core.profiles import Architecture, Finetune, Task
+from stages.core.images.load import load_images
+from stages.core.networks.checkpoints import load_network
+from stages.core.runtime.device import generator, prepare
+from stages.core.runtime.errors import InputError
+from stages.core.settings.places import file_name
+from stages.core.settings.profiles import Architecture, Finetune, Task
 from stages.finetune.train import train
 
 

@@ -5,13 +5,13 @@ from functools import partial
 
 import torch
 
-from stages.core.alignments.solve import make_alignment
-from stages.core.artifacts import write_csv, write_json, write_text
-from stages.core.command import command
-from stages.core.device import generator, prepare
-from stages.core.loading import load_calibration, load_pairing, load_sources, load_statistics
-from stages.core.methods import Methods, load_methods
-from stages.core.params import Params, load_params
+from stages.core.align.solve import make_alignment
+from stages.core.handover.loading import load_calibration, load_pairing, load_sources, load_statistics
+from stages.core.recipe.methods import Methods, load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.device import generator, prepare
+from stages.core.runtime.files import write_csv, write_json, write_text
+from stages.core.settings.params import Params, load_params
 from stages.fit.merge import fit_network
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.core.graph import Node
-from stages.core.sweep import Sweep
+from stages.core.graph.nodes import Node
+from stages.core.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
     from stages.fit.layerwise import Fitter

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.core.alignment import Alignment, view_states
-from stages.core.blocks import Block, Parts
-from stages.core.graph import Node
-from stages.core.network import MergedNetwork, Source
-from stages.core.spec import State
+from stages.core.align.alignment import Alignment, view_states
+from stages.core.graph.nodes import Node
+from stages.core.merged.blocks import Block, Parts
+from stages.core.merged.network import MergedNetwork, Source
+from stages.core.units.groups import State
 
 
 def average_block(

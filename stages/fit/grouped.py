@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.core.alignment import norm_scale
-from stages.core.graph import Node
-from stages.core.sweep import Sweep
+from stages.core.align.alignment import norm_scale
+from stages.core.graph.nodes import Node
+from stages.core.sweep.sweep import Sweep
 from stages.fit.average import average_vector, entry_shares
 from stages.fit.normal import check_finite, check_rows, solve_symmetric
 

@@ -11,15 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stages.core.alignment import Alignment, exclusive_norms, norm_scale
-from stages.core.blocks import Block
-from stages.core.exact import exact_entries
-from stages.core.graph import Node
-from stages.core.layers import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
-from stages.core.methods import Fit
-from stages.core.network import MergedNetwork, Source
-from stages.core.norms import install_statistics, merged_moments, moments_bytes
-from stages.core.sweep import Sweep
+from stages.core.align.alignment import Alignment, exclusive_norms, norm_scale
+from stages.core.graph.nodes import Node
+from stages.core.merged.blocks import Block
+from stages.core.merged.copies import exact_entries
+from stages.core.merged.network import MergedNetwork, Source
+from stages.core.recipe.methods import Fit
+from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes
+from stages.core.sweep.rows import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
+from stages.core.sweep.sweep import Sweep
 from stages.fit.adam import fit_adam
 from stages.fit.average import average_block, entry_shares
 from stages.fit.grouped import fit_grouped

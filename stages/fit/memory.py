@@ -6,10 +6,10 @@ summed; then the sums are solved.
 
 from typing import TYPE_CHECKING
 
-from stages.core.blocks import BlockMap
-from stages.core.gram import gram_bytes
-from stages.core.graph import Node
-from stages.core.network import MergedNetwork
+from stages.core.graph.nodes import Node
+from stages.core.merged.blocks import BlockMap
+from stages.core.merged.network import MergedNetwork
+from stages.core.sweep.gram import gram_bytes
 from stages.fit.grouped import PartEquations
 from stages.fit.normal import NormalEquations
 from stages.fit.rows import RowEquations

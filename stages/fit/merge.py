@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.core.alignment import Alignment
-from stages.core.cost import check_built, split_cost
-from stages.core.errors import InputError
-from stages.core.methods import Fit
-from stages.core.network import MergedNetwork, Source
-from stages.core.sources import align, merged_units
-from stages.core.spec import Matching, UnitSplit
-from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.align.alignment import Alignment
+from stages.core.merged.cost import check_built, split_cost
+from stages.core.merged.network import MergedNetwork, Source
+from stages.core.recipe.methods import Fit
+from stages.core.runtime.errors import InputError
+from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.tracing.sources import align, merged_units
+from stages.core.units.groups import Matching, UnitSplit
 from stages.fit.average import fill_average
 from stages.fit.layerwise import Fitter, LayerFit
 from stages.fit.regmean import RegMean

@@ -11,8 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.errors import InputError
-from stages.core.gram import BLOCK, add_gram, blocks, complete_gram, gram_bytes, restricted, restricted_rows
+from stages.core.runtime.errors import InputError
+from stages.core.sweep.gram import (
+    BLOCK,
+    add_gram,
+    blocks,
+    complete_gram,
+    gram_bytes,
+    restricted,
+    restricted_rows,
+)
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ alignment, both are those of the network as seen through it; with separate units
 import torch
 from torch import Tensor
 
-from stages.core.alignment import view_states
-from stages.core.blocks import Block
-from stages.core.gram import add_gram, complete_gram, restricted
-from stages.core.graph import Node
-from stages.core.layers import tap_columns
-from stages.core.sweep import Sweep
+from stages.core.align.alignment import view_states
+from stages.core.graph.nodes import Node
+from stages.core.merged.blocks import Block
+from stages.core.sweep.gram import add_gram, complete_gram, restricted
+from stages.core.sweep.rows import tap_columns
+from stages.core.sweep.sweep import Sweep
 from stages.fit.average import average_block
 from stages.fit.layerwise import Fitter, LayerFit, layer_of
 from stages.fit.memory import map_sizes, regmean_bytes

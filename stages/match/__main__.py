@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from stages.core.artifacts import write_csv, write_json
-from stages.core.command import command
-from stages.core.device import generator, prepare
-from stages.core.loading import load_sources, load_statistics, save_matching
-from stages.core.methods import load_methods
-from stages.core.moments import Statistics
-from stages.core.params import load_params
-from stages.core.spec import Matching, PermutationSpec, identity_matching
+from stages.core.handover.loading import load_sources, load_statistics, save_matching
+from stages.core.recipe.methods import load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.device import generator, prepare
+from stages.core.runtime.files import write_csv, write_json
+from stages.core.settings.params import load_params
+from stages.core.units.groups import Matching, PermutationSpec, identity_matching
+from stages.core.units.moments import Statistics
 from stages.match.matching import correlations, make_matching
 
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.core.moments import Statistics
-from stages.core.network import Source
-from stages.core.spec import Matching
-from stages.core.trace import Trace
+from stages.core.graph.trace import Trace
+from stages.core.merged.network import Source
+from stages.core.units.groups import Matching
+from stages.core.units.moments import Statistics
 
 
 def unit_benefits(sources: Sequence[Source], matching: Matching, statistics: Statistics) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.alignments.solve import ALIGNMENTS, make_alignment
-from stages.core.methods import Matching as Settings
-from stages.core.moments import Statistics
-from stages.core.network import Source
-from stages.core.spec import Matching, PermutationSpec, full_split, identity_matching
+from stages.core.align.solve import ALIGNMENTS, make_alignment
+from stages.core.merged.network import Source
+from stages.core.recipe.methods import Matching as Settings
+from stages.core.units.groups import Matching, PermutationSpec, full_split, identity_matching
+from stages.core.units.moments import Statistics
 from stages.match.assign import assign, assign_parts_jointly
 from stages.match.benefit import unit_benefits
 from stages.match.dual import match_dual

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.spec import (
+from stages.core.units.groups import (
     Axis,
     Inner,
     PermutationSpec,

@@ -9,13 +9,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from stages.core.artifacts import write_json
-from stages.core.command import command
-from stages.core.datasets import Batches, load_images
-from stages.core.device import prepare
-from stages.core.loading import DATA, load_sources
-from stages.core.methods import load_methods
-from stages.core.params import Params, load_params
+from stages.core.handover.loading import DATA, load_sources
+from stages.core.images.load import Batches, load_images
+from stages.core.recipe.methods import load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.device import prepare
+from stages.core.runtime.files import write_json
+from stages.core.settings.params import Params, load_params
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import evaluate
 from stages.probe.latency import relative_latency

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.core.cost import built_cost, source_cost
-from stages.core.errors import InputError
-from stages.core.network import Source, load_merged
+from stages.core.merged.cost import built_cost, source_cost
+from stages.core.merged.network import Source, load_merged
+from stages.core.runtime.errors import InputError
 from stages.probe.evaluate import Candidate, Ensemble, Merged, Oracle
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.core.network import MergedNetwork, Source
+from stages.core.merged.network import MergedNetwork, Source
 
 
 class Candidate(Protocol):

@@ -5,15 +5,15 @@ from functools import cache, partial
 
 import torch
 
-from stages.core.alignment import Alignment
-from stages.core.alignments.solve import make_alignment
-from stages.core.command import command
-from stages.core.device import prepare
-from stages.core.loading import load_calibration, load_pairing, load_sources, load_statistics
-from stages.core.methods import Methods, load_methods
-from stages.core.network import Source, load_merged
-from stages.core.params import Params, load_params
-from stages.core.sources import align
+from stages.core.align.alignment import Alignment
+from stages.core.align.solve import make_alignment
+from stages.core.handover.loading import load_calibration, load_pairing, load_sources, load_statistics
+from stages.core.merged.network import Source, load_merged
+from stages.core.recipe.methods import Methods, load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.device import prepare
+from stages.core.settings.params import Params, load_params
+from stages.core.tracing.sources import align
 from stages.recalibrate.recalibrate import recalibrate
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from stages.core.exact import exact_entries
-from stages.core.graph import Node
-from stages.core.network import MergedNetwork
-from stages.core.norms import install_statistics, merged_moments, moments_bytes
-from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.graph.nodes import Node
+from stages.core.merged.copies import exact_entries
+from stages.core.merged.network import MergedNetwork
+from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes
+from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
 
 
 class _Statistics:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from stages.core.alignment import Alignment
-from stages.core.methods import Recalibrate
-from stages.core.network import MergedNetwork, Source
-from stages.core.sweep import Batch
+from stages.core.align.alignment import Alignment
+from stages.core.merged.network import MergedNetwork, Source
+from stages.core.recipe.methods import Recalibrate
+from stages.core.sweep.sweep import Batch
 from stages.recalibrate.batchnorm import recompute_statistics
 from stages.recalibrate.repair import repair
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.core.alignment import Alignment, exclusive_norms
-from stages.core.exact import exact_entries
-from stages.core.graph import Node
-from stages.core.network import MergedNetwork, Source
-from stages.core.norms import install_statistics, merged_moments, moments_bytes, moments_of
-from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.align.alignment import Alignment, exclusive_norms
+from stages.core.graph.nodes import Node
+from stages.core.merged.copies import exact_entries
+from stages.core.merged.network import MergedNetwork, Source
+from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes, moments_of
+from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
 
 TINY = 1e-6  # of a goal's deviation: below it a unit counts as constant
 

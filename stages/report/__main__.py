@@ -5,11 +5,11 @@ Reads reports/{probe,match,allocate,fit}/; writes metrics.json, timings.json, ta
 
 from pathlib import Path
 
-from stages.core.artifacts import write_bytes, write_json, write_text
-from stages.core.command import command
-from stages.core.errors import InputError
-from stages.core.methods import load_methods
-from stages.core.params import load_params
+from stages.core.recipe.methods import load_methods
+from stages.core.runtime.command import command
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import write_bytes, write_json, write_text
+from stages.core.settings.params import load_params
 from stages.report import tables
 from stages.report.plots import pictures
 

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
-from stages.core.artifacts import read_json
-from stages.core.errors import InputError
-from stages.core.params import load_params
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import read_json
+from stages.core.settings.params import load_params
 from stages.report.tables import AVERAGE, REFERENCES, TIMINGS
 from stages.report.tables import METRICS as METRICS_FILE
 

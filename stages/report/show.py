@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from stages.core.artifacts import read_json
-from stages.core.command import command
-from stages.core.errors import InputError
+from stages.core.runtime.command import command
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import read_json
 from stages.report import tables
 
 

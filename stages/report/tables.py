@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
-from stages.core.artifacts import read_json
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import read_json
 
 Probe = dict[str, Any]
 Metrics = dict[str, dict[str, dict[str, float]]]

@@ -2,13 +2,13 @@
 
 import torch
 
-from stages.core.artifacts import write_tensors
-from stages.core.command import command
-from stages.core.device import generator, prepare
-from stages.core.loading import MOMENTS, load_calibration, load_sources
-from stages.core.moments import to_tensors
-from stages.core.params import load_params
-from stages.core.sweep import Batch
+from stages.core.handover.loading import MOMENTS, load_calibration, load_sources
+from stages.core.runtime.command import command
+from stages.core.runtime.device import generator, prepare
+from stages.core.runtime.files import write_tensors
+from stages.core.settings.params import load_params
+from stages.core.sweep.sweep import Batch
+from stages.core.units.moments import to_tensors
 from stages.statistics.moments import gather
 
 

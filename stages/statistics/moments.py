@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.gram import add_gram, complete_gram, gram_bytes
-from stages.core.graph import Node
-from stages.core.layers import unit_rows
-from stages.core.moments import PLACES, TaskMoments
-from stages.core.network import Source
-from stages.core.spec import Axis, Inner, Span
-from stages.core.sweep import Batch, Sweep, check_memory, peak_bytes
-from stages.core.trace import Trace
+from stages.core.graph.nodes import Node
+from stages.core.graph.trace import Trace
+from stages.core.merged.network import Source
+from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
+from stages.core.sweep.rows import unit_rows
+from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.units.groups import Axis, Inner, Span
+from stages.core.units.moments import PLACES, TaskMoments
 
 CHUNK = 2**22  # entries of the rows that are summed at a time
 ENDS = (

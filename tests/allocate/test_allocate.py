@@ -12,12 +12,12 @@ from stages.allocate.model import CostModel, cost_model
 from stages.allocate.simple import prefix, uniform
 from stages.allocate.solve import allocate
 from stages.allocate.splits import split_units
-from stages.core.architectures import build
-from stages.core.cost import KINDS, source_cost, split_cost
-from stages.core.errors import InputError
-from stages.core.network import Source, Task
-from stages.core.params import AllocateSection
-from stages.core.trace import trace
+from stages.core.graph.trace import trace
+from stages.core.merged.cost import KINDS, source_cost, split_cost
+from stages.core.merged.network import Source, Task
+from stages.core.networks.architectures import build
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import AllocateSection
 
 
 @pytest.fixture(scope="module")

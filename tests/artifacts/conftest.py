@@ -10,8 +10,8 @@ from loopback import KEY, Front, Store, Workspace
 from moto.server import ThreadedMotoServer
 
 from stages.artifacts import bucket
-from stages.core.errors import InputError
-from stages.core.params import ArtifactsSection
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import ArtifactsSection
 
 
 @pytest.fixture

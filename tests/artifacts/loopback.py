@@ -19,7 +19,7 @@ import boto3
 import yaml
 
 from stages.artifacts.__main__ import outputs
-from stages.core.params import load_params
+from stages.core.settings.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 1 << 16

@@ -10,7 +10,7 @@ from loopback import CHUNK, CONTENT, KEY, OTHER, digest, free_port, put_all, wai
 
 from stages.artifacts import bucket
 from stages.artifacts.bucket import materialise
-from stages.core.params import ArtifactsSection
+from stages.core.settings.params import ArtifactsSection
 
 
 class TestArrives:

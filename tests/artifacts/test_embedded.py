@@ -4,10 +4,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from stages.artifacts.embedded import enlarge, materialise
-from stages.core.artifacts import read_tensors
-from stages.core.checkpoints import load_network
-from stages.core.errors import InputError
-from stages.core.profiles import Profile
+from stages.core.networks.checkpoints import load_network
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import read_tensors
+from stages.core.settings.profiles import Profile
 
 
 def profile(suffix=".safetensors", **changes):

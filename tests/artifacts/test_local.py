@@ -9,8 +9,8 @@ import pytest
 from stages.artifacts import local
 from stages.artifacts.__main__ import outputs
 from stages.artifacts.local import materialise
-from stages.core.errors import InputError
-from stages.core.params import load_params
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import load_params
 
 HOMES_OF = {"birds.tgz": "Birds from https://birds.org"}
 IMAGES = {

@@ -7,9 +7,9 @@ import yaml
 from loopback import CONTENT, OTHER
 
 from stages.artifacts.__main__ import outputs
-from stages.core import places
-from stages.core.checkpoints import load_network
-from stages.core.params import load_params
+from stages.core.networks.checkpoints import load_network
+from stages.core.settings import places
+from stages.core.settings.params import load_params
 
 
 @pytest.mark.parametrize(

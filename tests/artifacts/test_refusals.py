@@ -13,8 +13,8 @@ from loopback import CHUNK, CONTENT, KEY, OTHER, digest, free_port
 
 from stages.artifacts import bucket
 from stages.artifacts.__main__ import outputs
-from stages.core.errors import InputError
-from stages.core.params import load_params
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import load_params
 
 
 class TestChecks:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.core.architectures import build
-from stages.core.datasets import ImageSet
-from stages.core.errors import InputError
-from stages.core.profiles import Data, Finetune
+from stages.core.images.load import ImageSet
+from stages.core.networks.architectures import build
+from stages.core.runtime.errors import InputError
+from stages.core.settings.profiles import Data, Finetune
 from stages.finetune.train import COLUMNS, augment, cycle, parameter_groups, train
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from stages.artifacts.embedded import materialise
-from stages.core.architectures import build
-from stages.core.artifacts import read_tensors, write_tensors
-from stages.core.errors import InputError
-from stages.core.params import load_params
+from stages.core.networks.architectures import build
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import read_tensors, write_tensors
+from stages.core.settings.params import load_params
 from stages.finetune import workers
 from stages.finetune.workers import Job
 

@@ -3,12 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.core.alignment import Alignment
-from stages.core.blocks import blocks_of, head_parts, parts_of
-from stages.core.layouts import Layout, Segment
-from stages.core.network import MergedNetwork
-from stages.core.sources import align
-from stages.core.spec import full_split, identity_matching
+from stages.core.align.alignment import Alignment
+from stages.core.graph.layouts import Layout, Segment
+from stages.core.merged.blocks import blocks_of, head_parts, parts_of
+from stages.core.merged.network import MergedNetwork
+from stages.core.tracing.sources import align
+from stages.core.units.groups import full_split, identity_matching
 from stages.fit.average import average_block, average_vector, fill_average
 
 

@@ -8,12 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.allocate.model import cost_model
 from stages.api import merge
-from stages.core.cost import built_cost, source_cost, split_cost
-from stages.core.methods import Fit
-from stages.core.network import MergedNetwork, load_merged
-from stages.core.spec import full_split, identity_matching
-from stages.core.sweep import Batch, Sweep, images_to_batches, peak_bytes
-from stages.core.trace import trace, verify
+from stages.core.graph.trace import trace, verify
+from stages.core.merged.cost import built_cost, source_cost, split_cost
+from stages.core.merged.network import MergedNetwork, load_merged
+from stages.core.recipe.methods import Fit
+from stages.core.sweep.sweep import Batch, Sweep, images_to_batches, peak_bytes
+from stages.core.units.groups import full_split, identity_matching
 from stages.fit.average import fill_average
 from stages.fit.layerwise import Fitter
 from stages.fit.merge import fit_network

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.core.exact import exact_entries
-from stages.core.layers import input_rows, kernel_of
-from stages.core.methods import Fit
-from stages.core.network import MergedNetwork
-from stages.core.sources import align
-from stages.core.spec import full_split, identity_matching
-from stages.core.sweep import Batch, images_to_batches
+from stages.core.merged.copies import exact_entries
+from stages.core.merged.network import MergedNetwork
+from stages.core.recipe.methods import Fit
+from stages.core.sweep.rows import input_rows, kernel_of
+from stages.core.sweep.sweep import Batch, images_to_batches
+from stages.core.tracing.sources import align
+from stages.core.units.groups import full_split, identity_matching
 from stages.fit.layerwise import Fitter
 from stages.fit.merge import fit_network
 from stages.fit.normal import NormalEquations

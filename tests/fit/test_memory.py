@@ -11,8 +11,8 @@ import json, re, sys
 from pathlib import Path
 import torch, torchvision
 from stages import merge
-from stages.core.device import prepare
-from stages.core.sweep import Sweep
+from stages.core.runtime.device import prepare
+from stages.core.sweep.sweep import Sweep
 from stages.fit import merge as fitting
 
 prepare("cpu", 1)

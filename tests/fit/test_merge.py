@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.core.cost import built_cost, source_cost, split_cost
-from stages.core.errors import InputError
-from stages.core.methods import Fit
-from stages.core.network import load_merged
-from stages.core.spec import Matching, full_split
-from stages.core.sweep import Batch
-from stages.core.trace import trace, verify
+from stages.core.graph.trace import trace, verify
+from stages.core.merged.cost import built_cost, source_cost, split_cost
+from stages.core.merged.network import load_merged
+from stages.core.recipe.methods import Fit
+from stages.core.runtime.errors import InputError
+from stages.core.sweep.sweep import Batch
+from stages.core.units.groups import Matching, full_split
 from stages.fit.merge import check_separate, fit_network
 
 AVERAGE = Fit(solver="average")

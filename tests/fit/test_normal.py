@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
 from stages.fit.normal import NormalEquations, solve_symmetric
 
 
@@ -226,7 +226,7 @@ def test_the_solution_is_the_same_whatever_is_worked_on_at_a_time(intercept, mon
     columns = torch.tensor([1, 2, 4, 5, 7])
     found = []
     for block in (512, 3):
-        monkeypatch.setattr("stages.core.gram.BLOCK", block)
+        monkeypatch.setattr("stages.core.sweep.gram.BLOCK", block)
         found.append(accumulate(z, y, intercept).solve(every(y), columns, start[:, columns], 1e-3))
     for name in ("weight", "bias", "residual", "energy", "moments"):
         one, other = (getattr(solution, name) for solution in found)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.methods import Fit, Matching
-from stages.core.network import Task
-from stages.core.sources import make_sources
-from stages.core.spec import full_split, identity_matching
-from stages.core.sweep import Batch
+from stages.core.merged.network import Task
+from stages.core.recipe.methods import Fit, Matching
+from stages.core.sweep.sweep import Batch
+from stages.core.tracing.sources import make_sources
+from stages.core.units.groups import full_split, identity_matching
 from stages.fit.merge import fit_network
 from stages.fit.regmean import regression_mean
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
 from stages.fit.normal import NormalEquations
 from stages.fit.rows import RowEquations
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from stages.core.moments import pool
-from stages.core.spec import permute
-from stages.core.sweep import images_to_batches
-from stages.core.trace import trace
+from stages.core.graph.trace import trace
+from stages.core.sweep.sweep import images_to_batches
+from stages.core.units.groups import permute
+from stages.core.units.moments import pool
 from stages.match.assign import assign, assign_jointly
 from stages.match.dual import match_dual
 from stages.statistics.moments import gather

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.api import merge
-from stages.core.artifacts import write_json
-from stages.core.errors import InputError
-from stages.core.loading import load_pairing, save_matching
-from stages.core.methods import Matching as Settings
-from stages.core.moments import pool
-from stages.core.spec import Matching, check_matching, full_split, permute, unit_order
-from stages.core.sweep import images_to_batches
-from stages.core.trace import trace
+from stages.core.graph.trace import trace
+from stages.core.handover.loading import load_pairing, save_matching
+from stages.core.recipe.methods import Matching as Settings
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import write_json
+from stages.core.sweep.sweep import images_to_batches
+from stages.core.units.groups import Matching, check_matching, full_split, permute, unit_order
+from stages.core.units.moments import pool
 from stages.match.assign import assign_parts
 from stages.match.matching import make_matching
 from stages.match.weights import STATISTICS, match_weights

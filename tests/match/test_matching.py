@@ -2,10 +2,10 @@
 
 import torch
 
-from stages.core.methods import Matching
-from stages.core.moments import pool
-from stages.core.network import Source, Task
-from stages.core.sweep import images_to_batches
+from stages.core.merged.network import Source, Task
+from stages.core.recipe.methods import Matching
+from stages.core.sweep.sweep import images_to_batches
+from stages.core.units.moments import pool
 from stages.match.matching import make_matching
 from stages.statistics.moments import gather
 

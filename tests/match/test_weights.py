@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.architectures import build
-from stages.core.spec import permute
-from stages.core.trace import trace
+from stages.core.graph.trace import trace
+from stages.core.networks.architectures import build
+from stages.core.units.groups import permute
 from stages.match.weights import STATISTICS, match_weights
 
 X = torch.zeros(1, 3, 8, 8)

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from stages.core.methods import Fit
-from stages.core.network import MergedNetwork
-from stages.core.spec import full_split, identity_matching
-from stages.core.sweep import images_to_batches
+from stages.core.merged.network import MergedNetwork
+from stages.core.recipe.methods import Fit
+from stages.core.sweep.sweep import images_to_batches
+from stages.core.units.groups import full_split, identity_matching
 from stages.fit.merge import fit_network
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import (
@@ -152,9 +152,9 @@ def test_latency_is_relative_to_one_source():
 
 def test_at_budget_two_latency_is_that_of_both_sources():
     """At most 1.25 times running both; measured on a network wide enough for its kernels to count."""
-    from stages.core.architectures import build
-    from stages.core.network import Task
-    from stages.core.sources import make_sources
+    from stages.core.merged.network import Task
+    from stages.core.networks.architectures import build
+    from stages.core.tracing.sources import make_sources
 
     networks = [build("resnet", {"depth": 8, "width": 32, "channels": 1, "classes": 10}).eval() for _ in "ab"]
     x = torch.randn(16, 1, 16, 16)
@@ -174,7 +174,7 @@ def test_no_more_test_images_than_asked_for(tmp_path, monkeypatch):
     import yaml
 
     from stages.artifacts.__main__ import main as artifacts
-    from stages.core.params import parse_params
+    from stages.core.settings.params import parse_params
     from stages.probe.__main__ import labelled
 
     monkeypatch.chdir(tmp_path)

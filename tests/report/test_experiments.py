@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
 from stages.report.__main__ import main
 from stages.report.comparison import comparisons
 from stages.report.experiments import fit_name, markdown, order, read_runs, summary, with_joint

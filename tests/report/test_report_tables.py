@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.errors import InputError
+from stages.core.runtime.errors import InputError
 from stages.report import tables
 from stages.report.__main__ import main
 from stages.report.show import shown

@@ -3,9 +3,9 @@ import torch
 from families import FAMILIES, Normed, Written, spread
 from live import Live
 
-from stages.core.architectures import build
-from stages.core.errors import InputError
-from stages.core.sweep import Batch, Sweep, images_to_batches, peak_bytes
+from stages.core.networks.architectures import build
+from stages.core.runtime.errors import InputError
+from stages.core.sweep.sweep import Batch, Sweep, images_to_batches, peak_bytes
 from stages.statistics.moments import MomentsVisitor, gather, places
 
 

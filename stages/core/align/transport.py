@@ -1,0 +1,116 @@
+"""OT Fusion (Singh and Jaggi 2020): soft or exact transport of each network's units to those of the first.
+
+Group by group in the order of the forward pass. What it costs to pair two units is the Euclidean distance of the
+weights that write them, their inputs already transported, or of their activations in front of the non-linearity.
+All units weigh alike on either side. For equal widths exact transport is an assignment.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.core.align.alignment import Alignment, GroupAlignment
+from stages.core.align.problem import Problem
+
+
+def align_transport(problem: Problem, features: str, regularisation: float) -> Alignment:
+    """features: weights or activations. regularisation: of Sinkhorn, relative to the largest cost; 0 is exact."""
+    alignment = Alignment(problem.networks, {})
+    for name, moments in problem.after.items():
+        k = moments.sizes[0]
+        views, unmerges = [torch.eye(k, dtype=torch.float64)], [torch.eye(k, dtype=torch.float64)]
+        for m in range(1, problem.networks):
+            cost = (
+                _weight_cost(problem, alignment, name, m)
+                if features == "weights"
+                else _activation_cost(problem, name, m)
+            )
+            plan = torch.from_numpy(transport(cost.cpu().numpy(), regularisation))  # (k, k_m)
+            views.append(plan / plan.sum(1, keepdim=True))
+            unmerges.append((plan / plan.sum(0)).T)
+        weights = torch.full((problem.networks, k), 1 / problem.networks, dtype=torch.float64)
+        found = GroupAlignment(tuple(views), tuple(unmerges), weights, problem.correlations(name))
+        alignment = Alignment(problem.networks, {**alignment.groups, name: found})
+    return alignment
+
+
+def _activation_cost(problem: Problem, group: str, network: int) -> Tensor:
+    moments = problem.before[group]
+    squared = -moments.block(moments.similarity("distance"), 0, network)
+    return squared.clamp(min=0).sqrt()
+
+
+def _weight_cost(problem: Problem, alignment: Alignment, group: str, network: int) -> Tensor:
+    """Distance of the weights and biases that write the group, of those layers whose inputs are known already."""
+    trace = problem.sources[0].trace
+    known = {name for name, own in trace.spec.groups.items() if own.fixed} | set(alignment.groups)
+    k, squared = problem.shared[group], torch.zeros(())
+    for node in trace.graph.nodes:
+        if not node.linear or [s.group for s in trace.layouts[node.name].segments] != [group]:
+            continue
+        inputs = trace.layouts[node.inputs[0]]
+        if {s.group for s in inputs.segments} <= known:
+            rows = []
+            for m in (0, network):
+                state = problem.sources[m].state
+                weight = state[node.parameters["weight"]].detach().double()[:k]
+                parts = [
+                    alignment.read(weight, inputs, problem.shared, m)[:, _shared(inputs, problem.shared)]
+                ]
+                if "bias" in node.parameters:
+                    parts.append(state[node.parameters["bias"]].detach().double()[:k, None])
+                rows.append(torch.cat([part.flatten(1) for part in parts], 1))
+            squared = squared + torch.cdist(*rows).square().cpu()
+    return squared.sqrt().expand(k, k)
+
+
+def _shared(layout, shared) -> Tensor:
+    """Entries of a value that hold shared units: those of separate ones have no counterpart."""
+    index, start = [], 0
+    for segment in layout.segments:
+        index.append(start + torch.arange(shared.get(segment.group, segment.size) * segment.block))
+        start += segment.size * segment.block
+    return torch.cat(index)
+
+
+def transport(cost: np.ndarray, regularisation: float = 0.0) -> np.ndarray:
+    """The plan (n, m) of least cost between n and m units that weigh 1/n and 1/m; rows and columns add up to that."""
+    from scipy.optimize import linear_sum_assignment, linprog  # here: slow to import
+    from scipy.sparse import coo_array, vstack
+
+    n, m = cost.shape
+    if regularisation > 0:
+        return _sinkhorn(cost / max(cost.max(), 1e-300), regularisation)
+    if n == m:
+        plan = np.zeros((n, n))
+        plan[linear_sum_assignment(cost)] = 1 / n
+        return plan
+    rows, columns = np.divmod(np.arange(n * m), m)
+    ones = np.ones(n * m)
+    constraints = vstack(
+        [coo_array((ones, (rows, np.arange(n * m)))), coo_array((ones, (columns, np.arange(n * m))))]
+    )
+    marginals = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    return linprog(cost.ravel(), A_eq=constraints, b_eq=marginals).x.reshape(n, m)
+
+
+def _sinkhorn(
+    cost: np.ndarray, regularisation: float, steps: int = 5000, tolerance: float = 1e-9
+) -> np.ndarray:
+    """Sinkhorn's iteration on logarithms, then rounded to the exact marginals (Altschuler et al. 2017, algorithm 2)."""
+    from scipy.special import logsumexp  # here: slow to import
+
+    n, m = cost.shape
+    K, u, v = -cost / regularisation, np.zeros(n), np.zeros(m)
+    for _ in range(steps):
+        u = -np.log(n) - logsumexp(K + v, axis=1)
+        v = -np.log(m) - logsumexp(K + u[:, None], axis=0)
+        if np.abs(np.exp(u + logsumexp(K + v, axis=1)) * n - 1).max() < tolerance:
+            break
+    plan = np.exp(K + u[:, None] + v)
+    plan *= np.minimum(1 / n / plan.sum(1), 1)[:, None]
+    plan *= np.minimum(1 / m / plan.sum(0), 1)
+    missing = np.maximum(1 / n - plan.sum(1), 0), np.maximum(1 / m - plan.sum(0), 0)
+    if missing[0].sum() > 0:
+        plan += np.outer(*missing) / missing[0].sum()
+    return plan

@@ -1,0 +1,33 @@
+"""Oxford-IIIT Pets: `images/*.jpg` and the lists `annotations/trainval.txt` and `test.txt`, 37 breeds."""
+
+from stages.core.images.archives import Archive
+from stages.core.images.formats.listing import Listing, check_present, folder_of, table, whole_number
+from stages.core.runtime.errors import InputError
+
+
+def read(archive: Archive, title: str) -> Listing:
+    """Classes in the order of the lists' class numbers, named as in the file names. Raises InputError."""
+    lists = folder_of(archive, "annotations/trainval.txt", title)
+    images = folder_of(archive, "images/", title)
+    names: dict[int, str] = {}
+    parts = []
+    for part in ("trainval", "test"):
+        source = f"{lists}annotations/{part}.txt"
+        if source not in archive:
+            raise InputError(f"{archive.path}: no {source} in it; the whole data set: {title}")
+        rows = []
+        for image, number, _, _ in table(archive, source, 4):  # name, class, species, breed of the species
+            label = whole_number(archive, source, number)
+            breed = image.rpartition("_")[0]
+            if names.setdefault(label, breed) != breed:
+                raise InputError(
+                    f"{archive.path}: {source}: class {label} is both {names[label]} and {breed}"
+                )
+            rows.append((f"{images}images/{image}.jpg", label))
+        check_present(archive, (name for name, _ in rows), source, title)
+        parts.append(rows)
+    labels = sorted(names)  # the lists count from 1
+    index = {label: position for position, label in enumerate(labels)}
+    train, test = ([(name, index[label]) for name, label in rows] for rows in parts)
+    classes = tuple(names[label] for label in labels)
+    return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))

@@ -1,0 +1,194 @@
+"""How the units of N networks lie in one merged network, and the linear maps between them.
+
+A value of the merged network holds, for each group along its unit dimension, the units in the order
+[separate of network 0 | shared | separate of network 1 | separate of network 2 | ...], so that the views of the
+first two networks are contiguous slices. A linear map has one block of rows per column set: rows of shared units
+read everything, rows of a network's separate units read that network's view only. The blocks between different
+networks' separate units do not exist.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.core.graph.layouts import Layout
+from stages.core.graph.nodes import Node
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the source networks' entries lie in a merged value.
+
+    positions: for each network, int64 (source width,): where its entry c is. owner: int64 (merged width,): the
+    network an entry belongs to, -1 for shared.
+    """
+
+    positions: tuple[Tensor, ...]
+    owner: Tensor
+
+    @property
+    def width(self) -> int:
+        return len(self.owner)
+
+    def view(self, network: int) -> Tensor:
+        """The entries one network reads, ascending."""
+        return torch.sort(self.positions[network]).values
+
+
+def parts_of(layout: Layout, shared: Mapping[str, int], networks: int) -> Parts:
+    """Parts of a value. ``shared``: k of each free group; a group that is not named is shared whole."""
+    positions: list[list[Tensor]] = [[] for _ in range(networks)]
+    owner, start = [], 0
+    for segment in layout.segments:
+        k, b = shared.get(segment.group, segment.size), segment.block
+        s = segment.size - k
+        for m in range(networks):
+            own = start + (0 if m == 0 else k * b + m * s * b) + torch.arange(s * b)
+            positions[m] += [start + s * b + torch.arange(k * b), own]
+        owner += [torch.zeros(s * b), torch.full((k * b,), -1.0)]
+        owner += [torch.full((s * b,), float(m)) for m in range(1, networks)]
+        start += (k + networks * s) * b
+    return Parts(tuple(torch.cat(p) for p in positions), torch.cat(owner).long())
+
+
+def head_parts(classes: Sequence[int]) -> Parts:
+    """Parts of the logits of separate label spaces: the networks' classes side by side."""
+    starts = torch.tensor([0, *classes]).cumsum(0)
+    positions = tuple(start + torch.arange(n) for start, n in zip(starts, classes, strict=False))
+    return Parts(positions, torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(classes)))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries ``start:stop`` of a value, all of one owner."""
+
+    owner: int
+    start: int
+    stop: int
+
+
+def pieces_of(parts: Parts) -> list[Piece]:
+    """A value cut where the owner changes."""
+    owners, counts = torch.unique_consecutive(parts.owner, return_counts=True)
+    stops = counts.cumsum(0).tolist()
+    return [
+        Piece(owner, stop - count, stop)
+        for owner, count, stop in zip(owners.tolist(), counts.tolist(), stops, strict=True)
+    ]
+
+
+def held_pieces(parts: Parts) -> list[Piece]:
+    """The pieces in which a value is held while the network runs.
+
+    Where nothing is shared, each network's entries stay apart, and the networks run as they would alone. Elsewhere
+    the value is one tensor: most rows read all of it.
+    """
+    whole = bool((parts.owner < 0).any())
+    return [Piece(-1, 0, parts.width)] if whole else pieces_of(parts)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows ``start:stop`` of a merged linear map read the input entries ``columns`` (ascending).
+
+    owner: the network of the rows, -1 for shared, None where rows of several read the same columns.
+    """
+
+    start: int
+    stop: int
+    columns: Tensor
+    owner: int | None
+
+
+def blocks_of(inputs: Parts, outputs: Parts) -> list[Block]:
+    """The blocks of a linear map, rows in the order of the merged output."""
+    everything = torch.arange(inputs.width)
+    blocks: list[Block] = []
+    for piece in pieces_of(outputs):
+        columns = everything if piece.owner < 0 else inputs.view(piece.owner)
+        previous = blocks[-1] if blocks else None
+        if previous is not None and torch.equal(previous.columns, columns):
+            blocks[-1] = Block(previous.start, piece.stop, columns, None)
+        else:
+            blocks.append(Block(piece.start, piece.stop, columns, piece.owner))
+    return blocks
+
+
+class BlockMap(nn.Module):
+    """A Linear or Conv2d with real blocks. ``weights[i]``: (rows, columns, *kernel) of block i."""
+
+    def __init__(self, node: Node, inputs: Parts, outputs: Parts, kernel: Sequence[int], bias: bool) -> None:
+        super().__init__()
+        self.node, self.inputs, self.outputs = node, inputs, outputs
+        self.blocks = blocks_of(inputs, outputs)
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.zeros(b.stop - b.start, len(b.columns), *kernel)) for b in self.blocks]
+        )
+        self.bias = nn.Parameter(torch.zeros(outputs.width)) if bias else None
+        self._slices = [_as_slice(block.columns, inputs.width) for block in self.blocks]
+        self._plan = list(self._planned())
+        for i, (block, found) in enumerate(zip(self.blocks, self._slices, strict=True)):
+            self.register_buffer(f"columns{i}", block.columns if found is None else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All rows, from a whole value."""
+        dim = 1 if self.node.operation == "conv2d" else x.dim() - 1
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            bias = None if self.bias is None else self.bias[block.start : block.stop]
+            outputs.append(self._map(self._read(x, i, dim), self.weights[i], bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
+
+    def on_pieces(self, pieces: Sequence[Tensor], owner: int | None = None) -> list[Tensor]:
+        """The same from a value in the pieces it is held in, to such pieces; ``owner``: one network's rows alone."""
+        dim = 1 if self.node.operation == "conv2d" else pieces[0].dim() - 1
+        outputs = []
+        for piece, rows in self._plan:
+            if owner not in (None, piece.owner):
+                continue
+            parts = []
+            for i, start, stop, needed in rows:
+                x = self._read(pieces[0], i, dim) if len(pieces) == 1 else _side_by_side(pieces, needed, dim)
+                first = self.blocks[i].start
+                bias = None if self.bias is None else self.bias[start:stop]
+                parts.append(self._map(x, self.weights[i][start - first : stop - first], bias))
+            outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim))
+        return outputs
+
+    def _planned(self) -> Iterator[tuple["Piece", list[tuple[int, int, int, tuple[int, ...]]]]]:
+        """For each piece of the output: (block, first row, last row + 1, pieces of the input that it reads)."""
+        held = held_pieces(self.inputs)
+        for piece in held_pieces(self.outputs):
+            rows = []
+            for i, block in enumerate(self.blocks):
+                start, stop = max(block.start, piece.start), min(block.stop, piece.stop)
+                if start < stop:
+                    read = tuple(j for j, p in enumerate(held) if bool((block.columns == p.start).any()))
+                    rows.append((i, start, stop, read))
+            yield piece, rows
+
+    def _read(self, x: Tensor, i: int, dim: int) -> Tensor:
+        found = self._slices[i]
+        if found is None:
+            return x.index_select(dim, getattr(self, f"columns{i}"))
+        return x if found == (0, x.shape[dim]) else x.narrow(dim, *found)
+
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.node.operation == "linear":
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, **self.node.attributes)
+
+
+def _side_by_side(pieces: Sequence[Tensor], needed: Sequence[int], dim: int) -> Tensor:
+    return pieces[needed[0]] if len(needed) == 1 else torch.cat([pieces[j] for j in needed], dim)
+
+
+def _as_slice(columns: Tensor, width: int) -> tuple[int, int] | None:
+    """(start, length) when the columns are contiguous."""
+    if len(columns) == 0:
+        return (0, 0)
+    start, stop = int(columns[0]), int(columns[-1]) + 1
+    return (start, stop - start) if stop - start == len(columns) else None

@@ -1,0 +1,96 @@
+"""What a merged network costs, counted two ways: from the split alone, and from the network that was built.
+
+A linear map with merged input parts i and output parts o has k_o rows that read all k_i + N s_i inputs and N s_o
+rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention) costs the same per entry of
+the merged output as of the source's. The heads of separate label spaces are outside the budget: they are there at
+any size.
+"""
+
+from collections.abc import Mapping
+
+from stages.core.graph.nodes import Node
+from stages.core.graph.trace import Trace
+from stages.core.merged.blocks import parts_of
+from stages.core.merged.network import MergedNetwork
+from stages.core.runtime.errors import InputError
+from stages.core.units.groups import State
+
+KINDS = ("macs", "parameters")
+
+
+def counted_nodes(trace: Trace, labels: str) -> list[Node]:
+    """The nodes that count towards the budget."""
+    return [
+        n
+        for n in trace.graph.nodes
+        if (n.parameters or trace.hidden_macs(n)) and not (labels == "separate" and n is trace.graph.output)
+    ]
+
+
+def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
+    """What one entry of a node's output costs beside the weight of a dense linear map, the same in every merge.
+
+    macs: of grouped convolutions and attention. parameters: biases, norms, grouped weights, lone parameters.
+    """
+    if kind == "macs" and not node.grouped:
+        return trace.hidden_macs(node)
+    roles = ["weight"] if kind == "macs" else _alone(node)
+    entries = sum(state[node.parameters[role]].numel() for role in roles) // trace.layouts[node.name].width
+    return entries * (trace.positions(node) if kind == "macs" else 1)
+
+
+def _alone(node: Node) -> list[str]:
+    """Roles of the trained parameters that have entries of their own for each unit of the output."""
+    roles = ("bias", "value") if node.linear else ("weight", "bias", "value")
+    return [role for role in roles if role in node.parameters]
+
+
+def source_cost(trace: Trace, state: State, labels: str, kind: str) -> int:
+    """Multiply-accumulates per image (of linear maps and attention), or trained parameters, of one source network."""
+    total = 0
+    for node in counted_nodes(trace, labels):
+        if node.linear:
+            times = trace.positions(node) if kind == "macs" else 1
+            total += times * state[node.parameters["weight"]].numel()
+        total += entry_cost(trace, state, node, kind) * trace.layouts[node.name].width
+    return total
+
+
+def split_cost(
+    trace: Trace, state: State, labels: str, kind: str, shared: Mapping[str, int], networks: int
+) -> int:
+    """The same for a merged network with k ``shared`` units in each group, by formula."""
+    total = 0
+    for node in counted_nodes(trace, labels):
+        outputs = parts_of(trace.layouts[node.name], shared, networks)
+        if node.linear:
+            weight = state[node.parameters["weight"]]
+            taps = weight[0, 0].numel() if weight.dim() > 2 else 1
+            inputs = parts_of(trace.layouts[node.inputs[0]], shared, networks)
+            k = int((outputs.owner < 0).sum())
+            weights = (k * inputs.width + (outputs.width - k) * weight.shape[1]) * taps
+            total += weights * (trace.positions(node) if kind == "macs" else 1)
+        total += entry_cost(trace, state, node, kind) * outputs.width
+    return total
+
+
+def built_cost(network: MergedNetwork, kind: str, heads: bool = False) -> int:
+    """The same, counted on the blocks of the network that was built. heads: count those of separate label spaces."""
+    total = 0
+    for node in counted_nodes(network.trace, "shared" if heads else network.labels):
+        if kind == "parameters":
+            module = network.map_of(node) if node.parameters else None
+            total += sum(p.numel() for p in module.parameters()) if module is not None else 0
+        elif node.fitted:
+            weights = network.map_of(node).weights
+            total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
+        else:
+            total += network.trace.hidden_macs(node) * network.parts(node.name).width
+    return total
+
+
+def check_built(network: MergedNetwork, kind: str, promised: int) -> None:
+    """Gate: the built network's counted cost is what allocation said."""
+    found = built_cost(network, kind)
+    if found != promised:
+        raise InputError(f"the built network has {found} {kind}, allocation said {promised}")

@@ -1,0 +1,105 @@
+"""Layers of a merged network that act on each unit, or on each part of the units, alone.
+
+What is no dense linear map (merged.blocks) has one entry of its parameters per unit of the merged value. Norms
+over all units are taken over each network's view, so that with everything separate every network is normalised as it
+was alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from stages.core.graph.nodes import Node
+from stages.core.graph.operations import OPERATIONS
+from stages.core.graph.trace import Trace
+from stages.core.merged.blocks import Block, Parts
+
+
+class MergedLayer(nn.Module):
+    """A norm, a grouped convolution or a lone parameter: parameters by role, as wide as the merged value."""
+
+    def __init__(self, node: Node, trace: Trace, parts: Parts) -> None:
+        super().__init__()
+        self.node, self.outputs = node, parts
+        self.attributes = dict(node.attributes)
+        if node.attributes.get("groups", 1) > 1:  # as many channels in each as in a source
+            self.attributes["groups"] *= parts.width
+            self.attributes["groups"] //= trace.layouts[node.name].width
+        for role, name in node.parameters.items():
+            shape = list(trace.parameters[name])
+            shape[trace.unit_dim(node, role)] = parts.width
+            self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: a whole merged value."""
+        return OPERATIONS[self.node.operation].run([x], dict(self.named_parameters()), self.attributes)
+
+
+class GroupedMap(MergedLayer):
+    """A grouped convolution: every part of the merged outputs reads its own part of the merged inputs.
+
+    weight: (parts * rows, columns, kh, kw). It looks like a BlockMap of one block to those who train it.
+    """
+
+    def __init__(self, node: Node, trace: Trace, inputs: Parts, outputs: Parts) -> None:
+        super().__init__(node, trace, outputs)
+        self.inputs, self.groups = inputs, self.attributes["groups"]
+        self.blocks = [Block(0, outputs.width, torch.arange(inputs.width // self.groups), None)]
+        if "bias" not in node.parameters:
+            self.bias = None
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+
+class ViewNorm(MergedLayer):
+    """Layer norm, or group norm with one group, of a merged value.
+
+    The mean and variance of an entry are those of its network's view; a shared entry is in all views and takes the
+    mean of theirs. Where nothing is separate the views are one, and where nothing is shared they are the sources'.
+    """
+
+    def __init__(self, node: Node, trace: Trace, parts: Parts) -> None:
+        super().__init__(node, trace, parts)
+        self.count = len(parts.positions)
+        whole = all(len(own) == parts.width for own in parts.positions)
+        self.spatial = node.operation == "group_norm"
+        for m, own in enumerate(parts.positions):
+            self.register_buffer(f"view{m}", None if whole else torch.sort(own).values, persistent=False)
+        share = torch.full((self.count, parts.width), 1 / self.count)
+        for m in range(self.count):
+            share[:, parts.owner == m] = 0.0
+            share[m, parts.owner == m] = 1.0
+        self.register_buffer("share", share, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.view0 is None:
+            return super().forward(x)
+        dim = 1 if self.spatial else x.dim() - 1
+        over = list(range(1, x.dim())) if self.spatial else [dim]
+        shape = [-1 if d == dim else 1 for d in range(x.dim())]
+        mean = variance = 0.0
+        for m in range(self.count):
+            share = self.share[m].view(shape)
+            var, centre = torch.var_mean(
+                x.index_select(dim, getattr(self, f"view{m}")), over, correction=0, keepdim=True
+            )
+            mean, variance = mean + share * centre, variance + share * var
+        x = (x - mean) * (variance + self.attributes["eps"]).rsqrt()
+        if "weight" in self.node.parameters:
+            x = x * self.weight.view(shape)
+        return x + self.bias.view(shape) if "bias" in self.node.parameters else x
+
+
+NORMS = ("layer_norm", "group_norm")
+
+
+def merged_layer(node: Node, trace: Trace, inputs: Parts, outputs: Parts) -> MergedLayer | None:
+    """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
+    if node.grouped:
+        return GroupedMap(node, trace, inputs, outputs)
+    if node.operation in NORMS and node.attributes.get("groups", 1) == 1:
+        return ViewNorm(node, trace, outputs)
+    if node.parameters or node.operation in NORMS:
+        return MergedLayer(node, trace, outputs)
+    return None

@@ -1,0 +1,86 @@
+"""What is kept between runs outside the workspace. All of it can be deleted at any time: it is made again.
+
+<user's cache>/pleas-merging/hashes     SHA-256 of files of the workspace, by path, size and time
+                            /unpacked   tar files without their gzip
+                            /decoded    images as arrays (stages.core.images.kept)
+                            /<bucket>   downloads (stages.artifacts.bucket)
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import replacing, write_text
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`pleas-merging` in the user's cache folder; the variable XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pleas-merging"
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[Path]:
+    """Hold ``folder`` against other processes; the lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: another process is filling it; waiting", folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield folder
+
+
+def identity(path: Path) -> str:
+    """SHA-256 of a file's content, computed once for each version of the file."""
+    found = path.stat()
+    seen = f"{path.resolve()}\n{found.st_ino}\n{found.st_size}\n{found.st_mtime_ns}"
+    note = cache_folder() / "hashes" / hashlib.sha256(seen.encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        if len(known := note.read_text()) == 64:
+            return known
+    digest = _sha256(path)
+    with contextlib.suppress(OSError, InputError):  # a cache that cannot be written costs time only
+        write_text(note, digest)
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {path.name}", delay=3, leave=False)
+    with bar, open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def kept_file(name: str, write: Callable[[Path], None]) -> Path:
+    """The file ``unpacked/<name>`` of the cache, made by ``write`` (into the path it is given) if it is not there.
+
+    Raises InputError when the cache folder cannot be written or its disk is full.
+    """
+    path = cache_folder() / "unpacked" / name
+    try:
+        with alone(path.with_name(f"{name}.making")):
+            if not path.is_file():
+                with replacing(path) as temporary:
+                    write(temporary)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise InputError(
+            f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+        ) from error
+    return path

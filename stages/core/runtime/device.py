@@ -1,0 +1,57 @@
+"""Device, threads and random numbers: fixed by parameters, so that a second run gives the same bytes."""
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+
+from stages.core.runtime.errors import InputError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def prepare(device: str, threads: int) -> torch.device:
+    """Pin the thread count, ask for deterministic kernels and return the device.
+
+    ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N. Raises InputError when it is not there.
+    """
+    return_freed_memory()
+    torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device: found {device!r}; allowed here: auto, cpu" + _cuda_names())
+        # Not on the CPU, where kernels are deterministic at a fixed thread count and the switch costs a second.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return chosen
+
+
+@cache
+def return_freed_memory() -> None:
+    """Have glibc give every freed tensor of some size back to the system, for the rest of the process.
+
+    Left alone it learns from the first large tensors it frees to keep those below 32 MiB for others like them. At 224
+    pixels the first layers leave hundreds of MiB so, which what the last layers need does not fit into. Other C
+    libraries have no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 4 * 2**20)
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """A CPU generator whose stream depends on every number in ``seeds``, in order."""
+    seed = 0
+    for part in seeds:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(seed)
+
+
+def _cuda_names() -> str:
+    return "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))

@@ -1,0 +1,180 @@
+"""params.yaml as checked, typed values. Every key is known, every value has its type; anything else is one line."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from stages.core.runtime.errors import InputError
+from stages.core.settings.profiles import Count, Name, NonNegative, Place, Positive, Profile, Section
+
+PROFILE_FILES = ("params.yaml", "published.yaml")
+Spending = Literal["measured", "uniform", "prefix"]
+
+
+class ArtifactsSection(Section):
+    """The artifact bucket; ``cache`` null means the user's cache folder."""
+
+    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    prefix: str = ""
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    anonymous: bool = True
+    cache: str | None = None
+    timeout: Positive = 5.0  # seconds without an answer
+    sha256: dict[Place, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}  # noqa: RUF012 (pydantic copies it)
+
+
+class FinetuneSection(Section):
+    workers: Count = 2  # networks trained side by side, one thread each
+    mixed_precision: Literal["auto"] | bool = "auto"
+
+    def mixed_precision_on(self, device: str) -> bool:
+        """Whether to compute in bfloat16 on a device of this type: ``auto`` says on a GPU."""
+        return device != "cpu" if self.mixed_precision == "auto" else bool(self.mixed_precision)
+
+
+class StatisticsSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    memory: Positive | None = None  # GiB; null: what the machine has free
+
+
+class AllocateSection(Section):
+    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix)."""
+
+    by: Spending = "measured"
+    cost: Literal["macs", "parameters"] = "macs"
+    levels: Annotated[int, Field(ge=2, le=64)] = 8  # of each group, on the solver's grid
+    nodes: Count = 2000  # of the solver's search tree; a limit in time would not give the same answer twice
+
+
+class FitSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    ridge: NonNegative = 1e-3
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
+
+
+class RecalibrateSection(Section):
+    images: Count
+    batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
+
+
+class ProbeSection(Section):
+    batch_size: Count = 250
+    test_images: Count | None = None  # per task; None: all
+    linear_images: Count = 1000  # labelled images per task for the linear probes
+    penalty: Positive = 1e-2
+    latency_batch: Count = 32
+    latency_repeats: Count = 15
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: Name
+    profiles_from: Literal["params.yaml", "published.yaml"] = "params.yaml"
+    source: Literal["embedded", "s3", "local"]
+    budget: Annotated[float, Field(allow_inf_nan=False)]
+    seed: Annotated[int, Field(ge=0)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    threads: Count
+    artifacts: ArtifactsSection
+    finetune: FinetuneSection
+    statistics: StatisticsSection
+    match: dict[
+        Name, dict[str, Any]
+    ]  # checked by stages.core.recipe.methods, so that a new way retrains no network
+    allocate: AllocateSection
+    fit: FitSection
+    recalibrate: RecalibrateSection
+    probe: ProbeSection
+    methods: dict[Name, dict[str, Any]]
+    full: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    profiles: dict[Name, Profile]
+
+    @property
+    def active(self) -> Profile:
+        return self.profiles[self.profile]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Params":
+        if self.profile not in self.profiles:
+            raise ValueError(f"profile: found {self.profile!r}; allowed: {', '.join(self.profiles)}")
+        most = len(self.active.tasks)
+        if not 1.0 <= self.budget <= most:
+            raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
+        return self
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises InputError in one line: the key, what was found and what is allowed.
+    """
+    found = _read(Path(path))
+    other = found.get("profiles_from") if isinstance(found, dict) else None
+    if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
+        found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
+    return parse_params(found, str(path))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; run from the top folder of the project") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not a YAML file ({error})") from error
+
+
+def parse_params(found: Any, path: str = "params.yaml") -> Params:
+    """Check an already read mapping (what ``load_params`` does after reading)."""
+    if (
+        isinstance(found, dict)
+        and isinstance(found.get("budget"), int)
+        and not isinstance(found["budget"], bool)
+    ):
+        found = {**found, "budget": float(found["budget"])}
+    try:
+        return Params.model_validate(found)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_line(error)}") from error
+
+
+def first_line(error: ValidationError, section: type[Section] = Params, name: str = "") -> str:
+    """One line: the key (below ``name``), what was found and what is allowed."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in (name, *first["loc"]) if part != "")
+    kind = first["type"]
+    if kind == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{where}: {message}" if where else message
+    if kind == "missing":
+        return f"{where}: not there; allowed: a value for it"
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key; allowed: {', '.join(_siblings(section, first['loc']))}"
+    allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    value = first["input"]
+    found = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
+    return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
+
+
+def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """Names of the keys allowed beside the unknown key at ``location``."""
+    annotation: Any = section
+    for part in location[:-1]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[part].annotation
+        else:  # dict[Name, Section]: the part is a name of the user's choice
+            annotation = annotation.__args__[-1]
+    return list(annotation.model_fields)

@@ -1,0 +1,48 @@
+"""Means and variances over a whole data set, and batch norms that are given them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stages.core.graph.nodes import Node
+from stages.core.merged.network import MergedNetwork
+from stages.core.sweep.sweep import Sweep
+
+
+def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int | None = None) -> Tensor:
+    """Mean and variance of each entry along ``dim``, tasks weighing alike: float64 (2, width).
+
+    value: a batch's index -> its values. task: only that task's images.
+    """
+    count, total, squares, shift = 0.0, 0.0, 0.0, None
+    for index, batch in enumerate(sweep.batches):
+        if task not in (None, batch.task):
+            continue
+        weight = sweep.weights[batch.task]
+        x = value(index)
+        dims = [other for other in range(x.dim()) if other != dim]
+        shift = x.mean(dims, keepdim=True, dtype=torch.float64) if shift is None else shift
+        x = x - shift  # in float64
+        count += weight * x.numel() / x.shape[dim]
+        total = total + weight * x.sum(dims)
+        squares = squares + weight * x.square_().sum(dims)
+    mean = total / count
+    return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
+
+
+def merged_moments(norm: Node, sweep: Sweep) -> Tensor:
+    """Mean and variance of what the merged network's batch norm reads: float64 (2, merged width)."""
+    return moments_of(sweep, lambda index: sweep.of_merged(norm.inputs[0], index), 1)
+
+
+def moments_bytes(network: MergedNetwork, norm: Node, batch: int) -> int:
+    """Memory of what ``merged_moments`` works with, for batches of so many images."""
+    return 16 * batch * max(network.entries(name) for name in (norm.inputs[0], norm.name))
+
+
+def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) -> None:
+    """Set the running mean and variance of some entries of a batch norm."""
+    mean, variance = moments.to(bn.running_mean.dtype)
+    bn.running_mean[entries] = mean[entries]
+    bn.running_var[entries] = variance[entries]

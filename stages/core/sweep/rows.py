@@ -1,0 +1,73 @@
+"""Linear and Conv2d seen as one thing: a matrix W that maps rows of d_in entries to rows of d_out entries.
+
+- Linear: x (n, ..., c) -> rows (n * ..., c); W is the weight, (d_out, c).
+- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per place the kernel is put (im2col);
+  W is the weight (d_out, c, kh, kw) flattened from dimension 1. Entry ``channel * kh * kw + offset`` of a row
+  belongs to ``channel``, so the columns that a channel owns are ``taps`` entries side by side.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.core.graph.nodes import Node
+
+
+def input_rows(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """x: one batch of the layer's input; kernel: (kh, kw), () for Linear. Returns (rows, d_in)."""
+    if node.operation == "linear":
+        return x.reshape(-1, x.shape[-1])
+    a = node.attributes
+    padding = _explicit_padding(a["padding"], kernel, a["dilation"])
+    if any(padding):
+        x = F.pad(x, padding)
+    if tuple(kernel) == (1, 1):
+        x = x[:, :, :: a["stride"][0], :: a["stride"][1]]
+        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    patches = F.unfold(x, tuple(kernel), dilation=a["dilation"], stride=a["stride"])  # (n, d_in, positions)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def output_rows(node: Node, y: Tensor) -> Tensor:
+    """y: one batch of the layer's output. Returns (rows, d_out), in the order of ``input_rows``."""
+    if node.operation == "linear":
+        return y.reshape(-1, y.shape[-1])
+    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+
+
+def unit_rows(y: Tensor, dim: int, block: int = 1) -> Tensor:
+    """Any value with its units on ``dim``, each ``block`` entries wide, as (rows, units)."""
+    y = y.movedim(dim, -1)
+    y = y.reshape(-1, y.shape[-1])
+    if block > 1:
+        y = y.reshape(len(y), -1, block).transpose(1, 2).reshape(-1, y.shape[1] // block)
+    return y
+
+
+def weight_matrix(weight: Tensor) -> Tensor:
+    """A layer's weight as W, (d_out, d_in)."""
+    return weight.flatten(1)
+
+
+def kernel_of(weight: Tensor) -> tuple[int, ...]:
+    """(kh, kw) of a convolution's weight, () of a Linear's."""
+    return tuple(weight.shape[2:])
+
+
+def tap_columns(channels: Tensor, taps: int) -> Tensor:
+    """Columns of W that belong to the given input channels: int64 (len(channels) * taps,)."""
+    return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).reshape(-1)
+
+
+def _explicit_padding(
+    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Padding as F.pad wants it: left, right, top, bottom."""
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    if padding == "same":  # torch puts the odd one behind
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+    return [padding[1], padding[1], padding[0], padding[0]]
