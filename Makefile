@@ -21,10 +21,10 @@ lint: $(VENV)/installed
 lock: $(VENV)/installed
 	python -m pytest tests/test_pipeline.py -k lock
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-test.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
 	@touch $@
 
 clean:

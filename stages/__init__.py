@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stages.api import load_merged, merge
+    from stages.api import merge
+    from stages.core.merged.file import load_merged
 
 __all__ = ["load_merged", "merge"]
 

@@ -13,14 +13,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.allocate.splits import split_units
+from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
-from stages.core.merged.network import MergedNetwork, Source, Task, load_merged
-from stages.core.recipe.methods import Matching, Method
+from stages.core.graph.source import Source, Task
+from stages.core.merged.file import load_merged
+from stages.core.merged.network import MergedNetwork
+from stages.core.recipe.methods import MatchSettings, Method
+from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError
-from stages.core.settings.params import AllocateSection, first_line
-from stages.core.sweep.sweep import Batch
-from stages.core.tracing.sources import align, make_sources
+from stages.core.settings.params import first_line
+from stages.core.sweep.batches import Batch
+from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
 from stages.fit.merge import fit_network
 from stages.match.matching import make_matching
@@ -65,7 +69,10 @@ def merge(
         )
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    settings, spending = _checked(Matching, "match", match), _checked(AllocateSection, "allocate", allocate)
+    settings, spending = (
+        _checked(MatchSettings, "match", match),
+        _checked(AllocateSection, "allocate", allocate),
+    )
     method = _checked(Method, "", {"match": "given", "fit": dict(fit), "recalibrate": recalibrate})
     found = _batches(networks, batches)
     sources, labels = _sources(networks, found, labels, classes)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.core.graph.trace import trace
-from stages.core.merged.network import Task
+from stages.core.graph.source import Task
 from stages.core.tracing.sources import make_sources
-from stages.core.units.groups import Matching, full_split, permute
+from stages.core.tracing.trace import trace
+from stages.core.units.groups import permute
+from stages.core.units.matching import Matching, full_split
 
 
 @pytest.fixture(autouse=True, scope="session")

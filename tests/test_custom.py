@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from test_end_to_end import ROOT, Clone
 
-from stages.core.merged.network import load_merged
+from stages.core.merged.file import load_merged
 from stages.core.networks.architectures import build
 from stages.core.settings.params import load_params
 

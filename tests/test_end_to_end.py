@@ -236,9 +236,11 @@ def test_the_readme_snippet_gives_the_network_of_the_pipeline(default):
     setup = """
 import torch
 from pathlib import Path
-from stages.core.handover.loading import DATA, network_path
+from stages.core.settings.places import DATA
+from stages.core.handover.networks import network_path
 from stages.core.networks.checkpoints import load_network
-from stages.core.images.load import load_images, normalise
+from stages.core.images.load import load_images
+from stages.core.images.batches import normalise
 from stages.core.settings.params import load_params
 torch.set_num_threads(2)
 params = load_params()
@@ -250,7 +252,7 @@ batches_a, batches_b = map(calibration, params.active.tasks.values())
 images = batches_a[0]
 """
     check = """
-from stages.core.merged.network import load_merged as load
+from stages.core.merged.file import load_merged as load
 pipeline = load("models/recalibrate/progressive.safetensors")
 assert all(torch.equal(v, again.state_dict()[k]) for k, v in pipeline.state_dict().items())
 assert torch.equal(pipeline(images), logits)

@@ -5,8 +5,8 @@ from dataclasses import asdict
 import torch
 
 from stages.allocate.splits import split_units
-from stages.core.handover.loading import load_sources
-from stages.core.recipe.methods import load_methods
+from stages.core.handover.networks import load_sources
+from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
 from stages.core.runtime.files import read_tensors, write_csv, write_json
@@ -16,11 +16,12 @@ from stages.core.settings.params import load_params
 def main() -> None:
     params = load_params()
     prepare("cpu", params.threads)
+    recipe = load_recipe(params)
     sources = load_sources(params, torch.device("cpu"))
-    for name, matching in load_methods(params).matchings.items():
+    for name, matching in recipe.matchings.items():
         tensors, _ = read_tensors(f"models/match/{name}.safetensors")
         benefits = {group: tensors[f"benefit/{group}"] for group in sources[0].trace.spec.free}
-        settings = params.allocate.model_copy(update={"by": matching.allocate or params.allocate.by})
+        settings = recipe.allocate.model_copy(update={"by": matching.allocate or recipe.allocate.by})
         splits, found, base = split_units(
             sources[0], benefits, params.budget, len(sources), params.active.labels, settings
         )

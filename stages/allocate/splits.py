@@ -7,11 +7,11 @@ from torch import Tensor
 
 from stages.allocate.model import cost_model
 from stages.allocate.solve import Allocation, allocate
+from stages.core.graph.source import Source
 from stages.core.merged.cost import split_cost
-from stages.core.merged.network import Source
+from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.errors import InputError
-from stages.core.settings.params import AllocateSection
-from stages.core.units.groups import UnitSplit
+from stages.core.units.matching import UnitSplit
 
 
 def split_units(

@@ -2,21 +2,20 @@
 
 from pathlib import Path
 
-from stages.core.recipe.methods import load_methods
+from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.settings.datasets import HOMES
 from stages.core.settings.params import load_params
-from stages.core.settings.places import file_name, kind_of
+from stages.core.settings.places import DATA, MODELS, file_name, kind_of
 from stages.core.settings.profiles import Profile
 
 KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
-MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")
 
 
 def main() -> None:
     params = load_params()
-    load_methods(params)  # a mistake in a row is said now, not after the training
+    load_recipe(params)  # a mistake in a row is said now, not after the training
     profile, files = params.active, outputs(params.active)
     clear(keep=set(files.values()))
     homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}

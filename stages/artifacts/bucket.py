@@ -28,7 +28,7 @@ from stages.core.runtime.files import replacing, sha256
 from stages.core.settings.params import ArtifactsSection
 from stages.core.settings.places import split_url
 
-CHUNK = 1 << 16  # bytes; what a cut connection can cost at most
+BYTES_AT_A_TIME = 1 << 16  # bytes; what a cut connection can cost at most
 PROGRESS = 1 << 20  # bytes; an attempt that brought less counts as failed
 ATTEMPTS = 4  # failed in a row
 PAUSE = 0.2  # seconds after the first of them, then twice as long each time
@@ -185,7 +185,7 @@ class Bucket:
             _empty(target)
             bar.reset()
         with contextlib.closing(answer["Body"]) as body:
-            while chunk := body.read(CHUNK):
+            while chunk := body.read(BYTES_AT_A_TIME):
                 target.write(chunk)
                 target.flush()  # a killed process loses nothing that had arrived
                 bar.update(len(chunk))

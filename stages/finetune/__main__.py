@@ -1,13 +1,19 @@
 """Finetune the source networks of the active profile: models/artifacts -> models/finetune."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from stages.core.graph.source import Task
+from stages.core.handover.networks import description, save_network
+from stages.core.images.load import load_images
+from stages.core.networks.checkpoints import load_network
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
-from stages.core.runtime.files import write_tensors, write_text
-from stages.core.settings.params import load_params
+from stages.core.runtime.files import write_text
+from stages.core.settings.params import Params, load_params
+from stages.core.settings.places import DATA, MODELS, file_name
+from stages.core.tracing.sources import make_sources
 from stages.finetune.train import COLUMNS
 from stages.finetune.workers import Job, Trained, run_all
 
@@ -15,6 +21,7 @@ from stages.finetune.workers import Job, Trained, run_all
 def main() -> None:
     params = load_params()
     device = prepare(params.device, params.threads)
+    about = given(params)  # first, so that what cannot be merged is not trained
     jobs = [
         Job(
             name=name,
@@ -22,20 +29,32 @@ def main() -> None:
             task=task,
             settings=params.active.finetune,
             seeds=(params.seed, position),
-            artifacts=(Path("data/artifacts"), Path("models/artifacts")),
+            artifacts=(DATA, MODELS),
             device=str(device),
             mixed_precision=params.finetune.mixed_precision_on(device.type),
         )
         for position, (name, task) in enumerate(params.active.tasks.items())
     ]
     for trained in run_all(jobs, params.finetune.workers):
-        write(trained)
+        write(trained, about[trained.name])
 
 
-def write(trained: Trained) -> None:
+def given(params: Params) -> dict[str, dict[str, Any]]:
+    """What is to be known of each network as it comes: traced, verified and compared, with the names of its classes."""
+    profile = params.active
+    networks, tasks = [], []
+    for name, task in profile.tasks.items():
+        networks.append(load_network(profile.architecture_of(name), MODELS / file_name(task.checkpoint)))
+        tasks.append(Task(name, load_images(task.data, "calibration", DATA, limit=1).classes))
+    first = next(iter(profile.tasks.values())).data
+    example = torch.zeros(2, first.channels, first.size, first.size)
+    return {s.task.name: description(s) for s in make_sources(networks, tasks, example, profile.labels)}
+
+
+def write(trained: Trained, about: dict[str, Any]) -> None:
     """The network, and its rows as CSV: only the header where there was nothing to train."""
     tensors = {name: torch.from_numpy(array) for name, array in trained.state.items()}
-    write_tensors(f"models/finetune/{trained.name}.safetensors", tensors)
+    save_network(trained.name, tensors, about)
     lines = [",".join(COLUMNS), *(",".join(str(row[name]) for name in COLUMNS) for row in trained.rows)]
     write_text(f"reports/finetune/{trained.name}.csv", "\n".join(lines) + "\n")
 

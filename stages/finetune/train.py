@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.core.images.batches import normalise
 from stages.core.images.decoding import ahead
-from stages.core.images.load import ImageSet, normalise
+from stages.core.images.load import ImageSet
 from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Data, Finetune
 

@@ -22,7 +22,7 @@ from stages.core.networks.checkpoints import load_network
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.errors import InputError
 from stages.core.settings.places import file_name
-from stages.core.settings.profiles import Architecture, Finetune, Task
+from stages.core.settings.profiles import Architecture, Finetune, TaskSettings
 from stages.finetune.train import train
 
 
@@ -32,7 +32,7 @@ class Job:
 
     name: str
     architecture: Architecture
-    task: Task
+    task: TaskSettings
     settings: Finetune
     seeds: tuple[int, ...]
     artifacts: tuple[Path, Path]  # roots of the data and of the checkpoints

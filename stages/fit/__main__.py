@@ -6,8 +6,11 @@ from functools import partial
 import torch
 
 from stages.core.align.solve import make_alignment
-from stages.core.handover.loading import load_calibration, load_pairing, load_sources, load_statistics
-from stages.core.recipe.methods import Methods, load_methods
+from stages.core.handover.calibration import load_calibration
+from stages.core.handover.networks import load_sources
+from stages.core.handover.pairing import load_pairing
+from stages.core.handover.statistics import load_statistics
+from stages.core.recipe.recipe import Recipe, load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json, write_text
@@ -17,8 +20,8 @@ from stages.fit.merge import fit_network
 
 def main(name: str) -> None:
     params = load_params()
-    methods, section = load_methods(params), params.fit
-    method, settings = methods.method(name), methods.matching_of(name)
+    recipe = load_recipe(params)
+    section, method, settings = recipe.fit, recipe.method(name), recipe.matching_of(name)
     device = prepare(params.device, params.threads)
     matching, splits, reached = load_pairing(method.match)
     sources = load_sources(params, device)
@@ -39,7 +42,7 @@ def main(name: str) -> None:
         storage=getattr(torch, section.storage),
         memory=section.memory,
         generator=generator(params.seed),
-        about=description(params, methods, name, reached),
+        about=description(params, recipe, name, reached),
         progress=f"fit {name}",
     )
     seconds = time.perf_counter() - start
@@ -54,7 +57,7 @@ def main(name: str) -> None:
         write_text(f"reports/fit/{name}.csv", "layer,residual\n")
 
 
-def description(params: Params, methods: Methods, name: str, reached: float) -> dict:
+def description(params: Params, recipe: Recipe, name: str, reached: float) -> dict:
     """What a merged file says about itself."""
     data = {task: own.data for task, own in params.active.tasks.items()}
     return {
@@ -66,11 +69,11 @@ def description(params: Params, methods: Methods, name: str, reached: float) -> 
         },
         "method": {
             "name": name,
-            **methods.method(name).model_dump(),
-            "matching": methods.matching_of(name).model_dump(),
-            "settings": params.fit.model_dump(),
+            **recipe.method(name).model_dump(),
+            "matching": recipe.matching_of(name).model_dump(),
+            "settings": recipe.fit.model_dump(),
         },
-        "budget": {"asked": params.budget, "reached": reached, "counted": params.allocate.cost},
+        "budget": {"asked": params.budget, "reached": reached, "counted": recipe.allocate.cost},
         "seed": params.seed,
     }
 

@@ -13,13 +13,19 @@ from torch import Tensor
 
 from stages.core.align.alignment import Alignment, view_states
 from stages.core.graph.nodes import Node
-from stages.core.merged.blocks import Block, Parts
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.graph.source import Source
+from stages.core.merged.arrangement import Arrangement
+from stages.core.merged.blocks import Block
+from stages.core.merged.network import MergedNetwork
 from stages.core.units.groups import State
 
 
 def average_block(
-    weights: Sequence[Tensor], block: Block, inputs: Parts, outputs: Parts, shares: Sequence[Tensor]
+    weights: Sequence[Tensor],
+    block: Block,
+    inputs: Arrangement,
+    outputs: Arrangement,
+    shares: Sequence[Tensor],
 ) -> Tensor:
     """weights: each source's (d_out, c_in, ...) in merged units; shares: what each counts for, (d_out,).
 
@@ -36,7 +42,9 @@ def average_block(
     return result
 
 
-def average_vector(vectors: Sequence[Tensor], parts: Parts, shares: Sequence[Tensor], dim: int = 0) -> Tensor:
+def average_vector(
+    vectors: Sequence[Tensor], parts: Arrangement, shares: Sequence[Tensor], dim: int = 0
+) -> Tensor:
     """Biases and other parameters with one entry per unit on ``dim``; shares: what each network counts for, (d,).
 
     Returns the same shape with the merged width on ``dim``.
@@ -67,7 +75,7 @@ def fill_average(
         if node.linear:
             _fill_linear(network, node, states, alignment)
         elif node.parameters:
-            module, parts = network.map_of(node), network.parts(node.name)
+            module, parts = network.map_of(node), network.arrangement(node.name)
             example = states[0][next(iter(node.parameters.values()))]
             shares = entry_shares(network, alignment, node.name, example)
             for role, name in node.parameters.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.core.align.alignment import norm_scale
+from stages.core.graph.folding import norm_scale
 from stages.core.graph.nodes import Node
 from stages.core.sweep.sweep import Sweep
 from stages.fit.average import average_vector, entry_shares
@@ -116,4 +116,4 @@ def _start(fitter: "Fitter", node: Node) -> Tensor:
         weight = source.state[node.parameters["weight"]]
         scaled.append(weight * norm_scale(norm, source.state).view(-1, *[1] * (weight.dim() - 1)))
     shares = entry_shares(fitter.network, fitter.alignment, node.name, scaled[0])
-    return average_vector(scaled, fitter.network.parts(node.name), shares)
+    return average_vector(scaled, fitter.network.arrangement(node.name), shares)

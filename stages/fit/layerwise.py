@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stages.core.align.alignment import Alignment, exclusive_norms, norm_scale
+from stages.core.align.alignment import Alignment
+from stages.core.graph.folding import exclusive_norms, norm_scale
 from stages.core.graph.nodes import Node
+from stages.core.graph.source import Source
 from stages.core.merged.blocks import Block
 from stages.core.merged.copies import exact_entries
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
 from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes
 from stages.core.sweep.rows import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
@@ -245,7 +247,7 @@ class Fitter:
 
         Where the owner has no part in a merged unit, its value is that of the others.
         """
-        layout, parts = self.network.trace.layouts[name], self.network.parts(name)
+        layout, parts = self.network.trace.layouts[name], self.network.arrangement(name)
         values = [
             self.alignment.view(value, layout, layout.dim, self.network.shared, m)
             for m, value in enumerate(values)

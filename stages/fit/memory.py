@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.fit.layerwise import Fitter
     from stages.fit.regmean import RegMean
 
-CHUNK = 2**24  # entries of one im2col matrix, unless a single image has more
+ROW_ENTRIES = 2**24  # entries of one im2col matrix, unless a single image has more
 
 
 def visit_bytes(fitter: "Fitter", node: Node, images: int, batch: int) -> int:
@@ -76,7 +76,7 @@ def few_rows(network: MergedNetwork, node: Node, images: int) -> int | None:
 
 def images_by_row(network: MergedNetwork, node: Node) -> int:
     """How many images are made into rows of inputs at a time."""
-    return max(1, CHUNK // _row_entries(network, node))
+    return max(1, ROW_ENTRIES // _row_entries(network, node))
 
 
 def _row_entries(network: MergedNetwork, node: Node) -> int:

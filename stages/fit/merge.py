@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from stages.core.align.alignment import Alignment
+from stages.core.align.order import align, merged_units
+from stages.core.graph.source import Source
 from stages.core.merged.cost import check_built, split_cost
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.errors import InputError
-from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
-from stages.core.tracing.sources import align, merged_units
-from stages.core.units.groups import Matching, UnitSplit
+from stages.core.sweep.batches import Batch
+from stages.core.sweep.memory import check_memory, peak_bytes
+from stages.core.sweep.sweep import Sweep
+from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
 from stages.fit.layerwise import Fitter, LayerFit
 from stages.fit.regmean import RegMean
@@ -77,7 +80,7 @@ def check_separate(network: MergedNetwork, aligned: Sequence[Source], images: Te
         return
     merged = network.features(images)
     name = network.head.inputs[0]
-    for source, positions in zip(aligned, network.parts(name).positions, strict=True):
+    for source, positions in zip(aligned, network.arrangement(name).positions, strict=True):
         expected = source.features(images)
         found = merged.index_select(network.trace.layouts[name].dim, positions.to(merged.device))
         tolerance = 1e-4 if expected.dtype == torch.float32 else 1e-9

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
-from stages.core.handover.loading import load_sources, load_statistics, save_matching
-from stages.core.recipe.methods import load_methods
+from stages.core.handover.networks import load_sources
+from stages.core.handover.pairing import save_matching
+from stages.core.handover.statistics import load_statistics
+from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json
 from stages.core.settings.params import load_params
-from stages.core.units.groups import Matching, PermutationSpec, identity_matching
+from stages.core.units.groups import PermutationSpec
+from stages.core.units.matching import Matching, identity_matching
 from stages.core.units.moments import Statistics
 from stages.match.matching import correlations, make_matching
 
@@ -21,7 +24,7 @@ def main() -> None:
     params = load_params()
     prepare("cpu", params.threads)
     sources = load_sources(params, torch.device("cpu"))
-    for name, settings in load_methods(params).matchings.items():
+    for name, settings in load_recipe(params).matchings.items():
         statistics, start = load_statistics(params, settings.data), time.perf_counter()
         matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
         seconds = time.perf_counter() - start

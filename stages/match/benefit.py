@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
-from stages.core.merged.network import Source
-from stages.core.units.groups import Matching
+from stages.core.units.matching import Matching
 from stages.core.units.moments import Statistics
 
 

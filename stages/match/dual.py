@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stages.core.units.groups import Inner, PermutationSpec, State, inside_order
+from stages.core.units.groups import Inner, PermutationSpec, State
+from stages.core.units.matching import inside_order
 from stages.match.assign import assign_parts, assign_parts_jointly
 from stages.match.weights import WeightProblem
 

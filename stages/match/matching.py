@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from stages.core.align.solve import ALIGNMENTS, make_alignment
-from stages.core.merged.network import Source
-from stages.core.recipe.methods import Matching as Settings
-from stages.core.units.groups import Matching, PermutationSpec, full_split, identity_matching
+from stages.core.graph.source import Source
+from stages.core.recipe.methods import MatchSettings
+from stages.core.units.groups import PermutationSpec
+from stages.core.units.matching import Matching, full_split, identity_matching
 from stages.core.units.moments import Statistics
 from stages.match.assign import assign, assign_parts_jointly
 from stages.match.benefit import unit_benefits
@@ -18,17 +19,17 @@ from stages.match.weights import match_weights
 
 
 @dataclass(frozen=True)
-class Task:
+class Given:
     """What a way of matching has to go by."""
 
     sources: Sequence[Source]
-    settings: Settings
+    settings: MatchSettings
     statistics: Statistics
     generator: torch.Generator
 
 
 def make_matching(
-    sources: Sequence[Source], settings: Settings, statistics: Statistics, generator: torch.Generator
+    sources: Sequence[Source], settings: MatchSettings, statistics: Statistics, generator: torch.Generator
 ) -> tuple[Matching, dict[str, Tensor]]:
     """Match the units of all free groups.
 
@@ -36,7 +37,7 @@ def make_matching(
     and the benefit of separating each tuple, {group: (d,)}. Where units lie in parts, every way but those by position
     and by an alignment also puts the units inside matched parts in order.
     """
-    units = WAYS.get(settings.by, _by_alignment)(Task(sources, settings, statistics, generator))
+    units = WAYS.get(settings.by, _by_alignment)(Given(sources, settings, statistics, generator))
     matching = Matching(units, correlations(sources[0].trace.spec, units, statistics))
     return matching, unit_benefits(sources, matching, statistics)
 
@@ -48,48 +49,48 @@ def correlations(
     return {name: statistics.matched(spec, units, name)[0] for name in spec.free}
 
 
-def _by_position(task: Task) -> dict[str, Tensor]:
-    return dict(identity_matching(task.sources[0].trace.spec, len(task.sources)).units)
+def _by_position(given: Given) -> dict[str, Tensor]:
+    return dict(identity_matching(given.sources[0].trace.spec, len(given.sources)).units)
 
 
-def _by_activations(task: Task) -> dict[str, Tensor]:
+def _by_activations(given: Given) -> dict[str, Tensor]:
     """One assignment per group, with those inside parts by the units' own activations."""
-    spec, units = task.sources[0].trace.spec, {}
+    spec, units = given.sources[0].trace.spec, {}
     for name, group in spec.ordered.items():
-        alike = task.statistics.between(spec, name, task.settings.similarity)
-        parts, inside = assign_parts_jointly(alike, group.size, task.settings.sweeps, group.fixed)
+        alike = given.statistics.between(spec, name, given.settings.similarity)
+        parts, inside = assign_parts_jointly(alike, group.size, given.settings.sweeps, group.fixed)
         units |= spec.tables(name, parts, inside)
     return units
 
 
-def _by_weights(task: Task) -> dict[str, Tensor]:
+def _by_weights(given: Given) -> dict[str, Tensor]:
     """The best of several random orders."""
-    spec, states = task.sources[0].trace.spec, _states(task.sources)
+    spec, states = given.sources[0].trace.spec, _states(given.sources)
     runs = [
-        match_weights(spec, states, task.generator, task.settings.sweeps)
-        for _ in range(task.settings.restarts)
+        match_weights(spec, states, given.generator, given.settings.sweeps)
+        for _ in range(given.settings.restarts)
     ]
     return max(runs, key=lambda run: run[1][-1])[0]
 
 
-def _by_both(task: Task) -> dict[str, Tensor]:
-    spec, states = task.sources[0].trace.spec, _states(task.sources)
+def _by_both(given: Given) -> dict[str, Tensor]:
+    spec, states = given.sources[0].trace.spec, _states(given.sources)
     alike = dict[str, Tensor]()
     for name in spec.ordered:
-        alike |= task.statistics.between(spec, name, "correlation")
-    return match_dual(spec, states, alike, task.settings.rho, task.generator, task.settings.sweeps)[0]
+        alike |= given.statistics.between(spec, name, "correlation")
+    return match_dual(spec, states, alike, given.settings.rho, given.generator, given.settings.sweeps)[0]
 
 
-def _by_alignment(task: Task) -> dict[str, Tensor]:
+def _by_alignment(given: Given) -> dict[str, Tensor]:
     """The pairs that an alignment of all units ties most; what it leaves open is decided by correlation."""
-    spec, networks = task.sources[0].trace.spec, len(task.sources)
+    spec, networks = given.sources[0].trace.spec, len(given.sources)
     position = identity_matching(spec, networks)
     alignment = make_alignment(
-        task.settings, task.sources, lambda: task.statistics, position, full_split(spec)
+        given.settings, given.sources, lambda: given.statistics, position, full_split(spec)
     )
     units = dict(position.units)
     for name, found in alignment.groups.items():
-        alike = task.statistics.after[name].between("correlation")
+        alike = given.statistics.after[name].between("correlation")
         for m in range(1, networks):
             units[name][m] = assign(found.unmerges[0] @ found.views[m] + 1e-3 * alike[0, m])
     return units
@@ -103,7 +104,7 @@ def _states(sources: Sequence[Source]) -> list[dict[str, Tensor]]:
     return [{name: t for name, t in source.state.items() if name not in head} for source in sources]
 
 
-WAYS: dict[str, Callable[[Task], dict[str, Tensor]]] = {
+WAYS: dict[str, Callable[[Given], dict[str, Tensor]]] = {
     "identity": _by_position,
     "weights": _by_weights,
     "activations": _by_activations,

@@ -17,16 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.units.groups import (
-    Axis,
-    Inner,
-    PermutationSpec,
-    Span,
-    State,
-    inside_order,
-    reorder_inside,
-    span_index,
-)
+from stages.core.units.groups import Axis, Inner, PermutationSpec, Span, State, reorder_inside, span_index
+from stages.core.units.matching import inside_order
 from stages.match.assign import assign, assign_inside, gained, part_pairs
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -9,13 +9,16 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from stages.core.handover.loading import DATA, load_sources
-from stages.core.images.load import Batches, load_images
-from stages.core.recipe.methods import load_methods
+from stages.core.handover.networks import load_sources
+from stages.core.images.batches import Batches
+from stages.core.images.load import load_images
+from stages.core.recipe.recipe import load_recipe
+from stages.core.recipe.sections import ProbeSection
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
 from stages.core.runtime.files import write_json
 from stages.core.settings.params import Params, load_params
+from stages.core.settings.places import DATA
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import evaluate
 from stages.probe.latency import relative_latency
@@ -23,15 +26,16 @@ from stages.probe.latency import relative_latency
 
 def main(*names: str) -> None:
     params = load_params()
-    device, section, profile = prepare(params.device, params.threads), params.probe, params.active
-    sources, methods = load_sources(params, device), load_methods(params)
-    images = {split: labelled(params, split, device) for split in ("train", "test")}
+    device, profile = prepare(params.device, params.threads), params.active
+    sources, recipe = load_sources(params, device), load_recipe(params)
+    section = recipe.probe
+    images = {split: labelled(params, section, split, device) for split in ("train", "test")}
     tasks = [(source.task.name, len(source.task.classes)) for source in sources]
-    for name in names or [*methods.methods, "ensemble", "oracle"]:
+    for name in names or [*recipe.methods, "ensemble", "oracle"]:
         if name in ("oracle", "ensemble"):
             row = reference_row(name, sources, profile.labels)
         else:
-            methods.method(name)
+            recipe.method(name)
             row = merged_row(Path(f"models/recalibrate/{name}.safetensors"), sources, profile.labels, device)
         with threadpool_limits(params.threads):
             scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)
@@ -41,7 +45,7 @@ def main(*names: str) -> None:
             "budget": row.budget,
             "tasks": scores,
             "cost": cost,
-            "images": params.fit.images,
+            "images": recipe.fit.images,
         }
         write_json(f"reports/probe/{name}.json", found)
         first = next(iter(profile.tasks.values())).data
@@ -50,13 +54,15 @@ def main(*names: str) -> None:
         write_json(f"reports/probe/{name}.latency.json", {"latency": round(latency, 4)})
 
 
-def labelled(params: Params, split: str, device: torch.device) -> list[tuple[Batches, Tensor]]:
+def labelled(
+    params: Params, section: ProbeSection, split: str, device: torch.device
+) -> list[tuple[Batches, Tensor]]:
     """For each task preprocessed batches and labels, at most as many as params.yaml says."""
-    limit = {"train": params.probe.linear_images, "test": params.probe.test_images}[split]
+    limit = {"train": section.linear_images, "test": section.test_images}[split]
     found = []
     for task in params.active.tasks.values():
         own = load_images(task.data, split, DATA, limit=limit)
-        found.append((Batches(own.images, params.probe.batch_size, task.data, device), own.labels))
+        found.append((Batches(own.images, section.batch_size, task.data, device), own.labels))
     return found
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.core.graph.source import Source
 from stages.core.merged.cost import built_cost, source_cost
-from stages.core.merged.network import Source, load_merged
+from stages.core.merged.file import load_merged
 from stages.core.runtime.errors import InputError
-from stages.probe.evaluate import Candidate, Ensemble, Merged, Oracle
+from stages.probe.evaluate import Candidate, Ensemble, OneForAll, Oracle
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def merged_row(path: Path, sources: Sequence[Source], labels: str, device: torch
         for kind in ("macs", "parameters")
     }
     told = network.tasks[0].name if network.corrected else None  # then one task at a time is how it runs
-    return Row(Merged(network), cost, network.about["budget"]["asked"], lambda x: network(x, told))
+    return Row(OneForAll(network), cost, network.about["budget"]["asked"], lambda x: network(x, told))
 
 
 def reference_row(name: str, sources: Sequence[Source], labels: str) -> Row:

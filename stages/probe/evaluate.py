@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.graph.source import Source
+from stages.core.merged.network import MergedNetwork
 
 
 class Candidate(Protocol):
@@ -22,7 +23,7 @@ class Candidate(Protocol):
 
 
 @dataclass(frozen=True)
-class Merged:
+class OneForAll:
     """A merged network as it is used."""
 
     network: MergedNetwork
@@ -37,7 +38,7 @@ class Merged:
             return network.run_node(head, [features], task), features.flatten(1)
         # each head reads what its own task's corrections give
         each = [network.features(x, own.name) for own in network.tasks]
-        positions = network.parts(head.name).positions
+        positions = network.arrangement(head.name).positions
         logits = [
             network.run_node(head, [features], index)[:, positions[index].to(x.device)]
             for index, features in enumerate(each)

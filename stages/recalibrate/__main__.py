@@ -6,27 +6,31 @@ from functools import cache, partial
 import torch
 
 from stages.core.align.alignment import Alignment
+from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
-from stages.core.handover.loading import load_calibration, load_pairing, load_sources, load_statistics
-from stages.core.merged.network import Source, load_merged
-from stages.core.recipe.methods import Methods, load_methods
+from stages.core.graph.source import Source
+from stages.core.handover.calibration import load_calibration
+from stages.core.handover.networks import load_sources
+from stages.core.handover.pairing import load_pairing
+from stages.core.handover.statistics import load_statistics
+from stages.core.merged.file import load_merged
+from stages.core.recipe.recipe import Recipe, load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
 from stages.core.settings.params import Params, load_params
-from stages.core.tracing.sources import align
 from stages.recalibrate.recalibrate import recalibrate
 
 
 def main() -> None:
     params = load_params()
-    methods = load_methods(params)
-    device, section = prepare(params.device, params.threads), params.recalibrate
+    recipe = load_recipe(params)
+    device, section = prepare(params.device, params.threads), recipe.recalibrate
     batches = cache(lambda data: load_calibration(params, section.images, section.batch_size, device, data))
     sources = cache(lambda: load_sources(params, device))
-    for name, method in methods.methods.items():
+    for name, method in recipe.methods.items():
         network = load_merged(f"models/fit/{name}.safetensors", device)
         aligned = (
-            aligned_sources(params, methods, method.match, sources())
+            aligned_sources(params, recipe, method.match, sources())
             if method.recalibrate in ("repair", "tact")
             else ((), None)
         )
@@ -43,11 +47,11 @@ def main() -> None:
 
 
 def aligned_sources(
-    params: Params, methods: Methods, match: str, sources: Sequence[Source]
+    params: Params, recipe: Recipe, match: str, sources: Sequence[Source]
 ) -> tuple[list[Source], Alignment]:
     """The sources in the merged order of a named matching, and its alignment."""
     matching, splits, _ = load_pairing(match)
-    settings = methods.match[match]
+    settings = recipe.match[match]
     statistics = partial(load_statistics, params, settings.data)
     alignment = make_alignment(settings, sources, statistics, matching, splits)
     return align(sources, matching, splits), alignment

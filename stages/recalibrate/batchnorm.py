@@ -12,8 +12,10 @@ import torch
 from stages.core.graph.nodes import Node
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
+from stages.core.sweep.batches import Batch
+from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes
-from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.sweep.sweep import Sweep
 
 
 class _Statistics:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from stages.core.align.alignment import Alignment
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.graph.source import Source
+from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Recalibrate
-from stages.core.sweep.sweep import Batch
+from stages.core.sweep.batches import Batch
 from stages.recalibrate.batchnorm import recompute_statistics
 from stages.recalibrate.repair import repair
 

@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.core.align.alignment import Alignment, exclusive_norms
+from stages.core.align.alignment import Alignment
+from stages.core.graph.folding import exclusive_norms
 from stages.core.graph.nodes import Node
+from stages.core.graph.source import Source
 from stages.core.merged.copies import exact_entries
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.merged.network import MergedNetwork
+from stages.core.sweep.batches import Batch
+from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes, moments_of
-from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.sweep.sweep import Sweep
 
 TINY = 1e-6  # of a goal's deviation: below it a unit counts as constant
 
@@ -36,7 +40,7 @@ class _Repair:
         self.owned = owned
         self.exact = exact_entries(network)
         norms = exclusive_norms(network.trace.graph)
-        self.places = {
+        self.watched = {
             node.name
             for node in network.trace.graph.nodes
             if node.operation == "batch_norm"
@@ -44,7 +48,7 @@ class _Repair:
         }
 
     def wants(self, node: Node) -> bool:
-        return node.name in self.places
+        return node.name in self.watched
 
     def extra_bytes(self, node: Node, images: int, batch: int) -> int:
         own = max(self.network.entries(name) for name in (node.inputs[0], node.name))
@@ -67,7 +71,7 @@ class _Repair:
     def _goal_and_own(self, node: Node, sweep: Sweep, task: int | None) -> tuple[Tensor, Tensor]:
         """(mean, deviation) that a merged unit should have and those it has: (2, merged width) each."""
         trace, shared = self.network.trace, self.network.shared
-        layout, parts = trace.layouts[node.name], self.network.parts(node.name)
+        layout, parts = trace.layouts[node.name], self.network.arrangement(node.name)
         shares = self.alignment.shares(layout, shared, sweep.batches[0].images.double())
         goal = shares.new_zeros(2, parts.width)
         for m, positions in enumerate(parts.positions):

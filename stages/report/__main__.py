@@ -5,7 +5,7 @@ Reads reports/{probe,match,allocate,fit}/; writes metrics.json, timings.json, ta
 
 from pathlib import Path
 
-from stages.core.recipe.methods import load_methods
+from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_bytes, write_json, write_text
@@ -22,29 +22,29 @@ def main(*words: str) -> None:
     if words:
         return experiments(*words)
     params, folder = load_params(), Path("reports")
-    methods = load_methods(params)
-    rows = [*methods.methods, *tables.REFERENCES]
+    recipe = load_recipe(params)
+    rows = [*recipe.methods, *tables.REFERENCES]
     metrics = tables.collect_metrics(tables.read_probes(folder / "probe", rows, params.active.tasks))
     timings = tables.collect_timings(
         latency={row: tables.read_time(folder / "probe" / f"{row}.latency.json", "latency") for row in rows},
-        seconds={row: seconds(folder, row, method.match) for row, method in methods.methods.items()},
+        seconds={row: seconds(folder, row, method.match) for row, method in recipe.methods.items()},
     )
     matches = {
         name: tables.read_columns(
             folder / "match" / f"{name}.csv", ["group", "network"], ["similarity", "unmatched"]
         )
-        for name, matching in methods.matchings.items()
+        for name, matching in recipe.matchings.items()
         if matching.by != "identity"  # pairs by position: the `unmatched` column of the others
     }
     allocations = {
         name: tables.read_columns(
             folder / "allocate" / f"{name}.csv", ["group"], ["units", "shared", "separate", "fraction"]
         )
-        for name in methods.matchings
+        for name in recipe.matchings
     }
     fits = {
         name: table
-        for name, method in methods.methods.items()
+        for name, method in recipe.methods.items()
         if method.fit.solver != "average"
         # nothing is fitted where everything is separate
         and len(

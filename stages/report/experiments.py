@@ -79,8 +79,8 @@ def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         row |= {name: experiment.get(name) for name in RUN}
         row["images"] = experiment.get("fit.images")
         for name in METRICS:
-            place = method if name in ("latency", "seconds") else f"{method}.{AVERAGE}"
-            row[name] = experiment.get(f"{place}.{name}")
+            column = method if name in ("latency", "seconds") else f"{method}.{AVERAGE}"
+            row[name] = experiment.get(f"{column}.{name}")
         row["matching"] = experiment.get(f"methods.{method}.match")
         row["fit"] = fit_name(
             {

@@ -204,8 +204,8 @@ def _separate(allocations: Tables, palette: Palette, budget: float, caption: str
     width = 0.8 / max(1, len(shares))
     for index, (name, share) in enumerate(shares.items()):
         total = 100 * allocations[name]["separate"].sum() / max(1, allocations[name]["units"].sum())
-        places = np.arange(len(groups)) + (index - (len(shares) - 1) / 2) * width
-        axes.bar(places, share.to_numpy(), width, color=palette[name], label=f"{name} ({total:.0f} %)")
+        centres = np.arange(len(groups)) + (index - (len(shares) - 1) / 2) * width
+        axes.bar(centres, share.to_numpy(), width, color=palette[name], label=f"{name} ({total:.0f} %)")
     if most == 0:
         axes.text(0.5, 0.5, "0 % in every group", transform=axes.transAxes, ha="center", color=GREY, size=16)
     axes.set(ylim=(0, 105 if most == 0 else min(105, 1.15 * most)), ylabel="separate units (% of the group)")

@@ -1,7 +1,7 @@
 """Joint first and second moments of the networks' features, group by group and task by task, in one sweep.
 
 A group's features are the values that Linear and Conv2d layers read of it, after the non-linearity and, apart from
-that, before it. A residual stream is read at several places, which count alike.
+that, before it. A residual stream is read at several points, which count alike.
 
 Where the units of a group are parts (heads, groups of a convolution or a norm), the units inside them are gathered one
 by one as well: which unit of one part resembles which of another, and so how alike two parts are, cannot be told from
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
+from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
-from stages.core.merged.network import Source
+from stages.core.sweep.batches import Batch
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
+from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.rows import unit_rows
-from stages.core.sweep.sweep import Batch, Sweep, check_memory, peak_bytes
+from stages.core.sweep.sweep import Sweep
 from stages.core.units.groups import Axis, Inner, Span
-from stages.core.units.moments import PLACES, TaskMoments
+from stages.core.units.moments import POINTS, TaskMoments
 
-CHUNK = 2**22  # entries of the rows that are summed at a time
+ENTRIES_AT_A_TIME = 2**22  # entries of the rows that are summed at a time
 ENDS = (
     "input",
     "linear",
@@ -36,7 +38,7 @@ ENDS = (
 
 
 @dataclass(frozen=True)
-class Part:
+class FeatureUnits:
     """Units of one group along a value: where they start, how many, how many entries each."""
 
     name: str
@@ -46,12 +48,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class View:
+class Feature:
     """A value that is looked at, as what (after, before, inside), and the units on it."""
 
-    place: str
+    point: str
     value: str
-    parts: tuple[Part, ...]
+    parts: tuple[FeatureUnits, ...]
 
 
 @dataclass
@@ -77,59 +79,59 @@ class MomentsVisitor:
         self.itemsize = itemsize
         self.trace, self.networks, self.tasks = trace, networks, tasks
         self.positions, self.generator = positions, generator
-        self.views = views(trace)
-        self.found: dict[tuple[str, str], _Sums] = {}  # (place, group) -> sums of the places' means
+        self.features = features(trace)
+        self.found: dict[tuple[str, str], _Sums] = {}  # (point, group) -> sums of the points' means
 
     def wants(self, node: Node) -> bool:
-        return node.name in self.views
+        return node.name in self.features
 
     def extra_bytes(self, node: Node, images: int, batch: int) -> int:
         found: dict[tuple[str, str], int] = {}
-        for name, seen in self.views.items():
+        for name, seen in self.features.items():
             most = 0
-            for view in seen:
-                sums = {(view.place, part.name): self._sum_bytes(part) for part in view.parts}
-                most = max(most, sum(found.values()) + sum(sums.values()) + self._work_bytes(view, batch))
+            for feature in seen:
+                sums = {(feature.point, part.name): self._sum_bytes(part) for part in feature.parts}
+                most = max(most, sum(found.values()) + sum(sums.values()) + self._work_bytes(feature, batch))
                 found |= sums
             if name == node.name:
                 return most
         return 0
 
-    def _sum_bytes(self, part: Part) -> int:
+    def _sum_bytes(self, part: FeatureUnits) -> int:
         return 8 * self.tasks * (self.networks * part.units) ** 2
 
-    def _work_bytes(self, view: View, batch: int) -> int:
+    def _work_bytes(self, feature: Feature, batch: int) -> int:
         """Rows of one network after the other and side by side; a piece of them in float64, or products of them."""
-        layout, own = self.trace.layouts[view.value], self.trace.shapes[view.value].numel()
+        layout, own = self.trace.layouts[feature.value], self.trace.shapes[feature.value].numel()
         most = 0
-        for part in view.parts:
+        for part in feature.parts:
             width = self.networks * part.units
             entries = self.networks * batch * own // layout.width * part.units * part.block
             most = max(
                 most,
-                2 * entries * self.itemsize + max(8 * min(CHUNK, entries), gram_bytes(width)),
+                2 * entries * self.itemsize + max(8 * min(ENTRIES_AT_A_TIME, entries), gram_bytes(width)),
             )
         return most
 
     def visit(self, node: Node, sweep: Sweep) -> None:
-        for view in self.views[node.name]:
-            self._take(sweep, view)
+        for feature in self.features[node.name]:
+            self._take(sweep, feature)
 
-    def _take(self, sweep: Sweep, view: View) -> None:
-        """Parts of a value over all batches."""
+    def _take(self, sweep: Sweep, feature: Feature) -> None:
+        """Arrangement of a value over all batches."""
         sums: dict[str, _Sums] = {}
         for index, batch in enumerate(sweep.batches):
-            values = [sweep.source(m, view.value, index) for m in range(self.networks)]
-            self._add(sums, self.trace.layouts[view.value].dim, values, view.parts, batch.task)
+            values = [sweep.source(m, feature.value, index) for m in range(self.networks)]
+            self._add(sums, self.trace.layouts[feature.value].dim, values, feature.parts, batch.task)
         for group, own in sums.items():
-            self._count_alike((view.place, group), own)
+            self._count_alike((feature.point, group), own)
 
     def _add(
         self,
         sums: dict[str, _Sums],
         dim: int,
         values: Sequence[Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[FeatureUnits],
         task: int,
     ) -> None:
         for part in parts:
@@ -145,7 +147,7 @@ class MomentsVisitor:
         d = rows.shape[1]
         if group not in sums:
             sums[group] = self._zeros(d, rows.device)
-        for part in rows.split(max(1, CHUNK // d)):
+        for part in rows.split(max(1, ENTRIES_AT_A_TIME // d)):
             sums[group].mean[task] += part.sum(0, dtype=torch.float64)
             add_gram(sums[group].second[task], part, 1.0)
             sums[group].count[task] += len(part)
@@ -166,43 +168,43 @@ class MomentsVisitor:
 
     def moments(self) -> dict[str, dict[str, TaskMoments]]:
         """What was found, once: the sums become the moments."""
-        gathered: dict[str, dict[str, TaskMoments]] = {place: {} for place in PLACES}
-        for place, group in list(self.found):
-            s = self.found.pop((place, group))
+        gathered: dict[str, dict[str, TaskMoments]] = {point: {} for point in POINTS}
+        for point, group in list(self.found):
+            s = self.found.pop((point, group))
             for second in s.second:
                 complete_gram(second)
             s.mean /= s.count[:, None]
             s.second /= s.count[:, None, None]
-            gathered[place][group] = TaskMoments(s.mean, s.second)
+            gathered[point][group] = TaskMoments(s.mean, s.second)
         return gathered
 
 
-def views(trace: Trace) -> dict[str, list[View]]:
+def features(trace: Trace) -> dict[str, list[Feature]]:
     """All that is looked at, by the node that is visited then, in the order of the graph."""
-    at, inside = places(trace), places_inside(trace)
-    found = dict[str, list[View]]()
+    at, inside = points(trace), points_inside(trace)
+    found = dict[str, list[Feature]]()
     for node in trace.graph.nodes:
-        own = [View(place, value, _parts(trace, value)) for place, value in at.get(node.name, ())]
+        own = [Feature(point, value, _parts(trace, value)) for point, value in at.get(node.name, ())]
         for value, inner, span in inside.get(node.name, ()):
-            part = Part(inner.name, span.start, inner.parts * inner.size, span.block)
-            own.append(View("inside", value, (part,)))
+            part = FeatureUnits(inner.name, span.start, inner.parts * inner.size, span.block)
+            own.append(Feature("inside", value, (part,)))
         if own:
             found[node.name] = own
     return found
 
 
-def _parts(trace: Trace, value: str) -> tuple[Part, ...]:
+def _parts(trace: Trace, value: str) -> tuple[FeatureUnits, ...]:
     """The free groups along a value."""
-    start, parts = 0, list[Part]()
+    start, parts = 0, list[FeatureUnits]()
     for segment in trace.layouts[value].segments:
         if segment.group in trace.spec.free:
-            parts.append(Part(segment.group, start, segment.size, segment.block))
+            parts.append(FeatureUnits(segment.group, start, segment.size, segment.block))
         start += segment.size * segment.block
     return tuple(parts)
 
 
-def places(trace: Trace) -> dict[str, list[tuple[str, str]]]:
-    """Where features are taken: {node that is visited: (place, value)}. Every free group has one of each place."""
+def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
+    """Where features are taken: {node that is visited: (point, value)}. Every free group has one of each point."""
     at: dict[str, list[tuple[str, str]]] = {}
     seen: set[str] = set()
     covered: set[str] = set()
@@ -225,7 +227,7 @@ def places(trace: Trace) -> dict[str, list[tuple[str, str]]]:
     return at
 
 
-def places_inside(trace: Trace) -> dict[str, list[tuple[str, Inner, Span]]]:
+def points_inside(trace: Trace) -> dict[str, list[tuple[str, Inner, Span]]]:
     """The same for units inside parts: {node that is visited: (value, units, where they lie on it)}."""
     at: dict[str, list[tuple[str, Inner, Span]]] = {}
     maps = [node for node in trace.graph.nodes if node.fitted]
@@ -272,7 +274,7 @@ def gather(
     generator: torch.Generator | None = None,
     progress: str | None = None,
 ) -> dict[str, dict[str, TaskMoments]]:
-    """Moments of every free group of the (unaligned) sources, by place and group.
+    """Moments of every free group of the (unaligned) sources, by point and group.
 
     batches: unlabelled images of every task (a proxy's as one more task). positions: share of a feature map's
     positions that is used. memory: GiB, None for what is free. Raises InputError when it would not fit in memory.

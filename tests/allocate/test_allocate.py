@@ -12,12 +12,12 @@ from stages.allocate.model import CostModel, cost_model
 from stages.allocate.simple import prefix, uniform
 from stages.allocate.solve import allocate
 from stages.allocate.splits import split_units
-from stages.core.graph.trace import trace
+from stages.core.graph.source import Source, Task
 from stages.core.merged.cost import KINDS, source_cost, split_cost
-from stages.core.merged.network import Source, Task
 from stages.core.networks.architectures import build
+from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.errors import InputError
-from stages.core.settings.params import AllocateSection
+from stages.core.tracing.trace import trace
 
 
 @pytest.fixture(scope="module")

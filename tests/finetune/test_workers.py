@@ -84,7 +84,9 @@ def test_a_second_run_gives_the_same_bytes_with_another_number_of_workers(worksp
     assert run(workspace)[0] == 0
     first = outputs(workspace)
     assert list(first) == [
+        "models/finetune/a.json",
         "models/finetune/a.safetensors",
+        "models/finetune/b.json",
         "models/finetune/b.safetensors",
         "reports/finetune/a.csv",
         "reports/finetune/b.csv",
@@ -102,7 +104,6 @@ def test_a_second_run_gives_the_same_bytes_with_another_number_of_workers(worksp
 
 def test_no_epochs_pass_the_checkpoint_through(tmp_path):
     folder = prepared(tmp_path, epochs=0)
-    (folder / "data/artifacts/digits.safetensors").unlink()  # no image is looked at
     assert run(folder)[0] == 0
     for name in "ab":
         before, _ = read_tensors(folder / f"models/artifacts/{name}.safetensors")
@@ -120,6 +121,7 @@ def test_no_epochs_pass_through_whatever_wraps_the_weights_and_any_head(tmp_path
     profile = found["profiles"]["digits"]
     profile["labels"] = "separate"
     profile["tasks"]["a"] |= {"checkpoint": "resnet8/a/v1a/model.pth", "classes": 7}
+    profile["tasks"]["a"]["data"]["classes"] = list("0123456")
     (folder / "params.yaml").write_text(yaml.safe_dump(found, sort_keys=False))
     state = build("resnet", {"depth": 8, "width": 2, "channels": 1, "classes": 7}).state_dict()
     path = folder / "models/artifacts/resnet8/a/v1a/model.pth"

@@ -4,11 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.align.alignment import Alignment
+from stages.core.align.order import align
 from stages.core.graph.layouts import Layout, Segment
-from stages.core.merged.blocks import blocks_of, head_parts, parts_of
+from stages.core.merged.arrangement import arrange, arrange_heads
+from stages.core.merged.blocks import blocks_of
 from stages.core.merged.network import MergedNetwork
-from stages.core.tracing.sources import align
-from stages.core.units.groups import full_split, identity_matching
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import average_block, average_vector, fill_average
 
 
@@ -23,7 +24,7 @@ def layouts(draw):
 
 def parts(groups, networks):
     layout = Layout(1, tuple(Segment(str(i), d, block) for i, (d, _, block) in enumerate(groups)))
-    return parts_of(layout, {str(i): k for i, (_, k, _) in enumerate(groups)}, networks)
+    return arrange(layout, {str(i): k for i, (_, k, _) in enumerate(groups)}, networks)
 
 
 def entries(groups, networks):
@@ -79,7 +80,7 @@ def test_every_weight_follows_from_its_owners(into, out, networks):
 def test_separate_heads_are_each_network_s_own(into, classes):
     d, networks = sum(size * block for size, _, block in into), len(classes)
     sources = [torch.randn(n, d, dtype=torch.float64) for n in classes]
-    weight = filled(sources, parts(into, networks), head_parts(classes))
+    weight = filled(sources, parts(into, networks), arrange_heads(classes))
     for m, own in enumerate(weight.split(classes)):
         for column, (owner, index) in enumerate(entries(into, networks)):
             expected = sources[m][:, index] if owner in (-1, m) else torch.zeros(classes[m]).double()

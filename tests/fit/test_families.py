@@ -8,12 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.allocate.model import cost_model
 from stages.api import merge
-from stages.core.graph.trace import trace, verify
 from stages.core.merged.cost import built_cost, source_cost, split_cost
-from stages.core.merged.network import MergedNetwork, load_merged
+from stages.core.merged.file import load_merged
+from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
-from stages.core.sweep.sweep import Batch, Sweep, images_to_batches, peak_bytes
-from stages.core.units.groups import full_split, identity_matching
+from stages.core.sweep.batches import Batch, images_to_batches
+from stages.core.sweep.memory import peak_bytes
+from stages.core.sweep.sweep import Sweep
+from stages.core.tracing.trace import trace
+from stages.core.tracing.verify import verify
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
 from stages.fit.layerwise import Fitter
 from stages.fit.merge import fit_network
@@ -138,7 +142,7 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
 
 @pytest.mark.parametrize("fit", [PROGRESSIVE, PUBLISHED], ids=["progressive", "published"])
 def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, monkeypatch):
-    monkeypatch.setattr("stages.fit.memory.CHUNK", 2**15)
+    monkeypatch.setattr("stages.fit.memory.ROW_ENTRIES", 2**15)
     make, x = family
     made = sources([make(0), make(1)], x)
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}

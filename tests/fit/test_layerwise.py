@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from stages.core.align.order import align
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
+from stages.core.sweep.batches import Batch, images_to_batches
 from stages.core.sweep.rows import input_rows, kernel_of
-from stages.core.sweep.sweep import Batch, images_to_batches
-from stages.core.tracing.sources import align
-from stages.core.units.groups import full_split, identity_matching
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.layerwise import Fitter
 from stages.fit.merge import fit_network
 from stages.fit.normal import NormalEquations
@@ -109,7 +109,7 @@ def test_everything_separate_keeps_the_features_exactly(small, images, sources, 
     matching = identity_matching(spec, 3)
     merged, record = merge(made, matching, split, batches, fit, labels=labels, ridge=1e-3)
     features = merged.features(images())
-    for network, positions in zip(networks, merged.parts("relu_4").positions, strict=True):
+    for network, positions in zip(networks, merged.arrangement("relu_4").positions, strict=True):
         own = []
         network.fc.register_forward_pre_hook(lambda module, inputs, own=own: own.append(inputs[0]))
         logits = network(images())
@@ -164,11 +164,11 @@ def gaps(merged, aligned, batches, fit, node, norm):
         inputs = node.inputs[0]
         read = all_values(merged, merged.trace.graph, batch.images)[inputs]
         if fit.inputs == "source":
-            parts = merged.parts(inputs)
+            parts = merged.arrangement(inputs)
             read = assembled([v[inputs] for v in own], parts, 1, batch.task, fit.targets)
         out = module(read)
         out = merged.run_node(norm, [out]) if fold else out
-        parts = merged.parts(node.name)
+        parts = merged.arrangement(node.name)
         y = assembled([v[(norm if fold else node).name] for v in own], parts, 1, batch.task, fit.targets)
         z.append(input_rows(node, read, kernel_of(module.weights[0])))
         errors.append(rows_of(node, out - y))

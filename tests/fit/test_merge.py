@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.core.graph.trace import trace, verify
 from stages.core.merged.cost import built_cost, source_cost, split_cost
-from stages.core.merged.network import load_merged
+from stages.core.merged.file import load_merged
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.errors import InputError
-from stages.core.sweep.sweep import Batch
-from stages.core.units.groups import Matching, full_split
+from stages.core.sweep.batches import Batch
+from stages.core.tracing.trace import trace
+from stages.core.tracing.verify import verify
+from stages.core.units.matching import Matching, full_split
 from stages.fit.merge import check_separate, fit_network
 
 AVERAGE = Fit(solver="average")
@@ -176,7 +177,7 @@ def test_everything_separate_is_the_sources_side_by_side(plan, classes, labels, 
     logits = [network(example()) for network in networks]
     found = merged.features(example())
     for m, own in enumerate(features):
-        positions = merged.parts(merged.head.inputs[0]).positions[m]
+        positions = merged.arrangement(merged.head.inputs[0]).positions[m]
         order = torch.cat([
             start + (units[m][:, None] * block + torch.arange(block)).flatten()
             for units, block, start in aligned_order(merged, matching)

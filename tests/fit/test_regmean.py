@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.merged.network import Task
-from stages.core.recipe.methods import Fit, Matching
-from stages.core.sweep.sweep import Batch
+from stages.core.graph.source import Task
+from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
-from stages.core.units.groups import full_split, identity_matching
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.merge import fit_network
 from stages.fit.regmean import regression_mean
 
@@ -65,4 +65,4 @@ def test_settings_that_it_has_by_definition_are_refused():
         with pytest.raises(ValueError, match="by definition"):
             Fit.model_validate({"solver": "regmean", key: value})
     with pytest.raises(ValueError, match="not a setting of by: identity"):
-        Matching.model_validate({"by": "identity", "rho": 0.5})
+        MatchSettings.model_validate({"by": "identity", "rho": 0.5})

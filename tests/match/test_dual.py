@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stages.core.graph.trace import trace
-from stages.core.sweep.sweep import images_to_batches
+from stages.core.sweep.batches import images_to_batches
+from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
 from stages.core.units.moments import pool
 from stages.match.assign import assign, assign_jointly

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.api import merge
-from stages.core.graph.trace import trace
-from stages.core.handover.loading import load_pairing, save_matching
-from stages.core.recipe.methods import Matching as Settings
+from stages.core.handover.pairing import load_pairing, save_matching
+from stages.core.recipe.methods import MatchSettings
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_json
-from stages.core.sweep.sweep import images_to_batches
-from stages.core.units.groups import Matching, check_matching, full_split, permute, unit_order
+from stages.core.sweep.batches import images_to_batches
+from stages.core.tracing.trace import trace
+from stages.core.units.groups import permute
+from stages.core.units.matching import Matching, check_matching, full_split, unit_order
 from stages.core.units.moments import pool
 from stages.match.assign import assign_parts
 from stages.match.matching import make_matching
@@ -133,7 +134,7 @@ def test_permuted_copies_are_recovered_by_every_way(family, copies, sources, cal
     )
     way = {"by": "activations", "similarity": "correlation"} if by == "correlation" else {"by": by}
     generator = torch.Generator().manual_seed(0)
-    matching, benefits = make_matching(given_sources, Settings(**way), statistics, generator)
+    matching, benefits = make_matching(given_sources, MatchSettings(**way), statistics, generator)
     for name, own in expected.units.items():
         assert torch.equal(matching.units[name], own), name
     for name, own in matching.similarity.items():

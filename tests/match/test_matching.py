@@ -2,9 +2,9 @@
 
 import torch
 
-from stages.core.merged.network import Source, Task
-from stages.core.recipe.methods import Matching
-from stages.core.sweep.sweep import images_to_batches
+from stages.core.graph.source import Source, Task
+from stages.core.recipe.methods import MatchSettings
+from stages.core.sweep.batches import images_to_batches
 from stages.core.units.moments import pool
 from stages.match.matching import make_matching
 from stages.statistics.moments import gather
@@ -24,9 +24,9 @@ def test_a_permuted_copy_is_recovered_by_weights_and_by_activations(small, image
     made = sources(networks, images())
     found = pooled(made, images)
     for settings in (
-        Matching(by="weights"),
-        Matching(by="activations"),
-        Matching(by="activations", similarity="correlation"),
+        MatchSettings(by="weights"),
+        MatchSettings(by="activations"),
+        MatchSettings(by="activations", similarity="correlation"),
     ):
         matching, benefits = match(made, settings, found)
         for group, units in expected.units.items():
@@ -39,7 +39,7 @@ def test_a_permuted_copy_is_recovered_by_weights_and_by_activations(small, image
 
 def test_identity_pairs_by_position_and_says_how_alike(small, images, sources):
     made = sources([small(0), small(1)], images())
-    matching, benefits = match(made, Matching(by="identity"), pooled(made, images))
+    matching, benefits = match(made, MatchSettings(by="identity"), pooled(made, images))
     for group, units in matching.units.items():
         assert torch.equal(units, torch.arange(units.shape[1]).repeat(2, 1))
         assert (matching.similarity[group][1].abs() <= 1 + 1e-9).all()
@@ -56,5 +56,5 @@ def test_heads_of_other_label_spaces_do_not_count(small, images, sources):
     ]
     name = made[0].graph.output.parameters["weight"]
     loud = [Source(s.trace, {**s.state, name: 100 * s.state[name].flip(1)}, s.task) for s in apart]
-    quiet, shouted = (match(sources_, Matching(by="weights"), found)[0] for sources_ in (apart, loud))
+    quiet, shouted = (match(sources_, MatchSettings(by="weights"), found)[0] for sources_ in (apart, loud))
     assert all(torch.equal(quiet.units[group], shouted.units[group]) for group in quiet.units)

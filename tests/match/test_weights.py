@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.graph.trace import trace
 from stages.core.networks.architectures import build
+from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
 from stages.match.weights import STATISTICS, match_weights
 

@@ -7,18 +7,12 @@ import torch
 
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
-from stages.core.sweep.sweep import images_to_batches
-from stages.core.units.groups import full_split, identity_matching
+from stages.core.recipe.sections import ProbeSection
+from stages.core.sweep.batches import images_to_batches
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.merge import fit_network
 from stages.probe.candidates import merged_row, reference_row
-from stages.probe.evaluate import (
-    Ensemble,
-    Merged,
-    Oracle,
-    collect,
-    evaluate,
-    linear_probe,
-)
+from stages.probe.evaluate import Ensemble, OneForAll, Oracle, collect, evaluate, linear_probe
 from stages.probe.latency import relative_latency
 
 
@@ -49,7 +43,7 @@ def side_by_side(made, images, labels):
 @pytest.mark.parametrize("labels", ["shared", "separate"])
 def test_everything_separate_is_the_ensemble(two, images, labels):
     made = two(labels)
-    merged, ensemble = Merged(side_by_side(made, images, labels)), Ensemble(made, labels)
+    merged, ensemble = OneForAll(side_by_side(made, images, labels)), Ensemble(made, labels)
     x = images(6, 5)
     for task in (0, 1):
         torch.testing.assert_close(merged.run(x, task)[0], ensemble.run(x, task)[0])
@@ -62,11 +56,13 @@ def test_what_is_probed_is_what_the_network_gives(two, images, labels, corrected
     network = side_by_side(two(labels), images, labels)
     if corrected:
         node = network.trace.graph.nodes[1]
-        network.set_correction(node, torch.rand(2, 2, network.parts(node.name).width, dtype=torch.float64))
+        network.set_correction(
+            node, torch.rand(2, 2, network.arrangement(node.name).width, dtype=torch.float64)
+        )
     x = images(6, 5)
     for task, name in enumerate(own.name for own in network.tasks):
         told = name if corrected else None
-        logits, features = Merged(network).run(x, task)
+        logits, features = OneForAll(network).run(x, task)
         expected = network(x) if labels == "separate" else network(x, told)
         torch.testing.assert_close(logits, expected)
         torch.testing.assert_close(features, network.features(x, told).flatten(1))
@@ -119,11 +115,11 @@ def test_every_image_passes_once(two, images, monkeypatch):
     )
     x, labels = images(6, 0), torch.tensor([0, 1, 2, 0, 1, 2])
     data = {split: [(list(x.split(4)), labels)] * 2 for split in ("train", "test")}
-    found = evaluate(Merged(network), data, [("a", 3), ("b", 3)], False, 0.1)
+    found = evaluate(OneForAll(network), data, [("a", 3), ("b", 3)], False, 0.1)
     assert sum(seen) == 2 * 2 * 6  # two tasks, train and test, six images
     assert set(found) == {"a", "b"}
     assert set(found["a"]) == {"accuracy", "probe"}
-    logits, features = collect(Merged(network), x.split(4), 0)
+    logits, features = collect(OneForAll(network), x.split(4), 0)
     assert (logits.shape, features.shape) == ((6, 3), (6, 12))
 
 
@@ -152,7 +148,7 @@ def test_latency_is_relative_to_one_source():
 
 def test_at_budget_two_latency_is_that_of_both_sources():
     """At most 1.25 times running both; measured on a network wide enough for its kernels to count."""
-    from stages.core.merged.network import Task
+    from stages.core.graph.source import Task
     from stages.core.networks.architectures import build
     from stages.core.tracing.sources import make_sources
 
@@ -183,5 +179,7 @@ def test_no_more_test_images_than_asked_for(tmp_path, monkeypatch):
     artifacts()
     for asked, expected in ((None, 500), (30, 30)):
         content["probe"]["test_images"] = asked
-        for batches, labels in labelled(parse_params(content), "test", torch.device("cpu")):
+        for batches, labels in labelled(
+            parse_params(content), ProbeSection.model_validate(content["probe"]), "test", torch.device("cpu")
+        ):
             assert sum(map(len, batches)) == len(labels) == expected

@@ -5,8 +5,10 @@ from live import Live
 
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
-from stages.core.sweep.sweep import Batch, Sweep, images_to_batches, peak_bytes
-from stages.statistics.moments import MomentsVisitor, gather, places
+from stages.core.sweep.batches import Batch, images_to_batches
+from stages.core.sweep.memory import peak_bytes
+from stages.core.sweep.sweep import Sweep
+from stages.statistics.moments import MomentsVisitor, gather, points
 
 
 def features_of(network, layers, x):
@@ -85,7 +87,7 @@ def test_queries_and_keys_are_seen_where_they_are_written(randomise, sources):
 
 @pytest.mark.parametrize("name", ["resnext", "grouped", "group norm", "vit"])
 def test_statistics_hold_what_was_predicted(name, randomise, sources, monkeypatch):
-    monkeypatch.setattr("stages.statistics.moments.CHUNK", 2**15)
+    monkeypatch.setattr("stages.statistics.moments.ENTRIES_AT_A_TIME", 2**15)
     make, side = FAMILIES[name]
     x = torch.randn(60, 3, side, side, dtype=torch.float64)
     made = sources([spread(randomise(make(), m), m) for m in (0, 1)], x[:2])
@@ -130,7 +132,7 @@ def test_a_value_that_two_layers_read_counts_once(randomise, sources):
 def test_every_free_group_is_seen_somewhere(small, images, sources):
     trace = sources([small(0), small(1)], images())[0].trace
     for kind in ("after", "before"):
-        values = [value for visited in places(trace).values() for place, value in visited if place == kind]
+        values = [value for visited in points(trace).values() for place, value in visited if place == kind]
         assert len(values) == len(set(values))
         seen = {segment.group for value in values for segment in trace.layouts[value].segments}
         assert seen >= set(trace.spec.free)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stages.core.graph.folding import exclusive_norms, fold
 from stages.core.graph.layouts import Layout
-from stages.core.graph.nodes import Graph, Node, node_parameters
-from stages.core.merged.network import Source
+from stages.core.graph.source import Source
 from stages.core.runtime.errors import InputError
 
 
@@ -127,7 +127,7 @@ def _view_state(
         if node.linear:
             norm = norms.get(node.name)
             if norm is not None and "weight" in norm.parameters and alignment.touches(out):
-                _fold(state, node, norm)
+                fold(state, node, norm)
                 folded.add(norm.name)
             weight = alignment.read(
                 state[node.parameters["weight"]], layouts[node.inputs[0]], shared, network
@@ -152,37 +152,6 @@ def _view_state(
                 "allowed: a matching that is a permutation"
             )
     return state
-
-
-def exclusive_norms(graph: Graph) -> dict[str, Node]:
-    """{linear map: the batch norm that alone reads it}."""
-    users, norms = graph.users(), {}
-    for node in graph.nodes:
-        readers = users[node.name]
-        if node.fitted and len(readers) == 1 and readers[0].operation == "batch_norm":
-            norms[node.name] = readers[0]
-    return norms
-
-
-def norm_scale(norm: Node, state: Mapping[str, Tensor]) -> Tensor:
-    """What a batch norm multiplies each unit by: gamma / sigma."""
-    p = node_parameters(norm, state)
-    scale = (p["running_var"] + norm.attributes["eps"]).rsqrt()
-    return scale * p["weight"] if "weight" in p else scale
-
-
-def _fold(state: dict[str, Tensor], node: Node, norm: Node) -> None:
-    """Multiply a linear map by its batch norm's scale, which stays a batch norm of the same function."""
-    scale = norm_scale(norm, state)
-    weight = state[node.parameters["weight"]]
-    state[node.parameters["weight"]] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    if "bias" in node.parameters:
-        state[node.parameters["bias"]] = state[node.parameters["bias"]] * scale
-    names = norm.parameters
-    variance = state[names["weight"]].square()
-    state[names["running_mean"]] = state[names["running_mean"]] * scale
-    state[names["running_var"]] = variance
-    state[names["weight"]] = (variance + norm.attributes["eps"]).sqrt()
 
 
 def _mixed_variance(

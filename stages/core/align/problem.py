@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.core.align.alignment import Alignment, GroupAlignment
-from stages.core.merged.network import Source
+from stages.core.graph.source import Source
 from stages.core.units.moments import Moments, Statistics
 
 

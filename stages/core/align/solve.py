@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stages.core.align.alignment import Alignment
 from stages.core.align.cca import align_cca
+from stages.core.align.order import align, merged_units
 from stages.core.align.problem import Problem, make_problem
 from stages.core.align.transport import align_transport
 from stages.core.align.zipit import align_zip
-from stages.core.merged.network import Source
-from stages.core.recipe.methods import Matching as Settings
-from stages.core.tracing.sources import align, merged_units
-from stages.core.units.groups import Matching, UnitSplit
+from stages.core.graph.source import Source
+from stages.core.recipe.methods import MatchSettings
+from stages.core.units.matching import Matching, UnitSplit
 from stages.core.units.moments import Statistics
 
-ALIGNMENTS: dict[str, Callable[[Problem, Settings], Alignment]] = {
+ALIGNMENTS: dict[str, Callable[[Problem, MatchSettings], Alignment]] = {
     "zip": lambda problem, settings: align_zip(problem, settings.alpha, settings.beta),
     "cca": lambda problem, settings: align_cca(problem, settings.ridge),
     "transport": lambda problem, settings: align_transport(
@@ -23,7 +23,7 @@ ALIGNMENTS: dict[str, Callable[[Problem, Settings], Alignment]] = {
 
 
 def make_alignment(
-    settings: Settings,
+    settings: MatchSettings,
     sources: Sequence[Source],
     statistics: Callable[[], Statistics],
     matching: Matching,

@@ -3,8 +3,8 @@
 How each operation runs and where it keeps units is in stages.core.graph.operations and stages.core.graph.rules.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -69,3 +69,13 @@ class Graph:
 def node_parameters(node: Node, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A node's parameters by role, out of a state dict."""
     return {role: state[name] for role, name in node.parameters.items()}
+
+
+def graph_to_json(graph: Graph) -> list[dict[str, Any]]:
+    """A graph as lists, texts and numbers, one mapping a node."""
+    return [asdict(node) for node in graph.nodes]
+
+
+def graph_from_json(nodes: Sequence[Mapping[str, Any]]) -> Graph:
+    """The graph that ``graph_to_json`` wrote."""
+    return Graph(tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in nodes))

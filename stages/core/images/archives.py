@@ -25,7 +25,7 @@ from stages.core.images.windows import Window, Zip
 from stages.core.runtime.cache import identity, kept_file
 from stages.core.runtime.errors import InputError
 
-Source = Window | Zip
+Container = Window | Zip
 Where = tuple[int, int] | zipfile.ZipInfo  # what a source knows an entry by
 Digest = Callable[[], str]  # names the content, for the cache; computed only where it is needed
 
@@ -45,7 +45,7 @@ class Archive:
         """Raises InputError for a damaged archive, and for entries or links that leave its folder."""
         self.path = paths[0]
         self._files: list[io.FileIO] = []
-        self._members: dict[str, tuple[Source, Where]] = {}
+        self._members: dict[str, tuple[Container, Where]] = {}
         self._links: dict[str, str] = {}
         try:
             for path in paths:
@@ -116,7 +116,9 @@ class Archive:
             self._add(folder, entry, source, where, depth, lambda entry=entry: f"{digest()}-{_slug(entry)}")
         return True
 
-    def _add(self, folder: str, entry: str, source: Source, where: Where, depth: int, digest: Digest) -> None:
+    def _add(
+        self, folder: str, entry: str, source: Container, where: Where, depth: int, digest: Digest
+    ) -> None:
         name = posixpath.join(folder, self._inside(entry))
         if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts):
             return
@@ -132,7 +134,7 @@ class Archive:
                 return
         self._members[name] = (source, where)
 
-    def _zip_entries(self, window: Window, folder: str, name: str) -> Iterator[tuple[str, Source, Where]]:
+    def _zip_entries(self, window: Window, folder: str, name: str) -> Iterator[tuple[str, Container, Where]]:
         try:
             source = Zip(window)
         except (zipfile.BadZipFile, OSError) as error:
@@ -148,7 +150,7 @@ class Archive:
             else:
                 yield info.filename, source, info
 
-    def _tar_entries(self, window: Window, folder: str, name: str) -> Iterator[tuple[str, Source, Where]]:
+    def _tar_entries(self, window: Window, folder: str, name: str) -> Iterator[tuple[str, Container, Where]]:
         try:
             with tarfile.open(fileobj=io.BufferedReader(window), mode="r:") as file:
                 members = file.getmembers()

@@ -17,7 +17,7 @@ from stages.core.runtime.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CHUNK = 64  # images per piece of work of a thread
+IMAGES_AT_A_TIME = 64  # images per piece of work of a thread
 
 
 def edges(images: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ class Decoder:
         return VIEWS[self.view](out)
 
     def chunks(self, names: Sequence[str], show: bool = True) -> Iterator[Tensor]:
-        """The decoded images of ``names`` in order, at most ``CHUNK`` at a time."""
+        """The decoded images of ``names`` in order, at most ``IMAGES_AT_A_TIME`` at a time."""
         threads = min(16, os.cpu_count() or 1)
-        starts = iter(range(0, len(names), CHUNK))
+        starts = iter(range(0, len(names), IMAGES_AT_A_TIME))
         ahead: deque[Future[Tensor]] = deque()
         pool = ThreadPoolExecutor(threads)
         bar = tqdm(
@@ -83,7 +83,7 @@ class Decoder:
         try:
             with bar:
                 for start in starts:
-                    ahead.append(pool.submit(self, names[start : start + CHUNK]))
+                    ahead.append(pool.submit(self, names[start : start + IMAGES_AT_A_TIME]))
                     if len(ahead) < 2 * threads:  # bounds what waits in memory
                         continue
                     yield _counted(ahead.popleft(), bar)

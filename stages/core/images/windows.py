@@ -1,4 +1,4 @@
-"""Parts of one open file read as files of their own, from several threads at once."""
+"""Arrangement of one open file read as files of their own, from several threads at once."""
 
 import io
 import os

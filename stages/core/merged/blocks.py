@@ -1,93 +1,18 @@
-"""How the units of N networks lie in one merged network, and the linear maps between them.
+"""Linear maps between merged values, in blocks.
 
-A value of the merged network holds, for each group along its unit dimension, the units in the order
-[separate of network 0 | shared | separate of network 1 | separate of network 2 | ...], so that the views of the
-first two networks are contiguous slices. A linear map has one block of rows per column set: rows of shared units
-read everything, rows of a network's separate units read that network's view only. The blocks between different
-networks' separate units do not exist.
+A linear map has one block of rows per column set: rows of shared units read everything, rows of a network's separate
+units read that network's view only. The blocks between different networks' separate units do not exist.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.core.graph.layouts import Layout
 from stages.core.graph.nodes import Node
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How the source networks' entries lie in a merged value.
-
-    positions: for each network, int64 (source width,): where its entry c is. owner: int64 (merged width,): the
-    network an entry belongs to, -1 for shared.
-    """
-
-    positions: tuple[Tensor, ...]
-    owner: Tensor
-
-    @property
-    def width(self) -> int:
-        return len(self.owner)
-
-    def view(self, network: int) -> Tensor:
-        """The entries one network reads, ascending."""
-        return torch.sort(self.positions[network]).values
-
-
-def parts_of(layout: Layout, shared: Mapping[str, int], networks: int) -> Parts:
-    """Parts of a value. ``shared``: k of each free group; a group that is not named is shared whole."""
-    positions: list[list[Tensor]] = [[] for _ in range(networks)]
-    owner, start = [], 0
-    for segment in layout.segments:
-        k, b = shared.get(segment.group, segment.size), segment.block
-        s = segment.size - k
-        for m in range(networks):
-            own = start + (0 if m == 0 else k * b + m * s * b) + torch.arange(s * b)
-            positions[m] += [start + s * b + torch.arange(k * b), own]
-        owner += [torch.zeros(s * b), torch.full((k * b,), -1.0)]
-        owner += [torch.full((s * b,), float(m)) for m in range(1, networks)]
-        start += (k + networks * s) * b
-    return Parts(tuple(torch.cat(p) for p in positions), torch.cat(owner).long())
-
-
-def head_parts(classes: Sequence[int]) -> Parts:
-    """Parts of the logits of separate label spaces: the networks' classes side by side."""
-    starts = torch.tensor([0, *classes]).cumsum(0)
-    positions = tuple(start + torch.arange(n) for start, n in zip(starts, classes, strict=False))
-    return Parts(positions, torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(classes)))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Entries ``start:stop`` of a value, all of one owner."""
-
-    owner: int
-    start: int
-    stop: int
-
-
-def pieces_of(parts: Parts) -> list[Piece]:
-    """A value cut where the owner changes."""
-    owners, counts = torch.unique_consecutive(parts.owner, return_counts=True)
-    stops = counts.cumsum(0).tolist()
-    return [
-        Piece(owner, stop - count, stop)
-        for owner, count, stop in zip(owners.tolist(), counts.tolist(), stops, strict=True)
-    ]
-
-
-def held_pieces(parts: Parts) -> list[Piece]:
-    """The pieces in which a value is held while the network runs.
-
-    Where nothing is shared, each network's entries stay apart, and the networks run as they would alone. Elsewhere
-    the value is one tensor: most rows read all of it.
-    """
-    whole = bool((parts.owner < 0).any())
-    return [Piece(-1, 0, parts.width)] if whole else pieces_of(parts)
+from stages.core.merged.arrangement import Arrangement, Piece, held_pieces, pieces_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +28,7 @@ class Block:
     owner: int | None
 
 
-def blocks_of(inputs: Parts, outputs: Parts) -> list[Block]:
+def blocks_of(inputs: Arrangement, outputs: Arrangement) -> list[Block]:
     """The blocks of a linear map, rows in the order of the merged output."""
     everything = torch.arange(inputs.width)
     blocks: list[Block] = []
@@ -120,7 +45,9 @@ def blocks_of(inputs: Parts, outputs: Parts) -> list[Block]:
 class BlockMap(nn.Module):
     """A Linear or Conv2d with real blocks. ``weights[i]``: (rows, columns, *kernel) of block i."""
 
-    def __init__(self, node: Node, inputs: Parts, outputs: Parts, kernel: Sequence[int], bias: bool) -> None:
+    def __init__(
+        self, node: Node, inputs: Arrangement, outputs: Arrangement, kernel: Sequence[int], bias: bool
+    ) -> None:
         super().__init__()
         self.node, self.inputs, self.outputs = node, inputs, outputs
         self.blocks = blocks_of(inputs, outputs)

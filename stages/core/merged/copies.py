@@ -15,12 +15,12 @@ def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:
     """
     exact: dict[str, Tensor] = {}
     for node in network.trace.graph.nodes:
-        parts = network.parts(node.name)
+        parts = network.arrangement(node.name)
         if node.operation == "input":
             exact[node.name] = torch.ones(parts.width, dtype=torch.bool)
         elif node.linear or (node.operation in NORMS and node.attributes.get("groups", 1) == 1):
             read = exact[node.inputs[0]]
-            inputs = network.parts(node.inputs[0])
+            inputs = network.arrangement(node.inputs[0])
             whole = torch.tensor([bool(read[p].all()) for p in inputs.positions])
             exact[node.name] = (parts.owner >= 0) & whole[parts.owner]
         elif node.grouped or node.operation in NORMS:  # each part of the units alone

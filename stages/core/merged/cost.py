@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.trace import Trace
-from stages.core.merged.blocks import parts_of
+from stages.core.merged.arrangement import arrange
 from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import State
@@ -62,11 +62,11 @@ def split_cost(
     """The same for a merged network with k ``shared`` units in each group, by formula."""
     total = 0
     for node in counted_nodes(trace, labels):
-        outputs = parts_of(trace.layouts[node.name], shared, networks)
+        outputs = arrange(trace.layouts[node.name], shared, networks)
         if node.linear:
             weight = state[node.parameters["weight"]]
             taps = weight[0, 0].numel() if weight.dim() > 2 else 1
-            inputs = parts_of(trace.layouts[node.inputs[0]], shared, networks)
+            inputs = arrange(trace.layouts[node.inputs[0]], shared, networks)
             k = int((outputs.owner < 0).sum())
             weights = (k * inputs.width + (outputs.width - k) * weight.shape[1]) * taps
             total += weights * (trace.positions(node) if kind == "macs" else 1)
@@ -85,7 +85,7 @@ def built_cost(network: MergedNetwork, kind: str, heads: bool = False) -> int:
             weights = network.map_of(node).weights
             total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
         else:
-            total += network.trace.hidden_macs(node) * network.parts(node.name).width
+            total += network.trace.hidden_macs(node) * network.arrangement(node.name).width
     return total
 
 

@@ -5,7 +5,7 @@ How the units lie in its values, and which blocks exist, is in stages.core.merge
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.core.graph.nodes import Graph, Node, node_parameters
-from stages.core.graph.operations import run_graph, run_node
-from stages.core.graph.trace import Trace, lay_out
-from stages.core.merged.blocks import BlockMap, Parts, head_parts, held_pieces, parts_of
+from stages.core.graph.nodes import Node, graph_to_json
+from stages.core.graph.operations import run_node
+from stages.core.graph.source import Task
+from stages.core.graph.trace import Trace
+from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, held_pieces
+from stages.core.merged.blocks import BlockMap
 from stages.core.merged.unit_layers import MergedLayer, merged_layer
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import read_tensors, write_tensors
-from stages.core.units.groups import State
+from stages.core.runtime.files import write_tensors
 
 FORMAT = "merged-network-1"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A source network's job: its name and the names of its classes."""
-
-    name: str
-    classes: tuple[str, ...]
 
 
 class MergedNetwork(nn.Module):
@@ -71,18 +64,20 @@ class MergedNetwork(nn.Module):
         for node in trace.graph.nodes:
             if node.linear:
                 kernel = trace.parameters[node.parameters["weight"]][2:]
-                parts = self.parts(node.inputs[0]), self.parts(node.name)
+                parts = self.arrangement(node.inputs[0]), self.arrangement(node.name)
                 self.maps[_key(node)] = BlockMap(node, *parts, kernel, "bias" in node.parameters)
             elif node.operation == "batch_norm":
                 norm = nn.BatchNorm2d if len(trace.shapes[node.name]) == 4 else nn.BatchNorm1d
                 affine = "weight" in node.parameters
-                width = self.parts(node.name).width
+                width = self.arrangement(node.name).width
                 self.maps[_key(node)] = norm(width, eps=node.attributes["eps"], affine=affine)
             elif node.inputs:
-                layer = merged_layer(node, trace, self.parts(node.inputs[0]), self.parts(node.name))
+                layer = merged_layer(
+                    node, trace, self.arrangement(node.inputs[0]), self.arrangement(node.name)
+                )
                 if layer is not None:
                     self.maps[_key(node)] = layer
-        self._pieces = {name: held_pieces(self.parts(name)) for name in trace.layouts}
+        self._pieces = {name: held_pieces(self.arrangement(name)) for name in trace.layouts}
         self.eval()
 
     @property
@@ -95,16 +90,16 @@ class MergedNetwork(nn.Module):
         output = self.trace.graph.output
         return output if output.operation == "linear" else None
 
-    def parts(self, value: str) -> Parts:
+    def arrangement(self, value: str) -> Arrangement:
         """How the sources' entries lie in the named value."""
         if self.labels == "separate" and value == self.trace.graph.output.name:
-            return head_parts([len(task.classes) for task in self.tasks])
-        return parts_of(self.trace.layouts[value], self.shared, self.networks)
+            return arrange_heads([len(task.classes) for task in self.tasks])
+        return arrange(self.trace.layouts[value], self.shared, self.networks)
 
     def entries(self, value: str) -> int:
         """How many numbers the named value of one image holds."""
         own = self.trace.shapes[value].numel()
-        return own // self.trace.layouts[value].width * self.parts(value).width
+        return own // self.trace.layouts[value].width * self.arrangement(value).width
 
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
         """One operation of the merged network. task: whose correction is applied, where there is one."""
@@ -216,7 +211,7 @@ class MergedNetwork(nn.Module):
         """Write one safetensors file that ``load_merged`` reads without the code of the source networks."""
         header = {
             "format": FORMAT,
-            "graph": [asdict(node) for node in self.trace.graph.nodes],
+            "graph": graph_to_json(self.trace.graph),
             "example": list(self.trace.shapes[self.trace.graph.nodes[0].name]),
             "shapes": self.trace.parameters,
             "tasks": [asdict(task) for task in self.tasks],
@@ -231,59 +226,3 @@ class MergedNetwork(nn.Module):
 
 def _key(node: Node) -> str:
     return f"{node.name}_"  # a plain name may be one that nn.ModuleDict has itself, such as "values"
-
-
-def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedNetwork:
-    """Read a merged network. Raises InputError when the file is missing, damaged or something else."""
-    tensors, metadata = read_tensors(path)
-    try:
-        header = json.loads(metadata.get("merged", "{}"))
-        if header.get("format") != FORMAT:
-            raise InputError(f"not a merged network (format {header.get('format')!r}; allowed: {FORMAT})")
-        return _from_header(header, tensors).to(device).eval()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{path}: its header and its tensors do not fit together ({what})") from error
-
-
-def _from_header(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> MergedNetwork:
-    nodes = tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in header["graph"])
-    trace = lay_out(Graph(nodes), header["shapes"], header["example"])
-    tasks = [Task(task["name"], tuple(task["classes"])) for task in header["tasks"]]
-    units = {
-        name.removeprefix("units/"): tensors.pop(name) for name in list(tensors) if name.startswith("units/")
-    }
-    network = MergedNetwork(trace, tasks, header["labels"], header["shared"], units, header["about"])
-    for name in header["corrected"]:
-        network.register_buffer(f"correction_{name}", torch.empty_like(tensors[f"correction_{name}"]))
-    network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))
-    network.load_state_dict(tensors)  # after the type is set: it copies into what is there
-    return network
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the networks to be merged, as a trace and its tensors (units already in merged order)."""
-
-    trace: Trace
-    state: State
-    task: Task
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def graph(self) -> Graph:
-        return self.trace.graph
-
-    def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
-        """One operation of the source network, the same for every task."""
-        return run_node(node, inputs, node_parameters(node, self.state))
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the last operation reads."""
-        return run_graph(self.graph, self.state, x, before_output=True)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The source's own logits."""
-        return run_graph(self.graph, self.state, x)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.trace import Trace
-from stages.core.merged.blocks import Block, Parts
+from stages.core.merged.arrangement import Arrangement
+from stages.core.merged.blocks import Block
 
 
 class MergedLayer(nn.Module):
     """A norm, a grouped convolution or a lone parameter: parameters by role, as wide as the merged value."""
 
-    def __init__(self, node: Node, trace: Trace, parts: Parts) -> None:
+    def __init__(self, node: Node, trace: Trace, parts: Arrangement) -> None:
         super().__init__()
         self.node, self.outputs = node, parts
         self.attributes = dict(node.attributes)
@@ -40,7 +41,7 @@ class GroupedMap(MergedLayer):
     weight: (parts * rows, columns, kh, kw). It looks like a BlockMap of one block to those who train it.
     """
 
-    def __init__(self, node: Node, trace: Trace, inputs: Parts, outputs: Parts) -> None:
+    def __init__(self, node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> None:
         super().__init__(node, trace, outputs)
         self.inputs, self.groups = inputs, self.attributes["groups"]
         self.blocks = [Block(0, outputs.width, torch.arange(inputs.width // self.groups), None)]
@@ -59,7 +60,7 @@ class ViewNorm(MergedLayer):
     mean of theirs. Where nothing is separate the views are one, and where nothing is shared they are the sources'.
     """
 
-    def __init__(self, node: Node, trace: Trace, parts: Parts) -> None:
+    def __init__(self, node: Node, trace: Trace, parts: Arrangement) -> None:
         super().__init__(node, trace, parts)
         self.count = len(parts.positions)
         whole = all(len(own) == parts.width for own in parts.positions)
@@ -94,7 +95,7 @@ class ViewNorm(MergedLayer):
 NORMS = ("layer_norm", "group_norm")
 
 
-def merged_layer(node: Node, trace: Trace, inputs: Parts, outputs: Parts) -> MergedLayer | None:
+def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> MergedLayer | None:
     """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
     if node.grouped:
         return GroupedMap(node, trace, inputs, outputs)

@@ -1,20 +1,16 @@
-"""The rows of the result table as params.yaml has them: `match`, `methods` and `full`, checked.
+"""The rows of the result table as params.yaml has them: `match`, `methods` and `full`."""
 
-Apart from the other parameters, so that a new way of matching or fitting is no reason to train a network again.
-"""
+from typing import Annotated, Literal
 
-from typing import Annotated, Any, Literal
+from pydantic import Field, model_validator
 
-from pydantic import Field, ValidationError, model_validator
-
-from stages.core.runtime.errors import InputError
-from stages.core.settings.params import Params, Spending, first_line
-from stages.core.settings.profiles import Count, Fraction, Name, NonNegative, Positive, Section
+from stages.core.recipe.sections import Spending
+from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section
 
 Recalibrate = Literal["none", "batchnorm", "repair", "tact"]
 
 
-class Matching(Section):
+class MatchSettings(Section):
     """How units are paired, and what is done to the shared ones beyond that.
 
     ``by`` a permutation: identity, weights (Git Re-Basin), activations, dual (MuDSC). By matrices: zip (ZipIt!), cca
@@ -35,7 +31,7 @@ class Matching(Section):
     regularisation: NonNegative = 0.0  # 0: exact transport
 
     @model_validator(mode="after")
-    def _check(self) -> "Matching":
+    def _check(self) -> "MatchSettings":
         allowed = ["by", "data", "allocate", *MATCHING_KEYS.get(self.by, ())]
         for key in self.model_fields_set - set(allowed):
             raise ValueError(f"{key}: not a setting of by: {self.by}; allowed: {', '.join(allowed)}")
@@ -99,54 +95,3 @@ class Method(Section):
             if self.recalibrate == "tact":
                 raise ValueError("data: found proxy with recalibrate: tact, which is per task; allowed: own")
         return self
-
-
-class Methods(Section):
-    """Named matchings, and the methods that use them. ``full`` is not run: it is what `-S 'methods=${full}'` sets."""
-
-    match: dict[Name, Matching]
-    methods: dict[Name, Method]
-    full: dict[Name, Method]
-
-    @model_validator(mode="after")
-    def _check(self) -> "Methods":
-        for name, method in {**self.full, **self.methods}.items():
-            if method.match not in self.match:
-                raise ValueError(
-                    f"methods.{name}.match: found {method.match!r}; allowed: {', '.join(self.match)}"
-                )
-            if name in ("oracle", "ensemble"):
-                raise ValueError(f"methods.{name}: this name is taken; the row is always in the table")
-        return self
-
-    @property
-    def matchings(self) -> dict[str, Matching]:
-        """The named matchings that a method uses."""
-        used = {method.match for method in self.methods.values()}
-        return {name: matching for name, matching in self.match.items() if name in used}
-
-    def method(self, name: str) -> Method:
-        """A row by name. Raises InputError when there is none."""
-        if name not in self.methods:
-            raise InputError(f"method: found {name!r}; allowed: {', '.join(self.methods)}")
-        return self.methods[name]
-
-    def matching_of(self, name: str) -> Matching:
-        """The matching that a row uses."""
-        return self.match[self.method(name).match]
-
-
-def load_methods(params: Params, path: str = "params.yaml") -> Methods:
-    """Check the rows. Raises InputError in one line: the key, what was found and what is allowed."""
-    found: dict[str, Any] = {"match": params.match, "methods": params.methods, "full": params.full}
-    try:
-        methods = Methods.model_validate(found)
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_line(error, Methods)}") from error
-    for name, method in methods.methods.items():
-        if params.active.proxy is None and "proxy" in (method.data, methods.match[method.match].data):
-            raise InputError(
-                f"{path}: methods.{name}: uses a proxy, which profile {params.profile} has not; "
-                "allowed: a `proxy` in the profile, or data: own"
-            )
-    return methods

@@ -1,4 +1,24 @@
-"""What each kind of data set is and where to get it, for error messages."""
+"""The data sets by name: what kinds there are, in which views, and where to get them, for error messages."""
+
+from typing import Literal
+
+View = Literal["upright", "rotated", "inverted", "mirrored", "edges"]
+
+
+Kind = Literal[
+    "digits",
+    "photographs",
+    "folder",
+    "cifar10",
+    "cifar100",
+    "pets",
+    "cub",
+    "dogs",
+    "nabirds",
+    "domainnet",
+    "imagenet",
+]
+Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 
 HOMES = {
     "digits": "made by source: embedded",

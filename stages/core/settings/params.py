@@ -8,10 +8,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stages.core.runtime.errors import InputError
-from stages.core.settings.profiles import Count, Name, NonNegative, Place, Positive, Profile, Section
+from stages.core.settings.profiles import Place, Profile
+from stages.core.settings.sections import Count, Name, Positive, Section
 
 PROFILE_FILES = ("params.yaml", "published.yaml")
-Spending = Literal["measured", "uniform", "prefix"]
+
+
+Raw = dict[str, Any]
 
 
 class ArtifactsSection(Section):
@@ -36,48 +39,6 @@ class FinetuneSection(Section):
         return device != "cpu" if self.mixed_precision == "auto" else bool(self.mixed_precision)
 
 
-class StatisticsSection(Section):
-    images: Count  # per task
-    batch_size: Count = 100
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
-    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
-    memory: Positive | None = None  # GiB; null: what the machine has free
-
-
-class AllocateSection(Section):
-    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix)."""
-
-    by: Spending = "measured"
-    cost: Literal["macs", "parameters"] = "macs"
-    levels: Annotated[int, Field(ge=2, le=64)] = 8  # of each group, on the solver's grid
-    nodes: Count = 2000  # of the solver's search tree; a limit in time would not give the same answer twice
-
-
-class FitSection(Section):
-    images: Count  # per task
-    batch_size: Count = 100
-    ridge: NonNegative = 1e-3
-    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
-    memory: Positive | None = None
-
-
-class RecalibrateSection(Section):
-    images: Count
-    batch_size: Count = 100
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
-    memory: Positive | None = None
-
-
-class ProbeSection(Section):
-    batch_size: Count = 250
-    test_images: Count | None = None  # per task; None: all
-    linear_images: Count = 1000  # labelled images per task for the linear probes
-    penalty: Positive = 1e-2
-    latency_batch: Count = 32
-    latency_repeats: Count = 15
-
-
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -90,16 +51,15 @@ class Params(Section):
     threads: Count
     artifacts: ArtifactsSection
     finetune: FinetuneSection
-    statistics: StatisticsSection
-    match: dict[
-        Name, dict[str, Any]
-    ]  # checked by stages.core.recipe.methods, so that a new way retrains no network
-    allocate: AllocateSection
-    fit: FitSection
-    recalibrate: RecalibrateSection
-    probe: ProbeSection
-    methods: dict[Name, dict[str, Any]]
-    full: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    # checked by stages.core.recipe, so that a new way of merging retrains no network
+    statistics: Raw
+    match: dict[Name, Raw]
+    allocate: Raw
+    fit: Raw
+    recalibrate: Raw
+    probe: Raw
+    methods: dict[Name, Raw]
+    full: dict[Name, Raw] = Field(default_factory=dict)
     profiles: dict[Name, Profile]
 
     @property

@@ -7,7 +7,10 @@ s3://bucket/folder/model.pth      whatever `source` says; with the endpoint and 
 
 import hashlib
 import posixpath
+from pathlib import Path
 from typing import Literal
+
+MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")  # where they are in the workspace
 
 PATTERN = (
     r"^([A-Za-z0-9_][A-Za-z0-9_./-]*"

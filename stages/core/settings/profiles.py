@@ -2,43 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from stages.core.settings import places
+from stages.core.settings.datasets import Domain, Kind, View
+from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Constructor = Annotated[
     str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
 ]  # a name, or package.module:function
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
 Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
-View = Literal["upright", "rotated", "inverted", "mirrored", "edges"]
-
-
-class Section(BaseModel):
-    """A mapping of params.yaml: unknown keys and values of another type are refused, nothing is converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-Kind = Literal[
-    "digits",
-    "photographs",
-    "folder",
-    "cifar10",
-    "cifar100",
-    "pets",
-    "cub",
-    "dogs",
-    "nabirds",
-    "domainnet",
-    "imagenet",
-]
-Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 
 
 class Data(Section):
@@ -51,7 +25,7 @@ class Data(Section):
 
     kind: Kind
     key: Place
-    also: list[Place] = []
+    also: list[Place] = Field([])
     domain: Domain | None = None  # of DomainNet
     size: Annotated[int, Field(ge=8)]
     resize: Annotated[int, Field(ge=8)] | None = None  # shorter side before the centre is cut out; null: size
@@ -61,8 +35,8 @@ class Data(Section):
     order: Literal["official", "name"] = "official"
     label_space: Count | None = None  # labels are the data set's own class numbers, from 0 to this (excluded)
     calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
-    mean: list[float] = [0.5]
-    std: list[Positive] = [0.5]
+    mean: list[float] = Field([0.5])
+    std: list[Positive] = Field([0.5])
 
     @property
     def places(self) -> list[str]:
@@ -91,7 +65,7 @@ class Data(Section):
         return self
 
 
-class Task(Section):
+class TaskSettings(Section):
     """A source network together with its data. ``checkpoint``: its file, by its name in the store, or anywhere.
 
     ``classes`` is the width of its head where that differs from the architecture's; so is ``data.label_space``.
@@ -120,7 +94,7 @@ class Architecture(Section):
     """A constructor by name and its arguments; stages.core.networks.architectures checks both."""
 
     name: Constructor
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field({})
 
 
 class Profile(Section):
@@ -133,7 +107,7 @@ class Profile(Section):
     folder: Name | None = None
     variants: list[Name] | None = None
     labels: Literal["shared", "separate"]
-    tasks: dict[Name, Task]
+    tasks: dict[Name, TaskSettings]
     finetune: Finetune
     proxy: Data | None = None  # images of no task, for methods with `data: proxy`
 

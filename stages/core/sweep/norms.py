@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
-from stages.core.merged.network import MergedNetwork
-from stages.core.sweep.sweep import Sweep
+from stages.core.sweep.sweep import Merged, Sweep
 
 
 def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int | None = None) -> Tensor:
@@ -36,7 +35,7 @@ def merged_moments(norm: Node, sweep: Sweep) -> Tensor:
     return moments_of(sweep, lambda index: sweep.of_merged(norm.inputs[0], index), 1)
 
 
-def moments_bytes(network: MergedNetwork, norm: Node, batch: int) -> int:
+def moments_bytes(network: Merged, norm: Node, batch: int) -> int:
     """Memory of what ``merged_moments`` works with, for batches of so many images."""
     return 16 * batch * max(network.entries(name) for name in (norm.inputs[0], norm.name))
 

@@ -21,7 +21,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.tracing.attention import PACKED, Attention, find_attention
 from stages.core.tracing.calls import Calls
 from stages.core.tracing.shapes import Observed, observe
-from stages.core.tracing.vocabulary import ALIAS, BINARY, CALLS, MODULES, RESHAPES, STATE, Recipe
+from stages.core.tracing.vocabulary import ALIAS, BINARY, CALLS, MODULES, RESHAPES, STATE, Reading
 
 
 def read_graph(module: nn.Module, example: Tensor) -> Graph:
@@ -150,7 +150,7 @@ class _Reader:
 
     # -- modules ------------------------------------------------------------------------------------------------
 
-    def _module(self, fx: torch.fx.Node) -> Recipe:
+    def _module(self, fx: torch.fx.Node) -> Reading:
         module = self.modules[fx.target]
         if type(module) not in MODULES:
             raise self._unknown(fx, f"module {type(module).__name__}")

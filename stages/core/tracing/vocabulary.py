@@ -13,12 +13,12 @@ from torch import nn
 
 from stages.core.runtime.errors import InputError
 
-Recipe = tuple[str, dict[str, Any], tuple[str, ...]]  # operation, attributes, parameter roles
+Reading = tuple[str, dict[str, Any], tuple[str, ...]]  # operation, attributes, parameter roles
 
 STATE = ("weight", "bias", "running_mean", "running_var")  # what norms may have
 ALIAS = "alias"  # passes its input on
 
-MODULES: dict[type[nn.Module], Callable[[Any], Recipe]] = {
+MODULES: dict[type[nn.Module], Callable[[Any], Reading]] = {
     nn.Identity: lambda m: (ALIAS, {}, ()),
     nn.Dropout: lambda m: (ALIAS, {}, ()),
     nn.Dropout2d: lambda m: (ALIAS, {}, ()),
@@ -90,7 +90,7 @@ BINARY: dict[Any, tuple[str, str]] = {  # (on two values, on a value and a numbe
 }
 
 
-def flatten_recipe(start: int, end: int) -> Recipe:
+def flatten_recipe(start: int, end: int) -> Reading:
     """Dimensions ``start`` to ``end`` become one; the usual case (1 to -1) is written without attributes."""
     if start == 0:
         raise InputError(f"flatten from {start} to {end}; allowed: from 1 on, the batch stays")

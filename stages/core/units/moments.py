@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from stages.core.runtime.errors import InputError
-from stages.core.units.groups import PermutationSpec, inside_order
+from stages.core.units.groups import PermutationSpec
+from stages.core.units.matching import inside_order
 
 Similarity = Literal["inner", "distance", "correlation"]
-Data = Literal["own", "proxy"]
-PLACES = ("after", "before", "inside")
+Origin = Literal["own", "proxy"]
+POINTS = ("after", "before", "inside")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TaskMoments:
 
 
 Gathered = Mapping[str, Mapping[str, TaskMoments]]
-"""{place: {group: TaskMoments}}: `after` is what the layers that read a group see, `before` the same in front of
+"""{point: {group: TaskMoments}}: `after` is what the layers that read a group see, `before` the same in front of
 the non-linearity; `inside` is `after` unit by unit for groups whose units are parts with units of their own, by the
 names of ``PermutationSpec.contents``."""
 
@@ -109,20 +110,20 @@ class Statistics:
         return torch.cat(found, -1).mean(-1)
 
 
-def pool(gathered: Gathered, networks: int, tasks: int, data: Data = "own") -> Statistics:
+def pool(gathered: Gathered, networks: int, tasks: int, data: Origin = "own") -> Statistics:
     """Pool the moments of N ``networks`` of equal width over the tasks, or take the proxy's.
 
     Raises InputError when the proxy's are asked for and not there.
     """
     return Statistics(
         **{
-            place: {group: _pooled(own, networks, tasks, data) for group, own in gathered[place].items()}
-            for place in PLACES
+            point: {group: _pooled(own, networks, tasks, data) for group, own in gathered[point].items()}
+            for point in POINTS
         }
     )
 
 
-def _pooled(own: TaskMoments, networks: int, tasks: int, data: Data) -> Moments:
+def _pooled(own: TaskMoments, networks: int, tasks: int, data: Origin) -> Moments:
     mean, second = own.mean.cpu(), own.second.cpu()
     if data == "own":
         mean, second = mean[:tasks].mean(0), second[:tasks].mean(0)
@@ -134,10 +135,10 @@ def _pooled(own: TaskMoments, networks: int, tasks: int, data: Data) -> Moments:
 
 
 def to_tensors(gathered: Gathered) -> dict[str, Tensor]:
-    """As a file holds them: {place/group/part: tensor}."""
+    """As a file holds them: {point/group/part: tensor}."""
     return {
-        f"{place}/{group}/{part}": getattr(own, part)
-        for place, groups in gathered.items()
+        f"{point}/{group}/{part}": getattr(own, part)
+        for point, groups in gathered.items()
         for group, own in groups.items()
         for part in ("mean", "second")
     }
@@ -145,10 +146,10 @@ def to_tensors(gathered: Gathered) -> dict[str, Tensor]:
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, TaskMoments]]:
     """The inverse of ``to_tensors``."""
-    gathered: dict[str, dict[str, TaskMoments]] = {place: {} for place in PLACES}
+    gathered: dict[str, dict[str, TaskMoments]] = {point: {} for point in POINTS}
     for name in tensors:
-        place, _, rest = name.partition("/")
+        point, _, rest = name.partition("/")
         group, _, part = rest.rpartition("/")
         if part == "mean":
-            gathered[place][group] = TaskMoments(tensors[name], tensors[f"{place}/{group}/second"])
+            gathered[point][group] = TaskMoments(tensors[name], tensors[f"{point}/{group}/second"])
     return gathered

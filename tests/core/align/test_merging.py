@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.core.align.alignment import Alignment, view_states
+from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
 from stages.core.graph.operations import run_graph
-from stages.core.graph.trace import trace
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.cost import built_cost, source_cost
-from stages.core.merged.network import load_merged
-from stages.core.recipe.methods import Fit, Matching
-from stages.core.sweep.sweep import images_to_batches
-from stages.core.tracing.sources import align
-from stages.core.units.groups import full_split
+from stages.core.merged.file import load_merged
+from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.sweep.batches import images_to_batches
+from stages.core.tracing.trace import trace
+from stages.core.units.matching import full_split
 from stages.core.units.moments import pool
 from stages.fit.merge import fit_network
 from stages.match.matching import make_matching
@@ -27,14 +27,16 @@ from stages.recalibrate.recalibrate import recalibrate
 from stages.statistics.moments import gather
 
 WAYS = {
-    "zip": Matching(by="zip", alpha=0.5, beta=0.3),
-    "cca": Matching(by="cca", ridge=0.1),
-    "transport": Matching(by="transport"),
-    "transport_weights": Matching(by="transport", features="weights"),
-    "sinkhorn": Matching(by="transport", regularisation=0.05),
-    "dual": Matching(by="dual"),
+    "zip": MatchSettings(by="zip", alpha=0.5, beta=0.3),
+    "cca": MatchSettings(by="cca", ridge=0.1),
+    "transport": MatchSettings(by="transport"),
+    "transport_weights": MatchSettings(by="transport", features="weights"),
+    "sinkhorn": MatchSettings(by="transport", regularisation=0.05),
+    "dual": MatchSettings(by="dual"),
 }
-COPIES = {"zip": Matching(by="zip", alpha=1.0, beta=0.3)}  # a third copy is worth as much as a second one
+COPIES = {
+    "zip": MatchSettings(by="zip", alpha=1.0, beta=0.3)
+}  # a third copy is worth as much as a second one
 AVERAGE = Fit(solver="average")
 PROGRESSIVE = Fit(inputs="merged", targets="own", norm="fold")
 FITS = {
@@ -107,7 +109,7 @@ def test_everything_separate_is_exact(way, fit, problem, images):
     found = problem()
     merged, _, _ = found.merge(WAYS[way], FITS[fit], dict.fromkeys(found.spec.free, ()))
     name = merged.head.inputs[0]
-    for source, positions in zip(found.sources, merged.parts(name).positions, strict=True):
+    for source, positions in zip(found.sources, merged.arrangement(name).positions, strict=True):
         mine = source.features(images(6, 9))
         theirs = merged.features(images(6, 9))[:, positions]
         torch.testing.assert_close(theirs.sort(1).values, mine.sort(1).values)
@@ -280,7 +282,7 @@ def test_repair_restores_mean_and_deviation(way, kept, problem):
     for node in trace_.graph.nodes:
         if node.name not in behind:
             continue
-        layout, parts = trace_.layouts[node.name], merged.parts(node.name)
+        layout, parts = trace_.layouts[node.name], merged.arrangement(node.name)
         shares = alignment.shares(layout, merged.shared, x)
         goal = torch.zeros(2, parts.width).double()
         for m, values in enumerate(theirs):
@@ -303,7 +305,7 @@ def test_repair_of_a_network_without_norm_layers_is_folded_into_its_weights(imag
     networks = [Bare().double() for _ in range(2)]
     tasks = [images(64, m) for m in range(2)]
     found = Problem(sources(networks, tasks[0]), tasks)
-    way = Matching(by="activations")
+    way = MatchSettings(by="activations")
     merged, aligned, alignment = found.merge(way, AVERAGE)
     before = {name: list(t.shape) for name, t in merged.state_dict().items()}
     collapsed = unit_statistics(watched(merged, torch.cat(tasks))["b"])[1]
@@ -362,7 +364,7 @@ def test_recalibration_leaves_everything_separate_alone(seed):
         .eval()
         for _ in range(2)
     ]
-    from stages.core.merged.network import Task
+    from stages.core.graph.source import Task
     from stages.core.tracing.sources import make_sources
 
     made = make_sources(networks, [Task(n, ("0", "1")) for n in "ab"], tasks[0], "shared")

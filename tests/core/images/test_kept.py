@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stages.core.images import kept
-from stages.core.images.decoding import CHUNK, Decoder, Stream, ahead
+from stages.core.images.decoding import IMAGES_AT_A_TIME, Decoder, Stream, ahead
 from stages.core.images.load import load_images
 from stages.core.runtime.cache import cache_folder, identity
 from stages.core.runtime.errors import InputError
@@ -257,6 +257,6 @@ def test_chunks_come_in_order_however_many(monkeypatch):
     from PIL import Image
 
     decoder = Decoder("x", lambda name: Image.new("L", (8, 8), int(name) % 251), 8, 8, 1, "upright")
-    names = [str(i) for i in range(5 * CHUNK + 3)]
+    names = [str(i) for i in range(5 * IMAGES_AT_A_TIME + 3)]
     found = torch.cat(list(decoder.chunks(names)))
     assert found[:, 0, 0, 0].tolist() == [int(name) % 251 for name in names]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stages.artifacts.embedded import write_digits
+from stages.core.images.batches import Batches, normalise
 from stages.core.images.decoding import VIEWS
-from stages.core.images.load import Batches, load_images, normalise
+from stages.core.images.load import load_images
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_tensors
 from stages.core.settings.profiles import Data

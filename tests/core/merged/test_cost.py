@@ -5,11 +5,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.core.graph.trace import trace
+from stages.core.graph.source import Task
 from stages.core.merged.cost import KINDS, built_cost, check_built, source_cost, split_cost
-from stages.core.merged.network import MergedNetwork, Task
+from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
-from stages.core.units.groups import full_split
+from stages.core.tracing.trace import trace
+from stages.core.units.matching import full_split
 
 
 def multiply_accumulates(network, x):

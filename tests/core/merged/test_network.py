@@ -9,13 +9,16 @@ from torch import nn
 
 from stages.core.graph.layouts import Layout, Segment
 from stages.core.graph.nodes import Node
-from stages.core.graph.trace import trace
-from stages.core.merged.blocks import BlockMap, head_parts, held_pieces, parts_of
+from stages.core.graph.source import Task
+from stages.core.merged.arrangement import arrange, arrange_heads, held_pieces
+from stages.core.merged.blocks import BlockMap
 from stages.core.merged.copies import exact_entries
-from stages.core.merged.network import MergedNetwork, Task, load_merged
+from stages.core.merged.file import load_merged
+from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import read_tensors, write_tensors
-from stages.core.units.groups import full_split
+from stages.core.tracing.trace import trace
+from stages.core.units.matching import full_split
 
 CONV = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
 
@@ -45,7 +48,7 @@ def source_names(layout):
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_every_source_entry_has_its_place(data, networks):
     layout, shared, owners, names = data.draw(merged_layouts(networks))
-    parts = parts_of(layout, shared, networks)
+    parts = arrange(layout, shared, networks)
     assert parts.owner.tolist() == owners
     for m, positions in enumerate(parts.positions):
         placed = [names[position] for position in positions.tolist()]
@@ -57,7 +60,7 @@ def test_every_source_entry_has_its_place(data, networks):
 @given(d=st.integers(1, 6), k=st.integers(0, 6))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_the_views_of_two_networks_are_slices(d, k):
-    parts = parts_of(Layout(1, (Segment("g", d),)), {"g": min(k, d)}, 2)
+    parts = arrange(Layout(1, (Segment("g", d),)), {"g": min(k, d)}, 2)
     first, second = parts.view(0), parts.view(1)
     assert first.tolist() == list(range(d))
     assert second.tolist() == list(range(parts.width - d, parts.width))
@@ -93,7 +96,7 @@ def test_the_blocks_are_exactly_the_allowed_pairs(data, networks, conv, bias):
     writes, k_out, owners_out, _ = data.draw(merged_layouts(networks))
     node = Node("n", "conv2d", ("x",), CONV) if conv else Node("n", "linear", ("x",))
     kernel = (3, 3) if conv else ()
-    parts = parts_of(reads, k_in, networks), parts_of(writes, k_out, networks)
+    parts = arrange(reads, k_in, networks), arrange(writes, k_out, networks)
     module = randomised(BlockMap(node, *parts, kernel, bias))
     weight, covered = dense(module, kernel)
     assert torch.equal(covered, allowed(owners_in, owners_out).float())
@@ -115,7 +118,7 @@ def apart(x, parts):
 @torch.no_grad()
 def test_a_task_reads_its_own_head(data, classes):
     reads, shared, owners, _ = data.draw(merged_layouts(len(classes)))
-    parts = parts_of(reads, shared, len(classes)), head_parts(classes)
+    parts = arrange(reads, shared, len(classes)), arrange_heads(classes)
     module = randomised(BlockMap(Node("fc", "linear", ("x",)), *parts, (), True))
     owner = [m for m, count in enumerate(classes) for _ in range(count)]
     weight, covered = dense(module)

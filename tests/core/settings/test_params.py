@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.core.recipe.methods import load_methods
+from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params, parse_params
 
@@ -78,7 +78,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
 )
 def test_anything_else_is_one_line(path, value, message):
     with pytest.raises(InputError) as error:
-        load_methods(parse_params(changed(path, value)))
+        load_recipe(parse_params(changed(path, value)))
     assert str(error.value).startswith(f"params.yaml: {message}")
     assert "\n" not in str(error.value)
 
@@ -93,7 +93,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="method: found 'x'; allowed: average"):
-        load_methods(load_params(ROOT / "params.yaml")).method("x")
+        load_recipe(load_params(ROOT / "params.yaml")).method("x")
 
 
 @pytest.mark.parametrize(
@@ -114,21 +114,21 @@ def test_an_unknown_method_is_named():
 def test_combinations_that_mean_nothing_are_refused(row, message):
     params = parse_params(changed(["methods", "mine"], row))
     if message is None:
-        assert load_methods(params).method("mine").data == "proxy"
+        assert load_recipe(params).method("mine").data == "proxy"
     else:
         with pytest.raises(InputError, match=f"methods.mine.*{message}"):
-            load_methods(params)
+            load_recipe(params)
 
 
 def test_a_proxy_that_is_not_there_is_named():
     content = changed(["methods", "mine"], {"match": "activations_proxy", "fit": {}})
     del content["profiles"]["digits"]["proxy"]
     with pytest.raises(InputError, match=r"methods\.mine: uses a proxy, which profile digits has not"):
-        load_methods(parse_params(content))
+        load_recipe(parse_params(content))
 
 
 def test_the_full_list_holds_the_short_one():
-    methods = load_methods(load_params(ROOT / "params.yaml"))
+    methods = load_recipe(load_params(ROOT / "params.yaml"))
     assert methods.full.items() >= methods.methods.items()
     assert {methods.match[m.match].by for m in methods.full.values()} == {
         "identity", "weights", "activations", "dual", "zip", "cca", "transport"

@@ -5,14 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stages.core.graph.nodes import Node
-from stages.core.sweep.rows import (
-    input_rows,
-    kernel_of,
-    output_rows,
-    tap_columns,
-    unit_rows,
-    weight_matrix,
-)
+from stages.core.sweep.rows import input_rows, kernel_of, output_rows, tap_columns, unit_rows, weight_matrix
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 

@@ -8,12 +8,15 @@ from live import Live
 from torch import nn
 
 from stages.core.align.alignment import Alignment
-from stages.core.merged.network import MergedNetwork, Source
+from stages.core.graph.source import Source
+from stages.core.merged.network import MergedNetwork
 from stages.core.networks.architectures import build
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.errors import InputError
-from stages.core.sweep.sweep import Batch, Sweep, check_memory, images_to_batches, peak_bytes, task_weights
-from stages.core.units.groups import full_split, identity_matching
+from stages.core.sweep.batches import Batch, images_to_batches, task_weights
+from stages.core.sweep.memory import check_memory, peak_bytes
+from stages.core.sweep.sweep import Sweep
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
 from stages.fit.layerwise import Fitter
 from stages.fit.merge import fit_network

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.merged.network import Task
+from stages.core.align.order import align, merged_units
+from stages.core.graph.source import Task
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
-from stages.core.tracing.sources import align, make_sources, merged_units
-from stages.core.units.groups import Matching, full_split, identity_matching
+from stages.core.tracing.sources import make_sources
+from stages.core.units.matching import Matching, full_split, identity_matching
 
 
 def tasks(*classes):

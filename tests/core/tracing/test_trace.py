@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.core.graph.operations import run_graph
-from stages.core.graph.trace import trace, verify
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
+from stages.core.tracing.trace import trace
+from stages.core.tracing.verify import verify
 from stages.core.units.groups import Axis, PermutationSpec, Span
 
 

@@ -4,20 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.runtime.errors import InputError
-from stages.core.units.groups import (
-    Axis,
-    Inner,
+from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span, permute
+from stages.core.units.matching import (
     Matching,
-    PermutationGroup,
-    PermutationSpec,
-    Span,
     UnitSplit,
     check_matching,
     check_splits,
     full_split,
     identity_matching,
     inside_order,
-    permute,
     unit_order,
 )
 

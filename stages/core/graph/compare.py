@@ -1,0 +1,65 @@
+"""Whether several networks are of one architecture, so that they can be merged."""
+
+from collections.abc import Sequence
+
+import torch
+
+from stages.core.graph.source import Source
+from stages.core.runtime.errors import InputError
+
+
+def check_alike(sources: Sequence[Source], labels: str) -> None:
+    """Gate: networks of one architecture, each with as many logits as it has classes.
+
+    labels: shared or separate; the heads of separate label spaces may have different widths. Raises InputError naming
+    the task and the first thing that differs.
+    """
+    if len(sources) < 2:
+        raise InputError(f"found {len(sources)} network; allowed: two or more")
+    first, output = sources[0], sources[0].graph.output
+    heads = set(output.parameters.values()) if labels == "separate" else set()
+    for source in sources:
+        _check_graph(first, source)
+        _check_tensors(first, source, heads)
+        task, width = source.task, source.trace.layouts[source.graph.output.name].width
+        if width != len(task.classes):
+            raise InputError(f"task {task.name}: {width} logits for {len(task.classes)} classes")
+    if labels == "shared" and len({source.task.classes for source in sources}) > 1:
+        names = "; ".join(f"{s.task.name}: {', '.join(s.task.classes[:4])}..." for s in sources)
+        raise InputError(
+            f"labels: shared, but the tasks' classes differ ({names}); allowed: labels: separate"
+        )
+
+
+def _check_graph(first: Source, other: Source) -> None:
+    found, expected = other.graph.nodes, first.graph.nodes
+    if len(found) != len(expected):
+        raise InputError(
+            f"task {other.task.name}: {len(found)} operations, the first network has {len(expected)}; "
+            "allowed: networks of one architecture"
+        )
+    for a, b in zip(expected, found, strict=True):
+        if a != b:
+            raise InputError(
+                f"task {other.task.name}: {b.name} is {b.operation} {dict(b.attributes)}, in the first network "
+                f"{a.name} is {a.operation} {dict(a.attributes)}; allowed: networks of one architecture"
+            )
+
+
+def _check_tensors(first: Source, other: Source, heads: set[str]) -> None:
+    task = other.task.name
+    differ = sorted(first.state.keys() ^ other.state.keys())
+    if differ:
+        where = "the first network" if differ[0] in other.state else "this network"
+        raise InputError(
+            f"task {task}: {differ[0]} is missing in {where}; allowed: networks of one architecture"
+        )
+    for name, tensor in first.state.items():
+        expected, found = tuple(tensor.shape), tuple(other.state[name].shape)
+        if expected != found and name not in heads:
+            raise InputError(
+                f"task {task}: {name} is {found}, in the first network {expected}; "
+                "allowed: networks of one architecture"
+            )
+        if not torch.isfinite(other.state[name]).all():
+            raise InputError(f"task {task}: {name} holds NaN or infinite values; allowed: finite weights")

@@ -1,0 +1,46 @@
+"""A network that is to be merged, as a graph and its tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from stages.core.graph.nodes import Graph, Node, node_parameters
+from stages.core.graph.operations import run_graph, run_node
+from stages.core.graph.trace import Trace
+from stages.core.units.groups import State
+
+
+@dataclass(frozen=True)
+class Task:
+    """A source network's job: its name and the names of its classes."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the networks to be merged, as a trace and its tensors (units already in merged order)."""
+
+    trace: Trace
+    state: State
+    task: Task
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.trace.graph
+
+    def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
+        """One operation of the source network, the same for every task."""
+        return run_node(node, inputs, node_parameters(node, self.state))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last operation reads."""
+        return run_graph(self.graph, self.state, x, before_output=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The source's own logits."""
+        return run_graph(self.graph, self.state, x)

@@ -1,0 +1,35 @@
+"""Images as normalised batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.core.images.decoding import Stream, ahead
+from stages.core.settings.profiles import Data
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x / 255 - mean) / std for uint8 (n, c, h, w) -> float32 (n, c, h, w); 1 or c numbers each."""
+    shape = (1, -1, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float32, device=images.device).reshape(shape)
+    scale = torch.tensor(std, dtype=torch.float32, device=images.device).reshape(shape)
+    return (images.float() / 255 - centre) / scale
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Normalised float32 batches (at most batch_size, c, h, w) of uint8 images, in order, on ``device``.
+
+    Made anew at every pass, so no more than a batch is held in float32.
+    """
+
+    images: Tensor | Stream
+    batch_size: int
+    data: Data
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, batch in ahead(self.images, torch.arange(len(self.images)).split(self.batch_size)):
+            yield normalise(batch.to(self.device), self.data.mean, self.data.std)

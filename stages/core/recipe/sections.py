@@ -1,0 +1,51 @@
+"""The sections of params.yaml of the stages that merge: one for each, of the stage's name."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.core.settings.sections import Count, NonNegative, Positive, Section
+
+Spending = Literal["measured", "uniform", "prefix"]
+
+
+class StatisticsSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    memory: Positive | None = None  # GiB; null: what the machine has free
+
+
+class AllocateSection(Section):
+    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix)."""
+
+    by: Spending = "measured"
+    cost: Literal["macs", "parameters"] = "macs"
+    levels: Annotated[int, Field(ge=2, le=64)] = 8  # of each group, on the solver's grid
+    nodes: Count = 2000  # of the solver's search tree; a limit in time would not give the same answer twice
+
+
+class FitSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    ridge: NonNegative = 1e-3
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
+
+
+class RecalibrateSection(Section):
+    images: Count
+    batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
+
+
+class ProbeSection(Section):
+    batch_size: Count = 250
+    test_images: Count | None = None  # per task; None: all
+    linear_images: Count = 1000  # labelled images per task for the linear probes
+    penalty: Positive = 1e-2
+    latency_batch: Count = 32
+    latency_repeats: Count = 15

@@ -1,0 +1,60 @@
+"""A trace is verified before it is used: it computes what the module does, and its groups are groups."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from stages.core.graph.operations import run_graph
+from stages.core.graph.trace import Trace
+from stages.core.runtime.errors import InputError
+from stages.core.units.groups import permute
+
+
+def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float = 1e-8) -> None:
+    """Gate: the graph computes what the module does, and each group permuted at random leaves the outputs alone.
+
+    Runs in float64 on perturbed weights, so that a branch that is switched off cannot hide an error.
+    example: (n, ...). Raises InputError naming the group that fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    module = copy.deepcopy(module).cpu().double().eval()
+    state = {name: _perturbed(name, tensor, generator) for name, tensor in module.state_dict().items()}
+    x = torch.randn(example.shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.func.functional_call(module, state, (x,), tie_weights=False)
+        if not _close(run_graph(traced.graph, state, x), expected, tolerance):
+            raise InputError(
+                f"{type(module).__name__}: the traced graph does not compute what the module does"
+            )
+        orders = {n: _cycle(g.size, generator) for n, g in traced.spec.free.items()}
+        for name, inner in traced.spec.inner.items():
+            orders[name] = torch.stack([_cycle(inner.size, generator) for _ in range(inner.parts)])
+        if _close(run_graph(traced.graph, permute(state, traced.spec, orders), x), expected, tolerance):
+            return
+        for name, order in orders.items():
+            found = run_graph(traced.graph, permute(state, traced.spec, {name: order}), x)
+            if not _close(found, expected, tolerance):
+                raise InputError(f"group {name}: permuting its units changes the output; its trace is wrong")
+    raise InputError("permuting all groups together changes the output; the trace is wrong")
+
+
+def _cycle(size: int, generator: torch.Generator) -> Tensor:
+    """A random permutation that leaves no unit in its place."""
+    drawn = torch.randperm(size, generator=generator)
+    order = torch.empty_like(drawn)
+    order[drawn] = drawn.roll(1)
+    return order
+
+
+def _perturbed(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    scale = tensor.square().mean().sqrt() if tensor.numel() else torch.tensor(0.0)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+    moved = tensor + 0.1 * (scale + 0.1) * noise
+    return moved.abs() + 0.1 if name.endswith("running_var") else moved
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
