@@ -100,7 +100,7 @@ def test_everything_separate_gives_the_sources_side_by_side(family, sources, tmp
         recompute_statistics(found, batches(x))  # leaves copies alone
         name = found.head.inputs[0]
         features = found.features(x)
-        for source, positions in zip(made, found.parts(name).positions, strict=True):
+        for source, positions in zip(made, found.arrangement(name).positions, strict=True):
             torch.testing.assert_close(features[:, positions], alone(source, x)[name], rtol=1e-8, atol=1e-8)
         for source, task in zip(networks, "ab", strict=True):
             if fit is AVERAGE:  # the heads are the sources' own
@@ -126,7 +126,7 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
         with FlopCounterMode(display=False) as counter:
             found(x[:1])
         attention = sum(
-            found.trace.hidden_macs(n) * found.parts(n.name).width for n in found.trace.graph.nodes
+            found.trace.hidden_macs(n) * found.arrangement(n.name).width for n in found.trace.graph.nodes
         )
         assert counter.get_total_flops() == 2 * (
             built_cost(found, "macs") - attention

@@ -207,7 +207,7 @@ def test_images_are_counted_in_their_own_type(randomise, sources, storage):
     ],
 )
 def test_a_fit_holds_no_more_than_was_predicted(small, images, sources, splits, fit, monkeypatch):
-    monkeypatch.setattr("stages.fit.memory.CHUNK", 2**12)
+    monkeypatch.setattr("stages.fit.memory.ROW_ENTRIES", 2**12)
     made = sources([small(0).float(), small(1).float()], images().float())
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
     network = average_network(made, shared)
