@@ -122,7 +122,7 @@ class Store:
         where = {"Bucket": self.bucket, "Key": key}
         upload = self.client.create_multipart_upload(**where, ACL="public-read")["UploadId"]
         part = self.client.upload_part(**where, UploadId=upload, PartNumber=1, Body=content)
-        parts = {"Arrangement": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
         self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload=parts)
 
 
