@@ -12,7 +12,7 @@ from tqdm import tqdm
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing
 
-OWN = Path("data/own")
+OWN = Path("data/local")
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can hold
 

@@ -1,6 +1,6 @@
 """Where a file of a profile comes from.
 
-resnet50/cub/v1a/model.pth        in the bucket, under data/own, or made here, as `source` says
+resnet50/cub/v1a/model.pth        in the bucket, under data/local, or made here, as `source` says
 s3://bucket/folder/model.pth      whatever `source` says; with the endpoint and credentials of `artifacts`
 ./model.pth  ~/model.pth  /a.pth  whatever `source` says
 """
