@@ -67,7 +67,7 @@ def test_the_published_commands_name_profiles_and_allowed_budgets():
 
 def test_the_steps_of_the_readme(tmp_path):
     clone = Clone(tmp_path / "clone")
-    put_files(clone.folder / "data/local")
+    put_files(clone.folder / "data/own")
     text = (clone.folder / "params.yaml").read_text()
     (clone.folder / "params.yaml").write_text(
         re.sub(r"  pleas_adam: .*\n", "", text)

@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_to_the_right_result(default):
         ),
         (["fit", "pleas"], {"fit__ridges": 1.0}, "fit.ridges: unknown key; allowed: images"),
         (["statistics"], {"statistics__memory": 0.0001}, "statistics: needs"),
-        (["artifacts"], {"source": "local"}, "data/local"),
+        (["artifacts"], {"source": "local"}, "data/own"),
     ],
 )
 def test_bad_input_is_one_line(default, stage, change, message):

@@ -170,9 +170,9 @@ def test_as_a_user_runs_it(workspace):
     space = workspace("work", "local")
     code, log = space.run()
     assert code == 1
-    assert log.splitlines()[-1].startswith("error: data/local: no such folder")
+    assert log.splitlines()[-1].startswith("error: data/own: no such folder")
     files = outputs(load_params(space.folder / "params.yaml").active)
-    fill(space.folder / "data/local", dict.fromkeys(files, b"content"))
+    fill(space.folder / "data/own", dict.fromkeys(files, b"content"))
     code, log = space.run()
     assert code == 0, log
     assert space.outputs() == {path.as_posix(): b"content" for path in files.values()}

@@ -102,8 +102,8 @@ def test_initial_networks_are_made_here_whatever_the_source(workspace, tmp_path)
     path.write_text(yaml.safe_dump(found))
     profile = load_params(path).active
     for data in profile.data.values():
-        (space.folder / "data/local" / data.key).parent.mkdir(parents=True, exist_ok=True)
-        (space.folder / "data/local" / data.key).write_bytes(b"images")
+        (space.folder / "data/own" / data.key).parent.mkdir(parents=True, exist_ok=True)
+        (space.folder / "data/own" / data.key).write_bytes(b"images")
     code, log = space.run()
     assert code == 0, log
     for name, task in profile.tasks.items():
