@@ -26,7 +26,7 @@ from stages.core.settings.params import first_line
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate as recalibrate_network
 from stages.statistics.moments import gather

@@ -10,13 +10,13 @@ from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.network import MergedNetwork
 from stages.core.sweep.gram import gram_bytes
-from stages.fit.grouped import PartEquations
-from stages.fit.normal import NormalEquations
-from stages.fit.rows import RowEquations
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.rows import RowEquations
+from stages.fit.solvers.grouped import PartEquations
 
 if TYPE_CHECKING:
-    from stages.fit.layerwise import Fitter
-    from stages.fit.regmean import RegMean
+    from stages.fit.solvers.regmean import RegMean
+    from stages.fit.visitor import Fitter
 
 ROW_ENTRIES = 2**24  # entries of one im2col matrix, unless a single image has more
 

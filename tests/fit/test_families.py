@@ -19,8 +19,8 @@ from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
-from stages.fit.layerwise import Fitter
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
+from stages.fit.visitor import Fitter
 from stages.recalibrate.batchnorm import recompute_statistics
 
 AVERAGE = Fit(solver="average")

@@ -13,7 +13,7 @@ import torch, torchvision
 from stages import merge
 from stages.core.runtime.device import prepare
 from stages.core.sweep.sweep import Sweep
-from stages.fit import merge as fitting
+from stages.fit import network as fitting
 
 prepare("cpu", 1)
 torch.manual_seed(0)

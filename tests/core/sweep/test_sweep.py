@@ -18,8 +18,8 @@ from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
-from stages.fit.layerwise import Fitter
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
+from stages.fit.visitor import Fitter
 from stages.statistics.moments import gather
 
 

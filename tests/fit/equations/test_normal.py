@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.runtime.errors import InputError
-from stages.fit.normal import NormalEquations, solve_symmetric
+from stages.fit.equations.normal import NormalEquations, solve_symmetric
 
 
 def problem(rows, d_in, d_out, seed=0, dtype=torch.float64):

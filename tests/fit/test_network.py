@@ -18,7 +18,7 @@ from stages.core.sweep.batches import Batch
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 from stages.core.units.matching import Matching, full_split
-from stages.fit.merge import check_separate, fit_network
+from stages.fit.network import check_separate, fit_network
 
 AVERAGE = Fit(solver="average")
 

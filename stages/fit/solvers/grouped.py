@@ -1,7 +1,7 @@
 """Least squares for grouped convolutions: every part of the channels is a small problem of its own.
 
 In a merged network a part is shared or one network's, and reads its own part of the input only, so the problems do
-not touch. The objective of each is that of stages.fit.normal.
+not touch. The objective of each is that of stages.fit.equations.normal.
 """
 
 from functools import partial
@@ -14,10 +14,10 @@ from stages.core.graph.folding import norm_scale
 from stages.core.graph.nodes import Node
 from stages.core.sweep.sweep import Sweep
 from stages.fit.average import average_vector, entry_shares
-from stages.fit.normal import check_finite, check_rows, solve_symmetric
+from stages.fit.equations.normal import check_finite, check_rows, solve_symmetric
 
 if TYPE_CHECKING:
-    from stages.fit.layerwise import Fitter
+    from stages.fit.visitor import Fitter
 
 
 class PartEquations:

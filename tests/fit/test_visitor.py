@@ -14,9 +14,9 @@ from stages.core.recipe.methods import Fit
 from stages.core.sweep.batches import Batch, images_to_batches
 from stages.core.sweep.rows import input_rows, kernel_of
 from stages.core.units.matching import full_split, identity_matching
-from stages.fit.layerwise import Fitter
-from stages.fit.merge import fit_network
-from stages.fit.normal import NormalEquations
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.network import fit_network
+from stages.fit.visitor import Fitter
 from stages.recalibrate.batchnorm import recompute_statistics
 
 CHOICES = list(itertools.product(["source", "merged"], ["ensemble", "own"]))

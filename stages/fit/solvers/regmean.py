@@ -15,9 +15,9 @@ from stages.core.sweep.gram import add_gram, complete_gram, restricted
 from stages.core.sweep.rows import tap_columns
 from stages.core.sweep.sweep import Sweep
 from stages.fit.average import average_block
-from stages.fit.layerwise import Fitter, LayerFit, layer_of
+from stages.fit.equations.normal import solve_symmetric
 from stages.fit.memory import map_sizes, regmean_bytes
-from stages.fit.normal import solve_symmetric
+from stages.fit.visitor import Fitter, LayerFit, layer_of
 
 
 class RegMean(Fitter):

@@ -18,8 +18,8 @@ from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
-from stages.fit.layerwise import Fitter, LayerFit
-from stages.fit.regmean import RegMean
+from stages.fit.solvers.regmean import RegMean
+from stages.fit.visitor import Fitter, LayerFit
 
 
 def fit_network(
@@ -42,7 +42,7 @@ def fit_network(
     """Merge ``sources`` with a matching and a split of its units.
 
     batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
-    shared units beyond pairing them. ridge: see stages.fit.normal. storage: type in which values are kept. memory:
+    shared units beyond pairing them. ridge: see equations.normal. storage: type in which values are kept. memory:
     GiB, None for what is free. Returns the network and each layer's residual. Raises InputError when it would not
     fit in memory, or when a gate fails.
     """

@@ -22,12 +22,12 @@ from stages.core.recipe.methods import Fit
 from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes
 from stages.core.sweep.rows import input_rows, kernel_of, output_rows, tap_columns, weight_matrix
 from stages.core.sweep.sweep import Sweep
-from stages.fit.adam import fit_adam
 from stages.fit.average import average_block, entry_shares
-from stages.fit.grouped import fit_grouped
+from stages.fit.equations.normal import NormalEquations, Solution
+from stages.fit.equations.rows import RowEquations
 from stages.fit.memory import few_rows, images_by_row, map_sizes, visit_bytes
-from stages.fit.normal import NormalEquations, Solution
-from stages.fit.rows import RowEquations
+from stages.fit.solvers.adam import fit_adam
+from stages.fit.solvers.grouped import fit_grouped
 
 
 @dataclass

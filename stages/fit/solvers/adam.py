@@ -10,7 +10,7 @@ from stages.core.graph.nodes import Node
 from stages.core.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
-    from stages.fit.layerwise import Fitter
+    from stages.fit.visitor import Fitter
 
 
 def fit_adam(fitter: "Fitter", node: Node, sweep: Sweep, fitted: Tensor) -> float:

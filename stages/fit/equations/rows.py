@@ -1,8 +1,8 @@
 """Least squares on the rows themselves, for layers with more inputs than there are rows: the heads of a VGG, the last
 layers of any network when few images are used.
 
-The problem of stages.fit.normal, solved in the space of the rows: with A the rows of z about their mean, each times
-the square root of its weight, and R what the start leaves of y,
+The problem of stages.fit.equations.normal, solved in the space of the rows: with A the rows of z about their mean, each
+times the square root of its weight, and R what the start leaves of y,
 
     W = W0 + (A^T (A A^T + ridge * mean(diag A^T A) I)^-1 R)^T
 """
@@ -10,7 +10,7 @@ the square root of its weight, and R what the start leaves of y,
 import torch
 from torch import Tensor
 
-from stages.fit.normal import Solution, check_finite, check_rows, solve_symmetric
+from stages.fit.equations.normal import Solution, check_finite, check_rows, solve_symmetric
 
 
 class RowEquations:

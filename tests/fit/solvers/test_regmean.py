@@ -9,8 +9,8 @@ from stages.core.recipe.methods import Fit, MatchSettings
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.matching import full_split, identity_matching
-from stages.fit.merge import fit_network
-from stages.fit.regmean import regression_mean
+from stages.fit.network import fit_network
+from stages.fit.solvers.regmean import regression_mean
 
 
 def random(*shape, seed=0):

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.runtime.errors import InputError
-from stages.fit.normal import NormalEquations
-from stages.fit.rows import RowEquations
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.rows import RowEquations
 
 
 def both(rows, d_in, d_out, intercept, seed, dtype=torch.float64):
