@@ -19,7 +19,7 @@ from stages.core.graph.source import Source, Task
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import MatchSettings, Method
-from stages.core.recipe.sections import AllocateSection
+from stages.core.recipe.sections import RIDGE, AllocateSection
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import first_line
@@ -49,7 +49,7 @@ def merge(
     fit: Mapping[str, Any] = PROGRESSIVE,
     recalibrate: str = "batchnorm",
     allocate: Mapping[str, Any] = ALLOCATE,
-    ridge: float = 1e-3,
+    ridge: float = RIDGE,
     seed: int = 0,
     progress: bool = True,
 ) -> MergedNetwork:

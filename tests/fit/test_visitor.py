@@ -16,7 +16,8 @@ from stages.core.sweep.rows import input_rows, kernel_of
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.equations.normal import NormalEquations
 from stages.fit.network import fit_network
-from stages.fit.visitor import Fitter
+from stages.fit.setup import Setup
+from stages.fit.visitor import FitVisitor
 from stages.recalibrate.batchnorm import recompute_statistics
 
 CHOICES = list(itertools.product(["source", "merged"], ["ensemble", "own"]))
@@ -483,10 +484,10 @@ def test_every_layer_is_recorded_once_in_order(small, images, sources, fit):
     assert [line.layer for line in record] == [n.name for n in made[0].graph.nodes if n.linear]
 
 
-def test_a_fitter_changes_nothing_before_it_visits(small, images, sources):
+def test_a_visitor_changes_nothing_before_it_visits(small, images, sources):
     made = sources([small(0), small(1)], images())
     shared = {n: g.size for n, g in made[0].trace.spec.free.items()}
     merged = MergedNetwork(made[0].trace, [s.task for s in made], "shared", shared).double()
     before = {k: v.clone() for k, v in merged.state_dict().items()}
-    Fitter(merged, made, Fit(), 1e-3)
+    FitVisitor(Setup(merged, made, Fit()))
     assert all(torch.equal(v, before[k]) for k, v in merged.state_dict().items())

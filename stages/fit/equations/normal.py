@@ -1,17 +1,13 @@
-"""Least squares through the normal equations: accumulate, then solve as often as there are blocks.
+"""The normal equations: sums of products over all rows, from which any block of a layer is solved.
 
-minimise over W (d_out, d_in) and b:   sum_x w(x) |W z(x) + b - y(x)|^2  +  ridge * mean(diag G) * |W - W0|^2
-
-With an intercept, b is free and G is the second moment of z about its mean; without, G = sum w z z^T.
+The problem is that of stages.fit.equations.solve.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stages.core.runtime.errors import InputError
 from stages.core.sweep.gram import (
     BLOCK,
     add_gram,
@@ -21,33 +17,19 @@ from stages.core.sweep.gram import (
     restricted,
     restricted_rows,
 )
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """One block of a layer: the map, what it leaves over and what it gives."""
-
-    weight: Tensor  # (d_out, d_in)
-    bias: Tensor  # (d_out,), zero without an intercept
-    residual: Tensor  # (d_out,) energy left over
-    energy: Tensor  # (d_out,) energy of y, about its mean with an intercept
-    moments: (
-        Tensor | None
-    )  # (2, d_out) mean and variance of W z over the rows seen; None without an intercept
+from stages.fit.equations.solve import check_finite, check_rows
 
 
 class NormalEquations:
     """Sums over rows of z (rows, d_in) and y (rows, d_out), kept in float64.
 
     Rows are shifted by the first batch's mean before they are multiplied when there is an intercept: the problem
-    stays the same, and the products lose no digits to a common offset. The first ``solve`` completes the sums; no
+    stays the same, and the products lose no digits to a common offset. The first ``block`` completes the sums; no
     rows can be added after it.
     """
 
-    def __init__(self, d_in: int, d_out: int, intercept: bool, device: torch.device) -> None:
-        self.intercept = intercept
+    def __init__(self, d_in: int, d_out: int, intercept: bool, device: torch.device, name: str = "") -> None:
+        self.intercept, self.name = intercept, name
         self.weight = 0.0
         options = {"dtype": torch.float64, "device": device}
         self.G = torch.zeros(d_in, d_in, **options)
@@ -78,7 +60,7 @@ class NormalEquations:
     def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """z (rows, d_in), y (rows, d_out): any float type; the products are taken in it, the sums in float64."""
         if self._complete:
-            raise RuntimeError("rows are added before the first solve")
+            raise AssertionError(f"{self.name}: rows are added before the first block is solved")
         if self.shift_z is None:
             on = 1.0 if self.intercept else 0.0
             self.shift_z, self.shift_y = z.mean(0) * on, y.mean(0) * on
@@ -91,25 +73,22 @@ class NormalEquations:
         self.sum_y += weight * y.sum(0).double()
         self.yy += weight * y.square_().sum(0).double()
 
-    def solve(self, rows: Tensor, columns: Tensor, start: Tensor, ridge: float, name: str = "") -> Solution:
-        """One block: outputs ``rows`` from inputs ``columns``; start: W0, (rows, columns)."""
-        self._finish(name)
+    def block(self, rows: Tensor, columns: Tensor) -> "NormalSystem":
+        """Outputs ``rows`` from inputs ``columns``."""
+        self._finish()
+        means = None
+        if self.intercept:
+            mean_z = self.shift_z.double() + self.sum_z / self.weight
+            mean_y = self.shift_y.double() + self.sum_y / self.weight
+            means = mean_z[columns], mean_y[rows]
         C, yy = self.C[columns[:, None], rows], self.yy[rows]
-        W = self._weight(columns, C, start.double(), ridge, name)
-        given = self._energy(W, columns)
-        residual = (yy - 2 * (W * C.T).sum(1) + given).clamp(min=0)
-        if not self.intercept:
-            return Solution(W, torch.zeros_like(yy), residual, yy.clamp(min=0), None)
-        mean = W @ (self.shift_z.double() + self.sum_z / self.weight)[columns]
-        bias = (self.shift_y.double() + self.sum_y / self.weight)[rows] - mean
-        moments = torch.stack([mean, (given / self.weight).clamp(min=0)])
-        return Solution(W, bias, residual, yy.clamp(min=0), moments)
+        return NormalSystem(self.G, columns, C, yy, means, self.weight, self.eps, self.name)
 
-    def _finish(self, name: str) -> None:
+    def _finish(self) -> None:
         """Move the sums to the mean where there is an intercept, and fill in the other half of G."""
         if self._complete:
             return
-        check_rows(self.weight, name)
+        check_rows(self.weight, self.name)
         if self.intercept:
             z, y = self.sum_z / self.weight, self.sum_y / self.weight
             self.C -= torch.outer(self.weight * z, y)
@@ -117,83 +96,38 @@ class NormalEquations:
             for block in blocks(len(z)):
                 self.G[block, : block.stop] -= torch.outer(self.weight * z[block], z[: block.stop])
         complete_gram(self.G)
-        check_finite(self.G, self.C, name)
+        check_finite(self.G, self.C, self.name)
         self._complete = True
 
-    def _weight(self, columns: Tensor, C: Tensor, start: Tensor, ridge: float, name: str) -> Tensor:
-        """W, (rows, columns)."""
-        G = restricted(self.G, columns)
-        penalty = ridge * float(G.diagonal().mean())
-        right = torch.addmm(C, G, start.T, alpha=-1)
-        if penalty > 0:
-            failed = solve_definite_(G, penalty, right)
-            if failed == 0:
-                return start + right.T
-            _warn(name, failed, len(G))
-            G = restricted(self.G, columns)
-            right = torch.addmm(C, G, start.T, alpha=-1)
-        return start + solve_pseudo(G, penalty, right, self.eps).T
 
-    def _energy(self, W: Tensor, columns: Tensor) -> Tensor:
-        """The diagonal of W G W^T, (rows,)."""
-        found = W.new_zeros(len(W))
-        for block in blocks(len(columns)):
-            found += ((W @ restricted_rows(self.G, columns, block).T) * W[:, block]).sum(1)
-        return found
+@dataclass(frozen=True)
+class NormalSystem:
+    """A block of the sums, as a ``System``: of G (d, d) it reads ``columns``. C (columns, rows), yy (rows,)."""
 
+    G: Tensor
+    columns: Tensor
+    C: Tensor
+    yy: Tensor
+    means: tuple[Tensor, Tensor] | None
+    weight: float
+    eps: float
+    name: str
 
-def check_rows(count: float, name: str) -> None:
-    """Gate: there is something to fit to."""
-    if count == 0:
-        raise InputError(f"{name}: no rows to fit it to; allowed: images of every task")
+    def matrix(self) -> Tensor:
+        return restricted(self.G, self.columns)
 
+    def mean_diagonal(self, matrix: Tensor) -> float:
+        return float(matrix.diagonal().mean())
 
-def check_finite(inputs: Tensor, targets: Tensor, name: str) -> None:
-    """Gate: numbers alone, and none so large that it could not be squared."""
-    if not all(torch.isfinite(own.sum()) for own in (inputs, targets)):  # a single one that is not shows
-        raise InputError(
-            f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a storage "
-            "type that reaches as far as the values"
-        )
+    def left_by(self, start: Tensor, matrix: Tensor) -> Tensor:
+        return torch.addmm(self.C, matrix, start.T, alpha=-1)
 
+    def change(self, solved: Tensor) -> Tensor:
+        return solved.T
 
-def solve_symmetric(G: Tensor, penalty: float, right: Tensor, name: str = "", eps: float = 0.0) -> Tensor:
-    """(G + penalty I)^-1 right by Cholesky; by the pseudo-inverse (eigenvalues) where that cannot work.
-
-    eps: the relative rounding error in G, when that is larger than its type's.
-    """
-    if penalty > 0:
-        solution = right.clone()
-        failed = solve_definite_(G.clone(), penalty, solution)
-        if failed == 0:
-            return solution
-        _warn(name, failed, len(G))
-    return solve_pseudo(G, penalty, right, eps)
-
-
-def solve_definite_(G: Tensor, penalty: float, right: Tensor) -> int:
-    """Put (G + penalty I)^-1 right into ``right``; G is lost. Returns 0, or the pivot where Cholesky failed.
-
-    LAPACK works column by column: the transpose of a symmetric matrix is that matrix in this order, so that the
-    factor takes its place and no other is made.
-    """
-    G.diagonal().add_(penalty)
-    info = torch.empty((), dtype=torch.int32, device=G.device)
-    factor, info = torch.linalg.cholesky_ex(G.mT, out=(G.mT, info))
-    if int(info) == 0:
-        half = torch.linalg.solve_triangular(factor, right, upper=False)
-        right.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True, out=half))
-    return int(info)
-
-
-def solve_pseudo(G: Tensor, penalty: float, right: Tensor, eps: float = 0.0) -> Tensor:
-    """The smallest solution, so that what the data does not determine stays at the start."""
-    values, vectors = torch.linalg.eigh(G)
-    values = values + penalty
-    kept = values > values.max().clamp(min=0) * len(G) * max(eps, torch.finfo(G.dtype).eps)
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
-    return vectors @ (inverse[:, None] * (vectors.T @ right))
-
-
-def _warn(name: str, pivot: int, d: int) -> None:
-    log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, pivot, d)
+    def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """That given is the diagonal of W G W^T."""
+        given = W.new_zeros(len(W))
+        for block in blocks(len(self.columns)):
+            given += ((W @ restricted_rows(self.G, self.columns, block).T) * W[:, block]).sum(1)
+        return given, self.yy - 2 * (W * self.C.T).sum(1) + given, self.yy

@@ -19,7 +19,8 @@ from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
 from stages.fit.network import fit_network
-from stages.fit.visitor import Fitter
+from stages.fit.setup import Setup
+from stages.fit.visitor import FitVisitor
 from stages.statistics.moments import gather
 
 
@@ -158,7 +159,7 @@ def measured(sources, batches, merged, looker, storage):
 
 def predicted(sources, batches, merged, looker, itemsize):
     storage = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
-    return peak_bytes(sources[0].trace, len(sources), batches, looker, merged, storage)
+    return peak_bytes(Sweep(sources, batches, merged, storage), looker)
 
 
 @pytest.mark.parametrize("watched", [(), ("conv2d", "linear"), ("batch_norm",), ("add", "concatenate")])
@@ -207,13 +208,13 @@ def test_images_are_counted_in_their_own_type(randomise, sources, storage):
     ],
 )
 def test_a_fit_holds_no_more_than_was_predicted(small, images, sources, splits, fit, monkeypatch):
-    monkeypatch.setattr("stages.fit.memory.ROW_ENTRIES", 2**12)
+    monkeypatch.setattr("stages.fit.layer.ROW_ENTRIES", 2**12)
     made = sources([small(0).float(), small(1).float()], images().float())
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
     network = average_network(made, shared)
     merged = network if fit.inputs == "merged" else None
     batches = images_to_batches([images(100, task).float() for task in (0, 1)], 10)
-    fitter = Fitter(network, made, fit, 1e-3)
+    fitter = FitVisitor(Setup(network, made, fit))
     found = measured(made, batches, merged, fitter, torch.float32)
     promised = predicted(made, batches, merged, fitter, 4)
     assert found <= promised * (1 + 2 / len(batches))
