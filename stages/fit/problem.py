@@ -26,7 +26,7 @@ class LayerSolution:
     moments: Tensor | None = None
 
 
-class Problem:
+class LayerProblem:
     """A ``layer`` with its data: every batch of a sweep."""
 
     def __init__(self, layer: Layer, sweep: Sweep) -> None:

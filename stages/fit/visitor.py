@@ -12,7 +12,7 @@ from stages.core.sweep.norms import moments_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.fit.intercepts import Intercepts
 from stages.fit.layer import Layer
-from stages.fit.problem import LayerSolution, Problem
+from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solvers.adam import Adam
 from stages.fit.solvers.dense import Dense
@@ -35,7 +35,7 @@ class Solver(Protocol):
         """What it holds, beside the values that the sweep keeps; ``batch``: the most images that are worked with."""
         ...
 
-    def fit(self, problem: Problem) -> LayerSolution | None:
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
         """Fit the layer and install its weights; None where there is nothing to fit."""
         ...
 
@@ -64,7 +64,7 @@ class FitVisitor:
             self._intercepts.set_statistics(node, sweep)
             return
         layer = Layer(self.setup, node)
-        found = self._solver(node).fit(Problem(layer, sweep))
+        found = self._solver(node).fit(LayerProblem(layer, sweep))
         if found is not None:
             self._intercepts.install(layer, found)
             self.record.append(

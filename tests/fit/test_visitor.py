@@ -71,24 +71,6 @@ def test_a_network_merged_with_permuted_copies_is_given_back(copied, images, fit
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("inputs", "targets"), CHOICES)
-@pytest.mark.parametrize(
-    "norm",
-    ["average", "fold"],
-)
-def test_adam_moves_a_copy_no_further_than_its_steps(copied, images, inputs, targets, norm):
-    network, made, matching, batches = copied
-    try:
-        fit = Fit(solver="adam", inputs=inputs, targets=targets, steps=4, norm=norm)
-    except ValueError:  # the published iteration has no intercept to fold
-        assert norm == "fold"
-        return
-    merged, record = merge(made, matching, full_split(made[0].trace.spec), batches, fit)
-    close(merged(images(9, seed=9)), network(images(9, seed=9)), 0.05)
-    assert all(line.residual < 1e-3 for line in record)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("fit", EXACT, ids=name)
 def test_the_ridge_holds_to_what_the_average_computes(copied, images, fit):
     """A copy is its own average, so no ridge may move it, however the batch norm is treated."""
@@ -454,25 +436,7 @@ def test_batch_norm_without_weights_of_its_own_is_merged_too(
     close(merged(images(9, seed=9)), network(images(9, seed=9)), 1e-7)
 
 
-# -- Adam ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("inputs", "targets"), CHOICES)
-def test_adam_comes_between_the_average_and_the_closed_form(small, images, sources, splits, inputs, targets):
-    made = sources([small(0), small(1)], images())
-    spec = made[0].trace.spec
-    batches = images_to_batches([images(30, 0), images(30, 1)], 20)
-    shared = {"inputs": inputs, "targets": targets}
-    fits = [Fit(**shared), Fit(solver="adam", steps=200, learning_rate=0.02, **shared),
-            Fit(solver="adam", steps=1, learning_rate=1e-12, **shared)]  # fmt: skip
-    left = [
-        merge(made, identity_matching(spec, 2), full_split(spec), batches, fit)[1][0].residual for fit in fits
-    ]
-    if targets == "own":
-        assert left[0] < left[1] < left[2]
-    else:  # what the images alone lead to is averaged exactly
-        assert max(left) < 1e-9
+# -- the record and the visitor ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fit", EXACT + ADAM, ids=name)

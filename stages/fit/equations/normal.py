@@ -122,8 +122,8 @@ class NormalSystem:
     def left_by(self, start: Tensor, matrix: Tensor) -> Tensor:
         return torch.addmm(self.C, matrix, start.T, alpha=-1)
 
-    def change(self, solved: Tensor) -> Tensor:
-        return solved.T
+    def moved(self, start: Tensor, solved: Tensor) -> Tensor:
+        return start + solved.T
 
     def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """That given is the diagonal of W G W^T."""

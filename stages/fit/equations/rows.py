@@ -86,8 +86,8 @@ class RowSystem:
     def left_by(self, start: Tensor, matrix: Tensor) -> Tensor:
         return torch.addmm(self.target, self.A, start.T, alpha=-1)
 
-    def change(self, solved: Tensor) -> Tensor:
-        return solved.T @ self.A
+    def moved(self, start: Tensor, solved: Tensor) -> Tensor:
+        return (solved.T @ self.A).add_(start)
 
     def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given = self.A @ W.T

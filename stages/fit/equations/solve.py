@@ -51,8 +51,8 @@ class System(Protocol):
         """What W0 (d_out, d_in) leaves of the targets, on the matrix's side."""
         ...
 
-    def change(self, solved: Tensor) -> Tensor:
-        """W - W0, from the solution of the matrix's system."""
+    def moved(self, start: Tensor, solved: Tensor) -> Tensor:
+        """W: the start moved by the solution of the matrix's system."""
         ...
 
     def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def _weight(system: System, start: Tensor, ridge: float) -> Tensor:
     penalty = ridge_penalty(ridge, system.mean_diagonal(matrix))
     left = system.left_by(start, matrix)
     factor = factorise_(matrix, penalty, system.matrix, system.name, system.eps)
-    return start + system.change(factor.solve_(left))
+    return system.moved(start, factor.solve_(left))
 
 
 def ridge_penalty(ridge: float, mean_diagonal: float) -> float:

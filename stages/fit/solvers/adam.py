@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.fit.layer import Layer
-from stages.fit.problem import LayerSolution, Problem
+from stages.fit.problem import LayerProblem, LayerSolution
 
 Data = Sequence[
     tuple[Tensor, Tensor, Tensor]
@@ -28,7 +28,7 @@ class Adam:
         steps += 4 * sum(parameter.numel() for parameter in module.parameters())  # with Adam's two moments
         return itemsize * held + max(itemsize * steps, layer.rows_bytes(batch), 40 * batch * y)
 
-    def fit(self, problem: Problem) -> LayerSolution | None:
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
         """From where the layer is. The residual is that of all images."""
         module, fitted = problem.layer.module, problem.layer.fitted
         if not fitted.any():
@@ -45,7 +45,7 @@ class Adam:
 
 
 @torch.enable_grad()
-def _descend(problem: Problem, data: Data, fitted: Tensor, dim: int) -> None:
+def _descend(problem: LayerProblem, data: Data, fitted: Tensor, dim: int) -> None:
     module, fit, generator = problem.layer.module, problem.setup.fit, problem.setup.generator
     where = torch.tensor([(b, i) for b, (z, _, _) in enumerate(data) for i in range(len(z))])
     optimizer = torch.optim.Adam(list(module.parameters()), lr=fit.learning_rate)

@@ -10,7 +10,7 @@ from stages.fit.equations.normal import NormalEquations
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import Solution, solve
 from stages.fit.layer import Layer
-from stages.fit.problem import LayerSolution, Problem
+from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.start import starts
 
 
@@ -28,7 +28,7 @@ class Dense:
         solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in blocks]
         return equations * NormalEquations.bytes(*sizes) + max(adding, *solving)
 
-    def fit(self, problem: Problem) -> LayerSolution | None:
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer, module = problem.layer, problem.layer.module
         equations = self._equations(problem)
         for index, task, weight in problem.batches():
@@ -51,7 +51,7 @@ class Dense:
             return None
         return LayerSolution(residual, energy, bias, torch.stack([mean, variance]))
 
-    def _equations(self, problem: Problem) -> list[NormalEquations | RowEquations]:
+    def _equations(self, problem: LayerProblem) -> list[NormalEquations | RowEquations]:
         """One for all tasks, or one for each where a task has a head of its own."""
         layer = problem.layer
         sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
@@ -62,7 +62,12 @@ class Dense:
         return [RowEquations(count, *sizes, problem.dtype, *what) for count in counts]
 
     def _solve(
-        self, problem: Problem, equations: NormalEquations | RowEquations, i: int, rows: Tensor, start: Tensor
+        self,
+        problem: LayerProblem,
+        equations: NormalEquations | RowEquations,
+        i: int,
+        rows: Tensor,
+        start: Tensor,
     ) -> Solution:
         """Solve and install some rows of block i. start: (rows of the block, columns, ...)."""
         layer, block = problem.layer, problem.layer.module.blocks[i]

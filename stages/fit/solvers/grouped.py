@@ -7,7 +7,7 @@ import torch
 from stages.fit.equations.parts import PartEquations
 from stages.fit.equations.solve import solve
 from stages.fit.layer import Layer
-from stages.fit.problem import LayerSolution, Problem
+from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.start import starts
 
 
@@ -19,7 +19,7 @@ class Grouped:
         sums = PartEquations.bytes(module.groups, module.weight[0].numel(), layer.d_out // module.groups)
         return sums + layer.rows_bytes(batch)
 
-    def fit(self, problem: Problem) -> LayerSolution | None:
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer, module = problem.layer, problem.layer.module
         fitted = layer.fitted
         if not fitted.any():

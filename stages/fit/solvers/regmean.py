@@ -17,7 +17,7 @@ from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restrict
 from stages.fit.average import average_block
 from stages.fit.equations.solve import Solution, solve
 from stages.fit.layer import Layer
-from stages.fit.problem import LayerSolution, Problem
+from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
 
 
@@ -35,7 +35,7 @@ class RegMean:
         ]
         return 8 * networks * layer.d_in**2 + max(layer.rows_bytes(batch) + gram_bytes(layer.d_in), *solving)
 
-    def fit(self, problem: Problem) -> LayerSolution | None:
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer, module = problem.layer, problem.layer.module
         merged = module.outputs.owner < 0  # separate units keep their network's weights
         if not merged.any():
@@ -56,7 +56,7 @@ class RegMean:
                 energy += float(found.energy.sum())
         return LayerSolution(residual, energy)
 
-    def _grams(self, problem: Problem) -> list[Tensor]:
+    def _grams(self, problem: LayerProblem) -> list[Tensor]:
         """G_t of every task, off-diagonal entries scaled: (d_in, d_in) each."""
         layer = problem.layer
         options = {"dtype": torch.float64, "device": layer.device}
@@ -105,8 +105,8 @@ class RegressionMean:
     def left_by(self, start: Tensor, matrix: Tensor) -> Tensor:
         return sum(G @ (W - start).T for G, W in zip(self.grams, self.weights, strict=True))
 
-    def change(self, solved: Tensor) -> Tensor:
-        return solved.T
+    def moved(self, start: Tensor, solved: Tensor) -> Tensor:
+        return start + solved.T
 
     def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given, residual, energy = (

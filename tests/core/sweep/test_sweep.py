@@ -13,6 +13,7 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.networks.architectures import build
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.errors import InputError
+from stages.core.sweep import sweep as engine
 from stages.core.sweep.batches import Batch, images_to_batches, task_weights
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
@@ -281,6 +282,18 @@ def test_batches_hold_every_image_once_each_of_one_task(sizes, size):
     weights = task_weights(batches)
     totals = [weights[task] * n for task, n in enumerate(sizes)]
     assert totals == pytest.approx([sum(sizes) / len(sizes)] * len(sizes))
+
+
+@pytest.mark.parametrize("inputs", ["source", "merged"])
+def test_batches_are_bounded_once_for_the_prediction_and_the_sweep(pair, images, monkeypatch, inputs):
+    spec, calls = pair[0].trace.spec, []
+    bound = engine.bounded
+    monkeypatch.setattr(engine, "bounded", lambda *arguments: calls.append(1) or bound(*arguments))
+    batches = images_to_batches([images(6, 0), images(6, 1)], 4)
+    fit_network(
+        pair, identity_matching(spec, 2), full_split(spec), batches, Fit(inputs=inputs), labels="shared"
+    )
+    assert len(calls) == 1
 
 
 def test_what_does_not_fit_is_refused_in_one_line():
