@@ -12,7 +12,7 @@ from stages.report.experiments import order, summary
 from stages.report.style import GREY, STYLE, colours, png
 from stages.report.tables import REFERENCES
 
-ALIGNMENTS = ("identity", "weights", "activations", "dual", "zip", "cca", "transport")
+ALIGNMENTS = ("identity", "weights", "activations", "mudsc", "zipit", "cca_merge", "ot_fusion")
 FITS = ("average", "regmean", "source, ensemble", "source, own, folded", "merged, own, folded")
 NAMES = {
     "source, ensemble": "PLeaS",

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from stages.core.recipe.names import present
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import read_json
 from stages.core.settings.params import load_params
@@ -29,8 +30,8 @@ def read_runs(commits: int = 1, folders: Sequence[Path] = ()) -> pd.DataFrame:
     """One line per experiment and method: what was set, and the averages over tasks.
 
     commits: how many commits back experiments are looked for. folders: other workspaces (params.yaml and reports/) to
-    read instead. Of runs with the same profile, budget and seed the last one to have a method counts. Raises
-    InputError when there is none with results.
+    read instead. Former names of rows and matchings become the present ones. Of runs with the same profile, budget
+    and seed the last one to have a method counts. Raises InputError when there is none with results.
     """
     found = [_workspace(folder) for folder in folders] if folders else _experiments(commits)
     rows = [row for experiment in found for row in _rows(experiment)]
@@ -75,13 +76,14 @@ def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if not key.endswith(ending) or value is None:
             continue
         method = key.removesuffix(ending)
-        row = {"experiment": experiment.get("Experiment") or experiment.get("rev"), "method": method}
+        row = {"experiment": experiment.get("Experiment") or experiment.get("rev"), "method": present(method)}
         row |= {name: experiment.get(name) for name in RUN}
         row["images"] = experiment.get("fit.images")
         for name in METRICS:
             column = method if name in ("latency", "seconds") else f"{method}.{AVERAGE}"
             row[name] = experiment.get(f"{column}.{name}")
-        row["matching"] = experiment.get(f"methods.{method}.match")
+        matching = experiment.get(f"methods.{method}.match")
+        row["matching"] = matching and present(matching)
         row["fit"] = fit_name(
             {
                 key: experiment.get(f"methods.{method}.fit.{key}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params, parse_params
@@ -91,6 +92,33 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize("section", ["match", "methods", "full"])
+@pytest.mark.parametrize(("former", "name"), RENAMED.items())
+def test_a_former_name_of_a_row_or_a_matching_is_refused_with_the_present_one(section, former, name):
+    kind = "matching" if section == "match" else "row"
+    value = {"by": "identity"} if section == "match" else {"match": "identity", "fit": {}}
+    with pytest.raises(InputError) as error:
+        load_recipe(parse_params(changed([section, former], value)))
+    assert str(error.value) == f"params.yaml: {section}.{former}: this {kind} is now called {name}"
+
+
+@pytest.mark.parametrize("section", ["methods", "full"])
+def test_a_row_that_asks_for_a_matching_by_its_former_name_is_told_the_present_one(section):
+    with pytest.raises(InputError, match=rf"{section}\.mine\.match: this matching is now called zipit$"):
+        load_recipe(parse_params(changed([section, "mine"], {"match": "zip", "fit": {}})))
+
+
+def test_a_method_asked_for_by_its_former_name_is_refused_with_the_present_one():
+    with pytest.raises(InputError, match=r"^methods\.zip: this row is now called zipit$"):
+        load_recipe(load_params(ROOT / "params.yaml")).method("zip")
+
+
+def test_no_name_in_use_is_a_former_one():
+    recipe = load_recipe(load_params(ROOT / "params.yaml"))
+    assert not {*recipe.match, *recipe.methods, *recipe.full} & {*RENAMED}
+    assert {*RENAMED.values()} <= {*recipe.match, *recipe.full}
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="method: found 'x'; allowed: average"):
         load_recipe(load_params(ROOT / "params.yaml")).method("x")
@@ -106,7 +134,7 @@ def test_an_unknown_method_is_named():
         ),
         ({"match": "activations", "fit": {}, "data": "proxy", "recalibrate": "tact"}, "which is per task"),
         (
-            {"match": "zip", "fit": {"solver": "regmean", "norm": "fold"}},
+            {"match": "zipit", "fit": {"solver": "regmean", "norm": "fold"}},
             "norm: found fold with solver regmean",
         ),
     ],
