@@ -35,10 +35,6 @@ class GroupAlignment:
     weights: Tensor
     correlations: tuple[Tensor, ...]
 
-    def merge(self, network: int) -> Tensor:
-        """The merge matrix of one network, (k, k_m)."""
-        return self.weights[network][:, None] * self.views[network]
-
 
 @dataclass(frozen=True)
 class Alignment:

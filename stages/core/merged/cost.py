@@ -15,8 +15,6 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import State
 
-KINDS = ("macs", "parameters")
-
 
 def counted_nodes(trace: Trace, labels: str) -> list[Node]:
     """The nodes that count towards the budget."""

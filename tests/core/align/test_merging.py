@@ -182,12 +182,17 @@ def test_a_folded_norm_says_how_far_the_mixed_units_deviate(randomise, images, s
         torch.testing.assert_close(given_off.std(1), state["norm.weight"].abs(), rtol=0.02, atol=0.0)
 
 
+def merge_matrix(group, network):
+    """M_m of ZipIt!: (k, k_m)."""
+    return group.weights[network][:, None] * group.views[network]
+
+
 def test_a_merged_unit_is_the_sum_of_the_merge_matrices(problem, images):
     """views, weights and unmerges of ZipIt!: column-normalised cluster indicators and the indicators themselves."""
     found = problem()
     _, _, alignment = found.aligned(WAYS["zipit"])
     for group in alignment.groups.values():
-        whole = torch.cat([group.merge(m) for m in range(2)], 1)  # (k, 2 k)
+        whole = torch.cat([merge_matrix(group, m) for m in range(2)], 1)  # (k, 2 k)
         indicator = torch.cat(group.unmerges, 0)  # (2 k, k)
         assert set(indicator.unique().tolist()) == {0.0, 1.0}
         assert (indicator.sum(1) == 1).all()
@@ -216,7 +221,7 @@ def test_averaging_is_the_sum_of_merge_weight_unmerge(images, sources):
         identity = [torch.eye(k).double()] * 2
         groups = alignment.groups
         merges = {
-            g: [groups[g].merge(m) for m in range(2)] if g in groups else [i / 2 for i in identity]
+            g: [merge_matrix(groups[g], m) for m in range(2)] if g in groups else [i / 2 for i in identity]
             for g in "ab"
         }
         unmerges = {g: groups[g].unmerges if g in groups else identity for g in "ab"}

@@ -6,11 +6,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.core.graph.source import Task
-from stages.core.merged.cost import KINDS, built_cost, check_built, source_cost, split_cost
+from stages.core.merged.cost import built_cost, check_built, source_cost, split_cost
 from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.trace import trace
 from stages.core.units.matching import full_split
+
+KINDS = ("macs", "parameters")
 
 
 def multiply_accumulates(network, x):
