@@ -17,6 +17,7 @@ from stages.core.merged.copies import exact_entries
 from stages.core.merged.cost import built_cost, source_cost
 from stages.core.merged.file import load_merged
 from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import images_to_batches
 from stages.core.tracing.trace import trace
 from stages.core.units.matching import full_split
@@ -233,7 +234,28 @@ def test_averaging_is_the_sum_of_merge_weight_unmerge(images, sources):
         torch.testing.assert_close(merged.map_of(node).bias.data, bias)
 
 
-def test_norm_layers_that_mixing_cannot_pass_are_refused(images, sources):
+@pytest.mark.parametrize("way", ["zipit", "cca_merge", "ot_fusion"])
+@pytest.mark.parametrize(
+    ("inside", "operation"),
+    [
+        (lambda: nn.GroupNorm(1, 4), "group_norm"),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), "conv2d"),
+        (lambda: nn.InstanceNorm2d(4, affine=True), "group_norm"),
+    ],
+)
+def test_layers_that_mixing_cannot_pass_are_refused(way, inside, operation, images, sources, randomise):
+    tasks = [images(16, m) for m in range(2)]
+    own = [
+        nn.Sequential(nn.Conv2d(2, 4, 3), inside(), nn.ReLU(), nn.Conv2d(4, 3, 6), nn.Flatten())
+        for _ in tasks
+    ]
+    found = Problem(sources([randomise(n, m) for m, n in enumerate(own)], tasks[0]), tasks)
+    message = f"{operation} works on single units of group .*; allowed: a matching that is a permutation"
+    with pytest.raises(InputError, match=message):
+        found.merge(WAYS[way], AVERAGE)
+
+
+def test_an_alignment_of_nothing_leaves_values_as_they_are():
     alignment = Alignment(2)
     assert not alignment.groups
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
