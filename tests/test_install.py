@@ -63,8 +63,8 @@ def said(python, code: str, cwd: Path) -> str:
 
 
 def test_it_is_imported_from_any_folder(python, tmp_path):
-    code = "from stages import load_merged, merge; print(merge.__module__, load_merged.__module__)"
-    assert said(python, code, tmp_path) == "stages.api stages.core.merged.file\n"
+    code = "from stages import inspect, load_merged, merge; print(*(f.__module__ for f in (inspect, load_merged, merge)))"
+    assert said(python, code, tmp_path) == "stages.inspection stages.core.merged.file stages.api\n"
 
 
 def test_it_holds_the_stages_and_their_types_and_nothing_else(python, tmp_path):
