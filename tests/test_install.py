@@ -63,7 +63,10 @@ def said(python, code: str, cwd: Path) -> str:
 
 
 def test_it_is_imported_from_any_folder(python, tmp_path):
-    code = "from stages import inspect, load_merged, merge; print(*(f.__module__ for f in (inspect, load_merged, merge)))"
+    code = (
+        "from stages import inspect, load_merged, merge\n"
+        "print(*(f.__module__ for f in (inspect, load_merged, merge)))"
+    )
     assert said(python, code, tmp_path) == "stages.inspection stages.core.merged.file stages.api\n"
 
 

@@ -1,4 +1,4 @@
-"""Names of stages: what is defined is used there, not by tests alone."""
+"""Names of stages: what is defined is used there, not by tests alone, and one name is one thing."""
 
 import ast
 from collections import Counter
@@ -46,6 +46,16 @@ def defined(tree: ast.Module) -> list[tuple[str, ast.stmt]]:
     return [(name, node) for name, node in found if not name.startswith("__")]
 
 
+def names_of_two(root: Path) -> dict[str, list[str]]:
+    """Classes, type aliases and constants that several modules define, or one module twice."""
+    where: dict[str, list[str]] = {}
+    for file, tree in trees(root).items():
+        for name, node in defined(tree):
+            if node in tree.body and name.lstrip("_")[0].isupper():
+                where.setdefault(name, []).append(file)
+    return {name: files for name, files in where.items() if len(files) > 1}
+
+
 CALLED_BY_OTHERS = {  # methods of interfaces that are not ours
     "stages/core/images/windows.py: readable",
     "stages/core/images/windows.py: seekable",
@@ -76,3 +86,16 @@ def test_what_only_itself_or_nothing_calls_is_found(tmp_path):
         "class C:\n    def m(self):\n        return g\n\n    def n(self):\n        return 1\n"
     )
     assert unused(tmp_path) == {"stages/a.py: f", "stages/a.py: n"}
+
+
+def test_one_name_is_one_thing():
+    assert not names_of_two(ROOT)
+    found = {name for tree in trees(ROOT).values() for name, _ in defined(tree)}
+    assert {"Task", "Matching", "Source", "Data", "View"} <= found  # and so once each
+
+
+def test_a_name_of_two_things_is_found(tmp_path):
+    (tmp_path / "stages/core").mkdir(parents=True)
+    (tmp_path / "stages/a.py").write_text("class Task:\n    A = 1\n\nCHUNK = 2\nlog = None\nOne = int\n")
+    (tmp_path / "stages/core/b.py").write_text("Task = dict[str, int]\nCHUNK: int = 3\nlog = None\nA = 4\n")
+    assert names_of_two(tmp_path) == {name: ["stages/a.py", "stages/core/b.py"] for name in ("Task", "CHUNK")}

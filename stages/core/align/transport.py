@@ -54,12 +54,12 @@ def _weight_cost(problem: Problem, alignment: Alignment, group: str, network: in
             for m in (0, network):
                 state = problem.sources[m].state
                 weight = state[node.parameters["weight"]].detach().double()[:k]
-                parts = [
+                columns = [
                     alignment.read(weight, inputs, problem.shared, m)[:, _shared(inputs, problem.shared)]
                 ]
                 if "bias" in node.parameters:
-                    parts.append(state[node.parameters["bias"]].detach().double()[:k, None])
-                rows.append(torch.cat([part.flatten(1) for part in parts], 1))
+                    columns.append(state[node.parameters["bias"]].detach().double()[:k, None])
+                rows.append(torch.cat([own.flatten(1) for own in columns], 1))
             squared = squared + torch.cdist(*rows).square().cpu()
     return squared.sqrt().expand(k, k)
 
