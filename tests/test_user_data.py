@@ -107,7 +107,9 @@ def test_a_killed_experiment_goes_on_as_the_readme_says(moment, clone):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.5)
-    section = re.search(r"A `dvc exp run` that was killed.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    section = re.search(
+        r"A `dvc exp run` that was killed.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
     clone.run("bash", "-ec", section[1])
     assert clone.run("git", "symbolic-ref", "HEAD").strip() == "refs/heads/main"
     assert clone.run("git", "diff", "--cached", "--name-only") == ""
