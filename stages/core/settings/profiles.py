@@ -15,6 +15,19 @@ Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
 Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
 
 
+class Limits(Section):
+    """What a data set may cost at most, checked before and while it is read.
+
+    ``pixels`` of one image, by its header; null: four times what is asked for, or 50 million where that is more.
+    ``entries`` of its archives, those inside them counted too. ``unfold``: unpacked bytes per byte of its files, beyond
+    the first 256 MiB.
+    """
+
+    pixels: Count | None = None
+    entries: Count = 2_000_000
+    unfold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 50.0
+
+
 class Data(Section):
     """Where a task's images come from.
 
@@ -37,6 +50,7 @@ class Data(Section):
     calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
     mean: list[float] = Field([0.5])
     std: list[Positive] = Field([0.5])
+    limits: Limits = Field(Limits())
 
     @property
     def places(self) -> list[str]:
