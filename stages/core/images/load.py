@@ -83,7 +83,7 @@ def _fresh(
 ) -> tuple[Tensor | Stream, Index]:
     """List the archive's images, decode the first ``limit`` of the split and keep them in ``folder``."""
     with ExitStack() as stack:
-        archive = stack.enter_context(Archive(paths))
+        archive = stack.enter_context(Archive(paths, data.limits))
         listing = read_listing(archive, data)
         if split != "calibration" and not listing.labelled:
             raise InputError(

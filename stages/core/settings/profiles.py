@@ -19,12 +19,12 @@ class Limits(Section):
     """What a data set may cost at most, checked before and while it is read.
 
     ``pixels`` of one image, by its header; null: four times what is asked for, or 50 million where that is more.
-    ``entries`` of its archives, those inside them counted too. ``unfold``: unpacked bytes per byte of its files, beyond
-    the first 256 MiB.
+    ``entries`` of its archives, those inside them counted too; null: 20,000, and one for every 200 bytes. ``unfold``:
+    unpacked bytes per byte of its files, beyond the first 256 MiB.
     """
 
     pixels: Count | None = None
-    entries: Count = 2_000_000
+    entries: Count | None = None
     unfold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 50.0
 
 
