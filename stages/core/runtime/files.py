@@ -14,6 +14,8 @@ from typing import Any
 
 from stages.core.runtime.errors import InputError
 
+HEADER = 1 << 25  # bytes of a safetensors file that describe its tensors
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -107,11 +109,20 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
+    _check_header(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _check_header(path: Path) -> None:
+    """Its size against the file's and a bound: what it describes is built before a single tensor is read."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > HEADER and size <= path.stat().st_size:
+        raise InputError(f"{path}: found a header of {size} bytes; allowed: up to {HEADER}")
 
 
 def sha256(path: str | Path) -> str:
