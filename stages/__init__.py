@@ -1,5 +1,6 @@
 """Merge neural networks that were trained apart: ``merge`` in memory, ``load_merged`` from a file."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,6 +8,11 @@ if TYPE_CHECKING:
     from stages.core.merged.file import load_merged
 
 __all__ = ["load_merged", "merge"]
+
+if sys.argv[:1] == ["-m"]:  # Python is about to run a stage, which imports for seconds
+    from stages.core.runtime.command import begin
+
+    begin()
 
 
 def __getattr__(name: str) -> Any:
