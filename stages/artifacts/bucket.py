@@ -25,7 +25,7 @@ from stages.artifacts.checks import Version, difference
 from stages.artifacts.client import BUSY, UNREADABLE, Store, reason, refusal, status, within
 from stages.core.runtime.cache import alone, cache_folder
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import replacing, sha256
+from stages.core.runtime.files import FULL, replacing, sha256
 from stages.core.settings.params import ArtifactsSection
 from stages.core.settings.places import split_url
 
@@ -119,7 +119,7 @@ class Bucket:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 raise InputError(
                     f"{self.cache}: no space left on the device for the download ({error.strerror}); free "
                     "some or set artifacts.cache to a folder elsewhere; running the same again resumes"
