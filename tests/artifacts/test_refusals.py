@@ -18,6 +18,7 @@ from loopback import CHUNK, CONTENT, KEY, OTHER, digest, free_port
 
 from stages.artifacts import bucket, checks, client
 from stages.artifacts.__main__ import outputs
+from stages.core.runtime import cache
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params
 
@@ -162,6 +163,25 @@ class TestRefusals:
         store.put(KEY, CONTENT)
         (tmp_path / "file").touch()
         assert "the download cache cannot be used" in refused(cache=str(tmp_path / "file"))
+
+    def test_cache_that_can_only_be_read_is_used_for_what_it_holds(
+        self, front, store, section, fetch, tmp_path, monkeypatch
+    ):
+        store.put(KEY, CONTENT)
+        assert fetch() == CONTENT
+
+        def closed(path, mode="r", **_):
+            if str(path).startswith(str(tmp_path / "cache")) and mode != "r":
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return open(path, mode, **_)
+
+        for module in (bucket, cache):
+            monkeypatch.setattr(module, "open", closed, raising=False)
+        assert fetch() == CONTENT
+        assert len(front.gets()) == 1
+        store.put("other", CONTENT)
+        with pytest.raises(InputError, match="the download cache cannot be used"):
+            bucket.materialise(section(), {"other": tmp_path / "out2"})
 
     @pytest.mark.parametrize("key", ["a/../../b", "a/..", "a//b", "a/./b", "a/"])
     def test_key_that_leaves_its_folder(self, key, workspace):

@@ -151,12 +151,17 @@ class Archive:
     def _zip_entries(self, window: Window, folder: str, name: str) -> Iterator[tuple[str, Container, Where]]:
         try:
             source = Zip(window)
-        except (zipfile.BadZipFile, OSError) as error:
+            entries = source.file.infolist()
+            self._allowance.enter(len(entries))
+            self._allowance.stored(name, sum(info.compress_size for info in entries), window.size)
+            self._allowance.unpack(sum(info.file_size for info in entries))
+            for info in entries:
+                source.check_name(info)
+        # zipfile raises ValueError and NotImplementedError too, by where the damage is.
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+            if isinstance(error, InputError):
+                raise
             self._damaged(name, "zip", error)
-        entries = source.file.infolist()
-        self._allowance.enter(len(entries))
-        self._allowance.stored(name, sum(info.compress_size for info in entries), window.size)
-        self._allowance.unpack(sum(info.file_size for info in entries))
         for info in entries:
             if info.flag_bits & 1:
                 raise InputError(f"{self.path}: {info.filename!r} is encrypted; allowed: a plain zip file")

@@ -242,6 +242,25 @@ def test_a_flipped_header_of_a_tar_file_never_loses_a_member(tmp_path_factory, d
     assert "x.tar: not a whole" in refused(path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_flipped_bit_anywhere_never_loses_or_changes_a_file(tmp_path_factory, kind, data):
+    """But for what a tar file has no checksum of: the content of its members."""
+    path = tmp_path_factory.mktemp("flip") / ("x.tar.gz" if kind == "tgz" else "x.zip")
+    whole = bytearray(mini.packed(PARTS, kind))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(whole)
+    try:
+        with Archive([path]) as archive:
+            found = content(archive)
+    except InputError:
+        return
+    assert found.keys() == PARTS.keys()
+    assert found == PARTS or kind == "tar"
+
+
 def test_what_follows_the_end_of_a_tar_file_is_not_dropped_without_a_word(tmp_path):
     (tmp_path / "x.tar").write_bytes(mini.packed({"a": b"1"}, "tar") + mini.packed({"b": b"2"}, "tar"))
     assert "content after its end, at byte 1024" in refused(tmp_path / "x.tar")
@@ -343,13 +362,13 @@ def test_a_link_of_a_zip_file_is_short(tmp_path):
 
 
 def test_a_long_chain_of_links_takes_no_time(tmp_path):
-    links = [(f"l{i}", tarfile.SYMTYPE, f"l{i + 1}") for i in range(20_000)]
-    path = tar(tmp_path / "x.tar", *links, ("l20000", tarfile.REGTYPE, b"end"))
+    links = [(f"l{i}", tarfile.SYMTYPE, f"l{i + 1}") for i in range(5000)]
+    path = tar(tmp_path / "x.tar", *links, ("l5000", tarfile.REGTYPE, b"end"))
     start = time.monotonic()
     with Archive([path]) as archive:
         assert archive.read("l0") == b"end"
-        assert len(archive.names) == 20_001
-    assert time.monotonic() - start < 20
+        assert len(archive.names) == 5001
+    assert time.monotonic() - start < 10
 
 
 def test_diamonds_of_links_to_folders_drop_out(tmp_path):
