@@ -65,6 +65,17 @@ class Zip:
             with self._lock:
                 member.close()
 
+    def check_name(self, where: zipfile.ZipInfo) -> None:
+        """The name of an entry in the list at the file's end is that at its content, or BadZipFile.
+
+        zipfile compares them when an entry is read; one damaged name can hide an entry, which is never read then.
+        """
+        header = self._window.content((where.header_offset, zipfile.sizeFileHeader))
+        length, flags = int.from_bytes(header[26:28], "little"), int.from_bytes(header[6:8], "little")
+        name = self._window.content((where.header_offset + zipfile.sizeFileHeader, length))
+        if name.decode("utf-8" if flags & 0x800 else "cp437", "replace") != where.orig_filename:
+            raise zipfile.BadZipFile(f"{where.orig_filename!r} has two names")
+
     def window(self, where: zipfile.ZipInfo) -> Window | None:
         """The bytes of an entry that is stored as it is; None for a compressed one."""
         if where.compress_type != zipfile.ZIP_STORED:
