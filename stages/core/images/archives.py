@@ -155,6 +155,8 @@ class Archive:
             self._allowance.enter(len(entries))
             self._allowance.stored(name, sum(info.compress_size for info in entries), window.size)
             self._allowance.unpack(sum(info.file_size for info in entries))
+            if (counted := source.counted()) != len(entries):
+                raise zipfile.BadZipFile(f"{len(entries)} entries instead of {counted}")
             for info in entries:
                 source.check_name(info)
         # zipfile raises ValueError and NotImplementedError too, by where the damage is.

@@ -5,6 +5,8 @@ import os
 import threading
 import zipfile
 
+_TAIL = (1 << 16) + 22 + 20 + 56  # bytes: the longest comment, and the three records at the end of a zip file
+
 
 class Window(io.RawIOBase):
     """A part of an open file, as a file of its own. Positioned reads: threads do not disturb each other."""
@@ -64,6 +66,18 @@ class Zip:
         finally:
             with self._lock:
                 member.close()
+
+    def counted(self) -> int:
+        """How many entries the file says it has. zipfile does not look: one damaged length swallows all that follow."""
+        size = min(self._window.size, _TAIL)
+        tail = self._window.content((self._window.size - size, size))
+        at = tail.rfind(b"PK\x05\x06")
+        count = int.from_bytes(tail[at + 10 : at + 12], "little")
+        if (
+            tail[at - 20 : at - 16] == b"PK\x06\x07"
+        ):  # zip64: the count of 8 bytes is in the record before that
+            count = int.from_bytes(tail[at - 44 : at - 36], "little")
+        return count
 
     def check_name(self, where: zipfile.ZipInfo) -> None:
         """The name of an entry in the list at the file's end is that at its content, or BadZipFile.
