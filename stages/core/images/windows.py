@@ -1,9 +1,14 @@
 """Arrangement of one open file read as files of their own, from several threads at once."""
 
+import contextlib
 import io
 import os
+import shutil
 import threading
 import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
 
 _TAIL = (1 << 16) + 22 + 20 + 56  # bytes: the longest comment, and the three records at the end of a zip file
 
@@ -59,10 +64,20 @@ class Zip:
         self.file = zipfile.ZipFile(io.BufferedReader(window))
 
     def content(self, where: zipfile.ZipInfo) -> bytes:
+        with self._opened(where) as member:
+            return member.read()
+
+    def copy(self, where: zipfile.ZipInfo, target: Path) -> None:
+        """Write an entry's content to ``target``, a piece at a time."""
+        with self._opened(where) as member, open(target, "wb") as out:
+            shutil.copyfileobj(member, out, 1 << 22)
+
+    @contextlib.contextmanager
+    def _opened(self, where: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
         with self._lock:
             member = self.file.open(where)
         try:
-            return member.read()
+            yield member
         finally:
             with self._lock:
                 member.close()

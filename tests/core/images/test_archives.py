@@ -261,6 +261,20 @@ def test_a_flipped_bit_anywhere_never_loses_or_changes_a_file(tmp_path_factory, 
     assert found == PARTS or kind == "tar"
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_damaged_entry_that_is_needed_at_once_is_one_line(tmp_path, link):
+    """An archive inside, and a link's target."""
+    info = zipfile.ZipInfo("link" if link else "in.zip")
+    info.create_system, info.compress_type = 3, zipfile.ZIP_DEFLATED
+    info.external_attr = ((stat.S_IFLNK if link else stat.S_IFREG) | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr(info, "target/of/it" * 9 if link else mini.packed(PARTS, "stored"))
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[30 + len(info.filename) + 5] ^= 255
+    (tmp_path / "x.zip").write_bytes(content)
+    assert f"x.zip: {info.filename}: cannot be read" in refused(tmp_path / "x.zip")
+
+
 def test_a_damaged_length_that_swallows_the_rest_of_the_list_is_one_line(tmp_path):
     path = mini.pack(tmp_path / "x.zip", PARTS, "zip")
     whole = path.read_bytes()
