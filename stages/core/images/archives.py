@@ -6,6 +6,7 @@ content, in the folder where it lies. Only gzip is undone on disk, into a file o
 What all of it may cost is bounded while it is read (``Allowance``); what a refused archive left in the cache goes.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -26,6 +27,7 @@ from stages.core.images.allowance import Allowance
 from stages.core.images.windows import Window, Zip
 from stages.core.runtime.cache import identity, kept_file
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import FULL
 from stages.core.settings.profiles import Limits
 
 Container = Window | Zip
@@ -83,8 +85,13 @@ class Archive:
         if name not in self._members:
             raise InputError(f"{self.path}: no {name} in it")
         source, where = self._members[name]
-        try:
+        with self._reading(name):
             return source.content(where)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
         # zipfile knows no common exception for damaged, encrypted and unknown compression.
         except (
             zipfile.BadZipFile,
@@ -94,6 +101,8 @@ class Archive:
             EOFError,
             OSError,
         ) as error:
+            if getattr(error, "errno", None) in FULL:
+                raise
             raise InputError(f"{self.path}: {name}: cannot be read ({error})") from error
 
     def _open(self, path: Path, name: str, folder: str = "", depth: int = 0) -> None:
@@ -134,9 +143,8 @@ class Archive:
         if name.lower().endswith(SUFFIXES):
             window = source.window(where)
             if window is None:  # compressed in its archive: brought to the cache as it is
-                path = self._kept(
-                    f"{digest()}.member", lambda target: target.write_bytes(source.content(where))
-                )
+                with self._reading(name):
+                    path = self._kept(f"{digest()}.member", lambda target: source.copy(where, target))
                 self._open(path, posixpath.basename(name), posixpath.dirname(name), depth + 1)
                 return
             if self._mount(window, posixpath.dirname(name), name, depth + 1, digest):
@@ -155,6 +163,8 @@ class Archive:
             self._allowance.enter(len(entries))
             self._allowance.stored(name, sum(info.compress_size for info in entries), window.size)
             self._allowance.unpack(sum(info.file_size for info in entries))
+            if (counted := source.counted()) != len(entries):
+                raise zipfile.BadZipFile(f"{len(entries)} entries instead of {counted}")
             for info in entries:
                 source.check_name(info)
         # zipfile raises ValueError and NotImplementedError too, by where the damage is.
@@ -170,7 +180,8 @@ class Archive:
                     raise InputError(
                         f"{self.path}: link {info.filename!r} to {info.file_size} bytes; allowed: {_LONGEST}"
                     )
-                target = source.content(info).decode("utf-8", "replace")
+                with self._reading(info.filename):
+                    target = source.content(info).decode("utf-8", "replace")
                 self._link(folder, info.filename, target, relative=True)
             elif info.is_dir():
                 self._inside(info.filename)

@@ -261,6 +261,37 @@ def test_a_flipped_bit_anywhere_never_loses_or_changes_a_file(tmp_path_factory, 
     assert found == PARTS or kind == "tar"
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_damaged_entry_that_is_needed_at_once_is_one_line(tmp_path, link):
+    """An archive inside, and a link's target."""
+    info = zipfile.ZipInfo("link" if link else "in.zip")
+    info.create_system, info.compress_type = 3, zipfile.ZIP_DEFLATED
+    info.external_attr = ((stat.S_IFLNK if link else stat.S_IFREG) | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr(info, "target/of/it" * 9 if link else mini.packed(PARTS, "stored"))
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[30 + len(info.filename) + 5] ^= 255
+    (tmp_path / "x.zip").write_bytes(content)
+    assert f"x.zip: {info.filename}: cannot be read" in refused(tmp_path / "x.zip")
+
+
+def test_a_damaged_length_that_swallows_the_rest_of_the_list_is_one_line(tmp_path):
+    path = mini.pack(tmp_path / "x.zip", PARTS, "zip")
+    whole = path.read_bytes()
+    first = whole.find(b"PK\x01\x02")
+    for field in (28, 30, 32):  # the lengths of name, extra field and comment
+        content = bytearray(whole)
+        content[first + field + 1] ^= 1 << 2
+        path.write_bytes(content)
+        assert "x.zip: not a whole zip file" in refused(path)
+
+
+def test_a_zip64_file_is_counted_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    with Archive([mini.pack(tmp_path / "x.zip", PARTS, "zip")]) as archive:
+        assert content(archive) == PARTS
+
+
 def test_what_follows_the_end_of_a_tar_file_is_not_dropped_without_a_word(tmp_path):
     (tmp_path / "x.tar").write_bytes(mini.packed({"a": b"1"}, "tar") + mini.packed({"b": b"2"}, "tar"))
     assert "content after its end, at byte 1024" in refused(tmp_path / "x.tar")
