@@ -33,8 +33,8 @@ from stages.core.runtime.errors import InputError
 from stages.core.settings.params import ArtifactsSection
 from stages.core.settings.places import BUCKET_RULE
 
-ATTEMPTS = 4  # while the server says it is busy
-PAUSE = 0.2  # seconds after the first of them, then twice as long each time
+TRIES_WHEN_BUSY = 4  # while the server says it is busy
+BUSY_PAUSE = 0.2  # seconds after the first of them, then twice as long each time
 MOST_PARTS = 1000  # asked for one by one
 BUSY = (429, 503)  # "too many requests", "slow down"
 # What botocore raises for headers and bodies that are no numbers or no XML: its own, and what Python's readers raise.
@@ -108,7 +108,7 @@ class Store:
     def look(self, key: str) -> Version:
         """The object's present version. Raises InputError within ``DEADLINE * artifacts.timeout`` seconds.
 
-        A server that says it is busy is asked ``ATTEMPTS`` times, with pauses.
+        A server that says it is busy is asked ``TRIES_WHEN_BUSY`` times, with pauses.
         """
         head = self._asked(key)
         if not head.get("ETag"):
@@ -126,7 +126,7 @@ class Store:
 
     def _asked(self, key: str, **more: Any) -> dict[str, Any]:
         """The answer to HEAD, or why there is none as InputError."""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(TRIES_WHEN_BUSY):
             try:
                 return within(self.timeout * DEADLINE, lambda: self._head(key, **more))
             except TimeoutError as error:
@@ -139,9 +139,9 @@ class Store:
                     ) from None  # the cause would show them
                 raise self._unreachable(reason(error)) from error
             except ClientError as error:
-                if status(error) not in BUSY or attempt + 1 == ATTEMPTS:
+                if status(error) not in BUSY or attempt + 1 == TRIES_WHEN_BUSY:
                     raise refusal(error, self.name(key)) from error
-                time.sleep(PAUSE * 2**attempt)
+                time.sleep(BUSY_PAUSE * 2**attempt)
             except (BotoCoreError, *UNREADABLE) as error:
                 raise refusal(error, self.name(key)) from error
             except OSError as error:  # boto3 reads what the environment names

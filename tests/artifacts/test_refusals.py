@@ -232,7 +232,7 @@ class TestAnswers:
 
     @pytest.mark.parametrize("status", [429, 503])
     def test_a_busy_server_is_asked_again(self, status, front, store, fetch, monkeypatch):
-        monkeypatch.setattr(client, "PAUSE", 0.01)
+        monkeypatch.setattr(client, "BUSY_PAUSE", 0.01)
         store.put(KEY, CONTENT)
         front.busy = [(status, 4)]
         assert fetch() == CONTENT
@@ -240,7 +240,7 @@ class TestAnswers:
 
     @pytest.mark.parametrize("status", [429, 503])
     def test_but_not_for_ever(self, status, front, store, refused, monkeypatch):
-        monkeypatch.setattr(client, "PAUSE", 0.01)
+        monkeypatch.setattr(client, "BUSY_PAUSE", 0.01)
         store.put(KEY, CONTENT)
         front.busy = [(status, 1000)]
         assert f"the server answered {status}" in refused()

@@ -13,7 +13,7 @@ from torch.serialization import safe_globals
 
 from stages.core.runtime.errors import InputError
 
-ENTRIES = 20_000  # tensors and notes of one file
+MOST_ENTRIES = 20_000  # tensors and notes of one file
 PICKLE = 1 << 26  # bytes of what describes the tensors
 ALLOWED = "allowed: a file as torch.save(network.state_dict(), ...) writes it"
 
@@ -79,9 +79,9 @@ def _check_zip(path: Path) -> None:
         names = {info.filename for info in entries}
         if any(name.endswith("/constants.pkl") for name in names):
             raise InputError(f"{path}: refused: a TorchScript file, which holds code; {ALLOWED}")
-        if len(entries) > ENTRIES or len(names) != len(entries):
+        if len(entries) > MOST_ENTRIES or len(names) != len(entries):
             raise InputError(
-                f"{path}: found {len(entries)} entries of {len(names)} names; allowed: one of each, up to {ENTRIES}"
+                f"{path}: found {len(entries)} entries of {len(names)} names; allowed: one of each, up to {MOST_ENTRIES}"
             )
         if any(info.compress_type != zipfile.ZIP_STORED for info in entries):
             raise InputError(f"{path}: found compressed entries; {ALLOWED}, which compresses nothing")

@@ -25,13 +25,13 @@ def _check_bucket(name: str) -> str:
     return name
 
 
-Bucket = Annotated[str, AfterValidator(_check_bucket)]
+BucketName = Annotated[str, AfterValidator(_check_bucket)]
 
 
 class ArtifactsSection(Section):
     """The artifact bucket; ``cache`` null means the user's cache folder."""
 
-    bucket: Bucket
+    bucket: BucketName
     prefix: str = ""
     endpoint: str | None = None
     region: str = "us-east-1"
