@@ -48,6 +48,30 @@ MATCHING_KEYS = {  # beside those of every matching
 }
 
 
+class Refine(Section):
+    """How a fitted network is refined end to end, without labels (stages.fit.refine).
+
+    images: at most so many calibration images of each task; all: all of them and the sources' training images, without
+    their labels. batch_size: images of each task in a step. warmup: share of the steps. features: where the sources'
+    values are imitated beside their outputs. joint: weight of telling separate label spaces apart. every: steps
+    between two looks at the images held out; patience: how many looks in a row may bring nothing better. shift, flip:
+    null, as the sources are trained.
+    """
+
+    steps: Count = 300
+    images: Count | Literal["all"] = "all"
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    warmup: Fraction = 0.1
+    weight_decay: NonNegative = 0.01
+    features: Literal["none", "last", "stages"] = "last"
+    joint: NonNegative = 1.0
+    every: Count = 25
+    patience: Count = 8
+    shift: Annotated[int, Field(ge=0)] | None = None
+    flip: bool | None = None
+
+
 class Fit(Section):
     """How the merged layers come to be.
 
@@ -63,6 +87,7 @@ class Fit(Section):
     learning_rate: Positive = 5e-4
     batch_size: Count = 16
     off_diagonal: Fraction = 0.9  # of regmean: what the off-diagonal entries of a Gram matrix are scaled by
+    refine: Refine | None = None  # what comes after the solver
 
     @model_validator(mode="after")
     def _check(self) -> "Fit":
