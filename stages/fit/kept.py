@@ -1,6 +1,6 @@
 """Copies of the sources in a merged network that is trained: their weights and their normalisation stay."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,21 @@ from stages.core.merged.network import MergedNetwork
 
 class KeptEntries:
     """Within this context batch norms in training mode normalise copies by their own statistics, as ever; ``restore``
-    puts the copies' parameters back after a step.
+    puts the copies' parameters and statistics back after a step.
 
     exact: bool (merged width,) by node name (stages.core.merged.copies).
     """
 
     def __init__(self, network: MergedNetwork, exact: Mapping[str, Tensor]) -> None:
-        self.network, self.exact = network, exact
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._copies: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self.everything = True
+        self._norms: list[tuple[nn.Module, Tensor, Tensor, Tensor]] = []  # with entries, means and variances
         for node in network.trace.graph.nodes:
+            if node.operation == "batch_norm" and exact[node.name].any():
+                norm = network.map_of(node)
+                kept = exact[node.name].to(norm.running_mean.device)
+                self._norms.append((norm, kept, norm.running_mean.clone(), norm.running_var.clone()))
             for parameter, dim, rows in _parameters(network, node):
                 kept = exact[node.name][rows].to(parameter.device)
                 self.everything &= bool(kept.all())
@@ -31,22 +35,18 @@ class KeptEntries:
                     mask = kept.view([-1 if d == dim else 1 for d in range(parameter.dim())])
                     self._copies.append((parameter, mask, parameter.detach().clone()))
 
-    @property
-    def bytes(self) -> int:
-        """What the copies' values take."""
-        return sum(value.numel() * value.element_size() for _, _, value in self._copies)
-
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copies' parameters back to the last bit."""
+        """Put the copies' parameters and statistics back to the last bit."""
         for parameter, mask, value in self._copies:
             parameter.copy_(torch.where(mask, value, parameter))
+        for norm, kept, mean, variance in self._norms:
+            norm.running_mean.copy_(torch.where(kept, mean, norm.running_mean))
+            norm.running_var.copy_(torch.where(kept, variance, norm.running_var))
 
     def __enter__(self) -> "KeptEntries":
-        for node in self.network.trace.graph.nodes:
-            if node.operation == "batch_norm" and bool(self.exact[node.name].any()):
-                norm = self.network.map_of(node)
-                self._handles.append(norm.register_forward_hook(_own_statistics(norm, self.exact[node.name])))
+        for norm, *own in self._norms:
+            self._handles.append(norm.register_forward_hook(_own_statistics(*own)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,17 +71,11 @@ def _parameters(network: MergedNetwork, node: Node) -> Iterator[tuple[nn.Paramet
         yield parameter, 0 if norm else network.trace.unit_dim(node, role), slice(None)
 
 
-def _own_statistics(norm: nn.Module, exact: Tensor):
-    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
-
-    def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if not module.training:
+def _own_statistics(kept: Tensor, mean: Tensor, variance: Tensor) -> Callable[..., Tensor | None]:
+    def hook(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if not norm.training:
             return None
-        own = F.batch_norm(inputs[0], mean, variance, module.weight, module.bias, False, 0.0, module.eps)
-        chosen = exact.to(output.device).view(1, -1, *[1] * (output.dim() - 2))
-        with torch.no_grad():  # the batch has moved them
-            module.running_mean.copy_(torch.where(exact.to(mean.device), mean, module.running_mean))
-            module.running_var.copy_(torch.where(exact.to(mean.device), variance, module.running_var))
-        return torch.where(chosen, own, output)
+        own = F.batch_norm(inputs[0], mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return torch.where(kept.view(1, -1, *[1] * (output.dim() - 2)), own, output)
 
     return hook

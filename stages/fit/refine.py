@@ -189,10 +189,11 @@ class _Run:
             loss = torch.stack(losses).sum()
             optimizer.zero_grad()
             loss.backward()
-            if math.isfinite(float(loss)):
+            found = loss.item()
+            if math.isfinite(found):
                 optimizer.step()
-                self.kept.restore()
-            yield step + 1, float(loss)
+            self.kept.restore()
+            yield step + 1, found
 
     def _order(self, indices: Tensor) -> Sequence[Tensor]:
         """Which images each step sees: all of them before any a second time."""
