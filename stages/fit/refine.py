@@ -68,21 +68,15 @@ def refine(
         }
     )
     _check(network, images, settings, owned)
-    before = _copy(network)
+    alignment = alignment or Alignment(len(sources))
+    generator = generator or torch.Generator().manual_seed(0)
+    run = _Run(network, sources, images, settings, alignment, owned, generator, memory)
+    fitted = _copy(network)
     try:
         with torch.enable_grad():
-            return _Run(
-                network,
-                sources,
-                images,
-                settings,
-                alignment or Alignment(len(sources)),
-                owned,
-                generator or torch.Generator().manual_seed(0),
-                memory,
-            )(progress)
+            return run(fitted, progress)
     except BaseException:  # an interruption too
-        network.load_state_dict(before)
+        network.load_state_dict(fitted)
         raise
     finally:
         network.eval()
@@ -104,7 +98,9 @@ class _Run:
         memory: float | None,
     ) -> None:
         self.network, self.images, self.settings, self.generator = network, images, settings, generator
-        self.device = next(network.parameters()).device
+        example = next(network.parameters())
+        self.device = example.device
+        self.mixed = example.is_cuda and example.dtype == torch.float32
         self.names = [task.name for task in network.tasks] if owned else ["proxy"]
         exact = exact_entries(network)
         self.kept = KeptEntries(network, exact)
@@ -117,17 +113,16 @@ class _Run:
         for task, teacher in enumerate(self.teachers):
             teacher.measure(self.examiner.statistics_of(task))
 
-    def __call__(self, progress: str | None) -> dict[str, Any]:
+    def __call__(self, fitted_state: dict[str, Tensor], progress: str | None) -> dict[str, Any]:
         found = {"images": self._counts()}
         if self.kept.everything:
             return {**found, "steps": 0, "kept": 0, "why": "every weight is a copy of a source's"}
-        states = {0: _copy(self.network)}  # the fitted one, and the best
+        states = {0: fitted_state}  # and the best
         self.network.to(memory_format=torch.channels_last)
-        fitted, losses = self._look(0), []
+        fitted = self._look(0)
         best, curve, stopped = fitted, [[0, fitted.mean]], None
         with self.kept, self._bar(progress) as bar:
             for step, loss in self._steps():
-                losses.append(loss)
                 bar.update()
                 if not math.isfinite(loss):
                     stopped = f"the loss is {loss} at step {step}"
@@ -178,7 +173,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cycle(step, settings.steps, settings.warmup)
             parts = [self._changed(next(own)) for own in batches]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
                 lessons = [teacher(x) for teacher, x in zip(self.teachers, parts, strict=True)]
                 values = values_at(self.network, graph, torch.cat(parts), self.teachers[0].names)
             losses, start = [], 0

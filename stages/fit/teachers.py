@@ -65,12 +65,21 @@ class Lesson:
     values: Values
     logits: Mapping[int, Tensor]
 
-    def of(self, chosen: slice) -> "Lesson":
-        """The same of some of the images."""
-        return Lesson(
-            {name: value[chosen] for name, value in self.values.items()},
-            {task: logits[chosen] for task, logits in self.logits.items()},
-        )
+
+class _Known:
+    """The merged entries of a value that some networks have a part in, ascending, and what each counts for there."""
+
+    def __init__(
+        self, network: MergedNetwork, alignment: Alignment, name: str, members: Sequence[int], like: Tensor
+    ) -> None:
+        parts = network.arrangement(name)
+        self.width, self.positions = parts.width, [own.to(like.device) for own in parts.positions]
+        self.shares = alignment.shares(network.trace.layouts[name], network.shared, like)
+        total = like.new_zeros(parts.width)
+        for m in members:
+            total.index_add_(0, self.positions[m], self.shares[m])
+        self.entries = total.nonzero().flatten()
+        self.total = total[self.entries]
 
 
 class Teacher:
@@ -92,22 +101,11 @@ class Teacher:
         self.members, self.names = list(members), list(names)
         self.separate = network.labels == "separate"
         self.joint = joint if self.separate and len(self.members) == 1 else 0.0
-        self.example = next(iter(sources[0].state.values()))
-        self._known = {name: self._entries(name) for name in self.names}
+        like = next(iter(sources[0].state.values()))
+        self._known = {name: _Known(network, alignment, name, self.members, like) for name in self.names}
+        output = network.trace.graph.output.name
+        self._classes = [own.to(like.device) for own in network.arrangement(output).positions]
         self.variance: dict[str, float] = dict.fromkeys(self.names, 1.0)
-
-    def _shares(self, name: str) -> Tensor:
-        layout = self.network.trace.layouts[name]
-        return self.alignment.shares(layout, self.network.shared, self.example)
-
-    def _entries(self, name: str) -> tuple[Tensor, Tensor]:
-        """Merged entries that a member has a part in, ascending, and the sum of the members' shares in each."""
-        parts, shares = self.network.arrangement(name), self._shares(name)
-        total = shares.new_zeros(parts.width)
-        for m in self.members:
-            total.index_add_(0, parts.positions[m].to(total.device), shares[m])
-        known = total.nonzero().flatten()
-        return known, total[known]
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Lesson:
@@ -115,27 +113,22 @@ class Teacher:
         graph, output = self.network.trace.graph, self.network.trace.graph.output.name
         found = [values_at(self.sources[m], graph, x, self.names) for m in self.members]
         values = {name: self._together(name, [own[name] for own in found]) for name in self.names}
-        logits = [own[output].float() if own[output].dtype != torch.float64 else own[output] for own in found]
+        logits = [_precise(own[output]) for own in found]
         if self.separate:
             return Lesson(values, dict(zip(self.members, logits, strict=True)))
         return Lesson(values, {self.members[0]: sum(logits) / len(logits)})
 
     def _together(self, name: str, values: Sequence[Tensor]) -> Tensor:
         """One value of the members as one, in the known merged entries."""
-        layout, parts, shares = (
-            self.network.trace.layouts[name],
-            self.network.arrangement(name),
-            self._shares(name),
-        )
-        known, total = self._known[name]
+        layout, known = self.network.trace.layouts[name], self._known[name]
         shape, every = list(values[0].shape), [1] * values[0].dim()
-        shape[layout.dim], every[layout.dim] = parts.width, -1
+        shape[layout.dim], every[layout.dim] = known.width, -1
         result = values[0].new_zeros(shape)
         for m, value in zip(self.members, values, strict=True):
             view = self.alignment.view(value, layout, layout.dim, self.network.shared, m)
-            part = view * shares[m].to(view).view(every)
-            result.index_add_(layout.dim, parts.positions[m].to(part.device), part)
-        return result.index_select(layout.dim, known) / total.to(result).view(every)
+            part = view * known.shares[m].to(view).view(every)
+            result.index_add_(layout.dim, known.positions[m], part)
+        return result.index_select(layout.dim, known.entries) / known.total.to(result).view(every)
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Tensor]) -> None:
@@ -158,19 +151,22 @@ class Teacher:
     def losses(self, values: Values, lesson: Lesson) -> Tensor:
         """How far the merged network is from the lesson, image by image. values: the network's own. Returns (n,)."""
         output = self.network.trace.graph.output.name
-        logits = values[output]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _precise(values[output])
         found = logits.new_zeros(len(logits))
         for name, goal in lesson.values.items():
             dim = self.network.trace.layouts[name].dim
-            own = values[name].index_select(dim, self._known[name][0])
+            own = values[name].index_select(dim, self._known[name].entries)
             found = found + (own - goal).flatten(1).to(found.dtype).square().mean(1) / self.variance[name]
-        positions = self.network.arrangement(output).positions
         for task, goal in lesson.logits.items():
-            own = logits.index_select(1, positions[task].to(logits.device)) if self.separate else logits
+            own = logits.index_select(1, self._classes[task]) if self.separate else logits
             known = goal.log_softmax(1)
             found = found + (known.exp() * (known - own.log_softmax(1))).sum(1)
             if self.joint:
-                among = logits.log_softmax(1).index_select(1, positions[task].to(logits.device))
+                among = logits.log_softmax(1).index_select(1, self._classes[task])
                 found = found - self.joint * (known.exp() * among).sum(1)
         return found
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -42,6 +42,7 @@ def test_the_default_methods_are_there():
         "pleas",
         "pleas_adam",
         "progressive",
+        "progressive_refined",
     ]
 
 
