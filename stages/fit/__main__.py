@@ -44,7 +44,7 @@ def main(name: str) -> None:
         memory=section.memory,
         generator=generator(params.seed),
         about=description(params, recipe, name, reached),
-        unlabelled=None if refining is None else load_pools(params, refining.images, device, method.data),
+        unlabelled=refining and load_pools(params, refining.images, refining.most, device, method.data),
         shift=training.shift,
         flip=training.flip,
         progress=f"fit {name}",

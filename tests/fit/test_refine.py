@@ -247,10 +247,11 @@ def test_labels_of_training_images_are_never_used(fitted, monkeypatch):
 
         def load(own, split, root, limit=None, labels=labels, asked=asked):
             asked.append(split)
-            return ImageSet(uint8[:25] if split == "calibration" else uint8[25:], labels, ("0", "1", "2"))
+            images = uint8[:25] if split == "calibration" else uint8[25:]
+            return ImageSet(images[:limit], labels, ("0", "1", "2"))
 
         monkeypatch.setattr(calibration, "load_images", load)
-        pools = calibration.load_pools(Params, "all", torch.device("cpu"))
+        pools = calibration.load_pools(Params, "all", 1000, torch.device("cpu"))
         network, made, _ = fitted()
         network.float()
         made = [type(s)(s.trace, {k: v.float() for k, v in s.state.items()}, s.task) for s in made]
@@ -259,6 +260,9 @@ def test_labels_of_training_images_are_never_used(fitted, monkeypatch):
         assert record["images"]["a"] == {"calibration": 25, "train": 15, "held_out": 4}
         assert set(asked) == {"calibration", "train"}, "never test"
     assert equal(*found)
+    for images, most, parts in [(12, 1000, [12]), (12, 9, [9]), ("all", 20, [20]), ("all", 31, [25, 6])]:
+        pool = calibration.load_pools(Params, images, most, torch.device("cpu"))[1]
+        assert [len(part) for part in pool.parts.values()] == parts
 
 
 def test_a_pool_is_its_parts_one_behind_the_other():

@@ -30,20 +30,21 @@ def load_calibration(
 
 
 def load_pools(
-    params: Params, images: int | Literal["all"], device: torch.device, data: Origin = "own"
+    params: Params, images: int | Literal["all"], most: int, device: torch.device, data: Origin = "own"
 ) -> list[Pool]:
-    """Images without labels, a pool for every task, or one of the proxy.
+    """Images without labels, a pool for every task, or one of the proxy; at most ``most`` in each.
 
-    images: at most so many calibration images of each; all: every one of them, and behind them those that the sources
-    were trained on.
+    images: at most so many calibration images of each task; all: every one of them, and behind them those that the
+    sources were trained on.
     """
     profile = params.active
     wanted = [profile.proxy] if data == "proxy" else [task.data for task in profile.tasks.values()]
-    limit = None if images == "all" else images * (len(profile.tasks) if data == "proxy" else 1)
+    limit = most if images == "all" else min(most, images * (len(profile.tasks) if data == "proxy" else 1))
     pools = []
     for own in wanted:
         parts = {"calibration": load_images(own, "calibration", DATA, limit=limit).images}
-        if images == "all" and data == "own":
-            parts["train"] = load_images(own, "train", DATA).images
+        left = most - len(parts["calibration"])
+        if images == "all" and data == "own" and left > 0:
+            parts["train"] = load_images(own, "train", DATA, limit=left).images
         pools.append(Pool(parts, own, device))
     return pools

@@ -58,10 +58,10 @@ class Refine(Section):
     null, as the sources are trained.
     """
 
-    steps: Count = 300
-    images: Count | Literal["all"] = "all"
+    steps: Count = 400
+    images: Count | Literal["all"] = 2500
     batch_size: Count = 64
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 3e-3
     warmup: Fraction = 0.1
     weight_decay: NonNegative = 0.01
     features: Literal["none", "last", "stages"] = "last"
@@ -70,6 +70,11 @@ class Refine(Section):
     patience: Count = 8
     shift: Annotated[int, Field(ge=0)] | None = None
     flip: bool | None = None
+
+    @property
+    def most(self) -> int:
+        """How many images of a task it can see."""
+        return self.steps * self.batch_size
 
 
 class Fit(Section):
