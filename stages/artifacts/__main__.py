@@ -26,7 +26,7 @@ def main() -> None:
         from stages.artifacts import local
 
         local.materialise(of["path"], homes, Path())
-        local.materialise(of["local"], homes)
+        local.materialise(of["local"], homes, Path(params.own))
     if of["url"] or of["s3"]:
         from stages.artifacts import bucket
 

@@ -1,4 +1,4 @@
-"""`source: local`: the user's own checkpoints and data, taken from a folder of the workspace."""
+"""`source: local`: the user's own checkpoints and data, taken from the folder `own`."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing
+from stages.core.settings.places import OWN
 
-OWN = Path("data/own")
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can hold
 
@@ -28,7 +28,9 @@ def materialise(files: Mapping[str, Path], homes: Mapping[str, str], own: Path =
     Raises InputError in one line: missing file or folder, empty folder, unreadable file, no space left.
     """
     if files and not own.is_dir():
-        raise InputError(f"{own}: no such folder; source: local takes from it {', '.join(files)}")
+        raise InputError(
+            f"{own}: no such folder; source: local takes from it {', '.join(files)}{_elsewhere(own)}"
+        )
     packed = {
         key: _members(folder, homes.get(key))
         for key in files
@@ -52,12 +54,21 @@ def _folder(key: str, home: str | None, own: Path) -> Path | None:
         raise InputError(f"{source}: found a folder; allowed: a file, or {key}.zip for a folder of images")
     wanted = f" ({home})" if home else ""
     if not suffix:
-        raise InputError(f"{source}: no such file; put it there{wanted} or choose another source")
+        raise InputError(
+            f"{source}: no such file; put it there{wanted} or choose another source{_elsewhere(own)}"
+        )
     if not folder.is_dir():
         raise InputError(
-            f"{source}: no such file; put it there{wanted}, or its content in the folder {folder}"
+            f"{source}: no such file; put it there{wanted}, or its content in the folder {folder}{_elsewhere(own)}"
         )
     return folder
+
+
+def _elsewhere(own: Path) -> str:
+    """What to do where an experiment runs in a workspace of DVC's own, which has no files that are not in git."""
+    top, inside, _ = str(Path.cwd()).partition("/.dvc/tmp/exps/")
+    hint = f"; experiments in the queue run elsewhere, set own to the absolute path: -S own={top}/{own}"
+    return hint if inside and not own.is_absolute() else ""
 
 
 def _members(folder: Path, home: str | None) -> dict[str, Path]:

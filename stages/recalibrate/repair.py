@@ -139,6 +139,6 @@ def repair(
     """
     owned = all(batch.task >= 0 for batch in batches)
     visitor = _Repair(network, sources, alignment, per_task, owned)
-    needed = peak_bytes(network.trace, len(sources), batches, visitor, network, storage)
-    check_memory(needed, memory, batches[0].images.device, "recalibrate")
-    Sweep(sources, batches, network, storage).run(visitor, progress)
+    sweep = Sweep(sources, batches, network, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "recalibrate")
+    sweep.run(visitor, progress)

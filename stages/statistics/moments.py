@@ -284,7 +284,7 @@ def gather(
     tasks = max(batch.task for batch in batches) + 1
     itemsize = batches[0].images.element_size()
     visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator, itemsize)
-    needed = peak_bytes(trace, len(sources), batches, visitor, None, storage)
-    check_memory(needed, memory, batches[0].images.device, "statistics")
-    Sweep(sources, batches, None, storage).run(visitor, progress)
+    sweep = Sweep(sources, batches, None, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "statistics")
+    sweep.run(visitor, progress)
     return visitor.moments()

@@ -18,7 +18,7 @@ from stages.core.sweep.batches import NO_TASK, Batch
 from stages.core.units.matching import Matching, full_split
 from stages.fit import refine as refining
 from stages.fit.held_out import Look, take_apart
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 from stages.fit.refine import refine
 from stages.fit.teachers import Teacher, values_at, watched_values
 

@@ -12,7 +12,6 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import arrange
 from stages.core.merged.network import MergedNetwork
-from stages.core.runtime.errors import InputError
 from stages.core.units.groups import State
 
 KINDS = ("macs", "parameters")
@@ -93,4 +92,4 @@ def check_built(network: MergedNetwork, kind: str, promised: int) -> None:
     """Gate: the built network's counted cost is what allocation said."""
     found = built_cost(network, kind)
     if found != promised:
-        raise InputError(f"the built network has {found} {kind}, allocation said {promised}")
+        raise AssertionError(f"the built network has {found} {kind}, allocation said {promised}")

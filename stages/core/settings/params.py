@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stages.core.runtime.errors import InputError
+from stages.core.settings.places import OWN
 from stages.core.settings.profiles import Place, Profile
 from stages.core.settings.sections import Count, Name, Positive, Section
 
@@ -46,6 +47,7 @@ class Params(Section):
     profile: Name
     profiles_from: Literal["params.yaml", "published.yaml"] = "params.yaml"
     source: Literal["embedded", "s3", "local"]
+    own: str = str(OWN)  # the folder that `source: local` takes files from
     budget: Annotated[float, Field(allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -69,6 +71,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Params":
+        if self.own != str(OWN) and not Path(self.own).is_absolute():
+            raise ValueError(f"own: found {self.own!r}; allowed: {OWN}, or a folder by its absolute path")
         if self.profile not in self.profiles:
             raise ValueError(f"profile: found {self.profile!r}; allowed: {', '.join(self.profiles)}")
         most = len(self.active.tasks)

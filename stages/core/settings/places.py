@@ -1,6 +1,6 @@
 """Where a file of a profile comes from.
 
-resnet50/cub/v1a/model.pth        in the bucket, under data/own, or made here, as `source` says
+resnet50/cub/v1a/model.pth        in the bucket, in `own`, or made here, as `source` says
 s3://bucket/folder/model.pth      whatever `source` says; with the endpoint and credentials of `artifacts`
 ./model.pth  ~/model.pth  /a.pth  whatever `source` says
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")  # where they are in the workspace
+OWN = Path("data/own")  # the folder in the workspace for files of the user's own
 
 PATTERN = (
     r"^([A-Za-z0-9_][A-Za-z0-9_./-]*"

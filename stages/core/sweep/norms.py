@@ -70,7 +70,7 @@ def statistics_bytes(
     network: Merged, kept: Mapping[str, Tensor], batches: Sequence[Batch], storage: torch.dtype | None = None
 ) -> int:
     """What ``set_statistics`` holds at most."""
-    return peak_bytes(network.trace, 0, batches, _Statistics(network, kept), network, storage)
+    return peak_bytes(Sweep([], batches, network, storage), _Statistics(network, kept))
 
 
 def set_statistics(
@@ -87,6 +87,6 @@ def set_statistics(
     batches: unlabelled images of every task, which weigh alike. kept: bool (merged width,) by node name, entries whose
     statistics stay. Raises InputError, about ``what``, when it would not fit in memory.
     """
-    needed = statistics_bytes(network, kept, batches, storage)
-    check_memory(needed, memory, batches[0].images.device, what)
-    Sweep([], batches, network, storage).run(_Statistics(network, kept), progress)
+    visitor, sweep = _Statistics(network, kept), Sweep([], batches, network, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, what)
+    sweep.run(visitor, progress)

@@ -58,11 +58,11 @@ class Sweep:
         merged: Merged | None = None,
         storage: torch.dtype | None = None,
     ) -> None:
-        trace = sources[0].trace if sources else merged.trace
+        self.trace = trace = sources[0].trace if sources else merged.trace
         self.sources, self.merged, self.graph = sources, merged, trace.graph
         self.batches = batches = bounded(batches, trace)
         return_freed_memory()
-        self.dtype = batches[0].images.dtype
+        self.dtype, self.device = batches[0].images.dtype, batches[0].images.device
         self.storage = storage or self.dtype
         self.weights = task_weights(batches)
         self._actors = [*sources, *([] if merged is None else [merged])]

@@ -21,7 +21,7 @@ from stages.core.sweep.batches import images_to_batches
 from stages.core.tracing.trace import trace
 from stages.core.units.matching import full_split
 from stages.core.units.moments import pool
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate
 from stages.statistics.moments import gather

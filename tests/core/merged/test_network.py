@@ -332,3 +332,14 @@ def test_entries_are_copies_where_only_copies_are_read(small, images):
     assert some["conv3"].tolist() == [True] * 3 + [False] * 2 + [True] * 3
     assert some["bn1"].all()
     assert not some["conv4"].any()  # reads the two shared units
+
+
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+def test_how_units_lie_in_a_value_is_computed_once(small, images, labels, monkeypatch):
+    traced = trace(small(0), images())
+    shared = {name: group.size // 2 for name, group in traced.spec.free.items()}
+    merged = MergedNetwork(traced, [Task(n, ("0", "1", "2")) for n in "ab"], labels, shared)
+    for function in ("arrange", "arrange_heads"):
+        monkeypatch.setattr(f"stages.core.merged.network.{function}", None)
+    for name in traced.layouts:
+        assert merged.arrangement(name) is merged.arrangement(name)

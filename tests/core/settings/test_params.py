@@ -62,7 +62,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["budget"], 2.01, "budget: found 2.01; allowed: a number from 1 to 2"),
         (["budget"], True, "budget: found True (bool); allowed: number"),
         (["profile"], "cats", "profile: found 'cats'; allowed: digits, digits_inverted, digits_split"),
-        (["profil"], "digits", "profil: unknown key; allowed: profile, profiles_from, source, budget"),
+        (["profil"], "digits", "profil: unknown key; allowed: profile, profiles_from, source, own"),
         (["source"], "web", "source: found 'web' (str); allowed: 'embedded', 's3' or 'local'"),
         (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
         (["fit"], None, "fit: not there"),
