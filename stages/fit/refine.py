@@ -117,7 +117,7 @@ class _Run:
         found = {"images": self._counts()}
         if self.kept.everything:
             return {**found, "steps": 0, "kept": 0, "why": "every weight is a copy of a source's"}
-        states = {0: fitted_state}  # and the best
+        states = {0: fitted_state}  # and that of the best look
         self.network.to(memory_format=torch.channels_last)
         fitted = self._look(0)
         best, curve, stopped = fitted, [[0, fitted.mean]], None
@@ -132,8 +132,7 @@ class _Run:
                 look = self._look(step)
                 curve.append([step, look.mean])
                 if look.mean < best.mean:
-                    states.pop(best.step) if best.step else None
-                    best, states[step] = look, _copy(self.network)
+                    best, states = look, {0: fitted_state, step: _copy(self.network)}
                 bar.set_postfix({"held out": f"{look.mean:.4f}", "best": f"{best.mean:.4f}"})
                 if step - best.step >= self.settings.patience * self.settings.every:
                     stopped = f"nothing better in {self.settings.patience} looks"
@@ -152,6 +151,7 @@ class _Run:
         if stopped and "loss" in stopped:
             logger.warning("refine: %s; the state of step %d is kept", stopped, kept.step)
         return {
+            "steps": curve[-1][0],
             "kept": kept.step,
             "why": why,
             "stopped": stopped,
