@@ -28,11 +28,12 @@ from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
 from stages.fit.network import fit_network
+from stages.inspection import inspect
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate as recalibrate_network
 from stages.statistics.moments import gather
 
-__all__ = ["load_merged", "merge"]
+__all__ = ["inspect", "load_merged", "merge"]
 
 ALLOCATE = {"by": "measured", "cost": "macs"}
 

@@ -13,11 +13,13 @@ from stages.allocate.simple import prefix, uniform
 from stages.allocate.solve import allocate
 from stages.allocate.splits import split_units
 from stages.core.graph.source import Source, Task
-from stages.core.merged.cost import KINDS, source_cost, split_cost
+from stages.core.merged.cost import source_cost, split_cost
 from stages.core.networks.architectures import build
 from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.trace import trace
+
+KINDS = ("macs", "parameters")
 
 
 @pytest.fixture(scope="module")

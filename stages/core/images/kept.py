@@ -40,9 +40,9 @@ class Index:
     total: int
 
 
-def recipe(version: int, **parts: Any) -> Path:
-    """The folder of everything decoded from ``parts`` (JSON values) by one version of the code."""
-    text = json.dumps([version, parts], sort_keys=True)
+def recipe(version: int, **values: Any) -> Path:
+    """The folder of everything decoded from ``values`` (JSON values) by one version of the code."""
+    text = json.dumps([version, values], sort_keys=True)
     return cache_folder() / "decoded" / hashlib.sha256(text.encode()).hexdigest()[:40]
 
 

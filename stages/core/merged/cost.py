@@ -1,6 +1,6 @@
 """What a merged network costs, counted two ways: from the split alone, and from the network that was built.
 
-A linear map with merged input parts i and output parts o has k_o rows that read all k_i + N s_i inputs and N s_o
+A linear map with merged inputs i and outputs o has k_o rows that read all k_i + N s_i inputs and N s_o
 rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention) costs the same per entry of
 the merged output as of the source's. The heads of separate label spaces are outside the budget: they are there at
 any size.
@@ -13,8 +13,6 @@ from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import arrange
 from stages.core.merged.network import MergedNetwork
 from stages.core.units.groups import State
-
-KINDS = ("macs", "parameters")
 
 
 def counted_nodes(trace: Trace, labels: str) -> list[Node]:

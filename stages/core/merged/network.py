@@ -65,8 +65,8 @@ class MergedNetwork(nn.Module):
         for node in trace.graph.nodes:
             if node.linear:
                 kernel = trace.parameters[node.parameters["weight"]][2:]
-                parts = self.arrangement(node.inputs[0]), self.arrangement(node.name)
-                self.maps[_key(node)] = BlockMap(node, *parts, kernel, "bias" in node.parameters)
+                ends = self.arrangement(node.inputs[0]), self.arrangement(node.name)
+                self.maps[_key(node)] = BlockMap(node, *ends, kernel, "bias" in node.parameters)
             elif node.operation == "batch_norm":
                 norm = nn.BatchNorm2d if len(trace.shapes[node.name]) == 4 else nn.BatchNorm1d
                 affine = "weight" in node.parameters

@@ -14,7 +14,7 @@ from torch.serialization import safe_globals
 
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import read_tensors, write_tensors
+from stages.core.runtime.files import read_tensors
 from stages.core.settings.profiles import Architecture
 
 _WRAPPERS = ("model", "state_dict", "model_ema")  # where training scripts keep the state dict, in this order
@@ -80,11 +80,6 @@ def load_network(architecture: Architecture, path: Path) -> nn.Module:
         network = build(architecture.name, architecture.arguments)
     load_into(network, read_state(path), str(path))
     return network.eval()
-
-
-def write_network(path: Path, module: nn.Module) -> None:
-    """Write the parameters and buffers of ``module`` as a safetensors file, whole or not at all."""
-    write_tensors(path, module.state_dict())
 
 
 def _load(path: Path) -> Any:

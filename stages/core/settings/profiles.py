@@ -11,7 +11,6 @@ from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Po
 Constructor = Annotated[
     str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
 ]  # a name, or package.module:function
-Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")]
 Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 
-Data = Sequence[
+Pairs = Sequence[
     tuple[Tensor, Tensor, Tensor]
 ]  # of each batch: inputs, targets, outputs that count (1, d_out)
 
@@ -45,7 +45,7 @@ class Adam:
 
 
 @torch.enable_grad()
-def _descend(problem: LayerProblem, data: Data, fitted: Tensor, dim: int) -> None:
+def _descend(problem: LayerProblem, data: Pairs, fitted: Tensor, dim: int) -> None:
     module, fit, generator = problem.layer.module, problem.setup.fit, problem.setup.generator
     where = torch.tensor([(b, i) for b, (z, _, _) in enumerate(data) for i in range(len(z))])
     optimizer = torch.optim.Adam(list(module.parameters()), lr=fit.learning_rate)
@@ -79,7 +79,7 @@ def _restore(module: torch.nn.Module, before: list[Tensor], fitted: Tensor) -> N
 
 
 @torch.no_grad()
-def _residual(module: torch.nn.Module, data: Data, fitted: Tensor, dim: int) -> tuple[float, float]:
+def _residual(module: torch.nn.Module, data: Pairs, fitted: Tensor, dim: int) -> tuple[float, float]:
     """What is left of the targets, and their energy about the mean."""
     left = energy = 0.0
     count, mean = 0, 0.0

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params, parse_params
@@ -70,7 +72,16 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, data, allocate"),
         (["methods", "average", "match"], "luck", "methods.average.match: found 'luck'; allowed: identity"),
         (["methods", "oracle"], {"match": "identity", "fit": {}}, "methods.oracle: this name is taken"),
-        (["methods", "pleas_adam", "fit", "norm"], "fold", "methods.pleas_adam.fit: norm: found fold"),
+        (
+            ["methods", "pleas_adam", "fit", "norm"],
+            "fold",
+            "methods.pleas_adam.fit: norm: not a setting of solver: adam; allowed: solver, inputs, targets, steps",
+        ),
+        (
+            ["full", "zipit", "fit", "inputs"],
+            "source",
+            "full.zipit.fit: inputs: not a setting of solver: average",
+        ),
         ([*DATA, "kind"], "cats", "profiles.digits.tasks.upright.data.kind: found 'cats'"),
         ([*DATA, "sise"], 3, "profiles.digits.tasks.upright.data.sise: unknown key; allowed: kind, key"),
         ([*DATA, "mean"], [0.1, 0.2], "profiles.digits.tasks.upright.data: mean needs 1 or 1 numbers"),
@@ -92,6 +103,33 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize("section", ["match", "methods", "full"])
+@pytest.mark.parametrize(("former", "name"), RENAMED.items())
+def test_a_former_name_of_a_row_or_a_matching_is_refused_with_the_present_one(section, former, name):
+    kind = "matching" if section == "match" else "row"
+    value = {"by": "identity"} if section == "match" else {"match": "identity", "fit": {}}
+    with pytest.raises(InputError) as error:
+        load_recipe(parse_params(changed([section, former], value)))
+    assert str(error.value) == f"params.yaml: {section}.{former}: this {kind} is now called {name}"
+
+
+@pytest.mark.parametrize("section", ["methods", "full"])
+def test_a_row_that_asks_for_a_matching_by_its_former_name_is_told_the_present_one(section):
+    with pytest.raises(InputError, match=rf"{section}\.mine\.match: this matching is now called zipit$"):
+        load_recipe(parse_params(changed([section, "mine"], {"match": "zip", "fit": {}})))
+
+
+def test_a_method_asked_for_by_its_former_name_is_refused_with_the_present_one():
+    with pytest.raises(InputError, match=r"^methods\.zip: this row is now called zipit$"):
+        load_recipe(load_params(ROOT / "params.yaml")).method("zip")
+
+
+def test_no_name_in_use_is_a_former_one():
+    recipe = load_recipe(load_params(ROOT / "params.yaml"))
+    assert not {*recipe.match, *recipe.methods, *recipe.full} & {*RENAMED}
+    assert {*RENAMED.values()} <= {*recipe.match, *recipe.full}
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="method: found 'x'; allowed: average"):
         load_recipe(load_params(ROOT / "params.yaml")).method("x")
@@ -106,10 +144,6 @@ def test_an_unknown_method_is_named():
             "a proxy has no owner",
         ),
         ({"match": "activations", "fit": {}, "data": "proxy", "recalibrate": "tact"}, "which is per task"),
-        (
-            {"match": "zip", "fit": {"solver": "regmean", "norm": "fold"}},
-            "norm: found fold with solver regmean",
-        ),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(row, message):
@@ -119,6 +153,36 @@ def test_combinations_that_mean_nothing_are_refused(row, message):
     else:
         with pytest.raises(InputError, match=f"methods.mine.*{message}"):
             load_recipe(params)
+
+
+FIT = {
+    "inputs": "merged", "targets": "own", "norm": "fold", "ridge": 0.1, "steps": 3, "learning_rate": 0.1,
+    "batch_size": 4, "off_diagonal": 0.5,
+}  # fmt: skip
+USED = {
+    "average": set(),
+    "exact": {"inputs", "targets", "norm", "ridge"},
+    "adam": {"inputs", "targets", "steps", "learning_rate", "batch_size"},
+    "regmean": {"ridge", "off_diagonal"},
+}
+
+
+@pytest.mark.parametrize("solver", USED)
+def test_a_fit_takes_what_its_solver_uses_and_nothing_else(solver):
+    assert {"solver", *FIT} == set(Fit.model_fields)
+    for key, value in FIT.items():
+        if key in USED[solver]:
+            assert getattr(Fit.model_validate({"solver": solver, key: value}), key) == value
+        else:
+            with pytest.raises(
+                ValueError, match=f"{key}: not a setting of solver: {solver}; allowed: solver"
+            ):
+                Fit.model_validate({"solver": solver, key: value})
+
+
+def test_a_matching_takes_what_its_way_uses_and_nothing_else():
+    with pytest.raises(ValueError, match="rho: not a setting of by: identity; allowed: by, data, allocate"):
+        MatchSettings.model_validate({"by": "identity", "rho": 0.5})
 
 
 def test_a_proxy_that_is_not_there_is_named():

@@ -30,12 +30,6 @@ def test_a_copy_moves_no_further_than_the_steps(small, images, copies, calibrate
     assert all(line.residual < 1e-3 for line in record)
 
 
-@pytest.mark.parametrize("solver", ["adam", "regmean"])
-def test_what_has_no_intercept_folds_no_batch_norm(solver):
-    with pytest.raises(ValueError, match=f"found fold with solver {solver}"):
-        Fit(solver=solver, norm="fold")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("inputs", "targets"), CHOICES)
 def test_adam_comes_between_the_average_and_the_closed_form(small, images, sources, splits, inputs, targets):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stages.core.graph.source import Task
-from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.recipe.methods import Fit
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.matching import full_split, identity_matching
@@ -60,9 +60,9 @@ def test_a_network_is_merged_by_the_normal_equations_layer_by_layer(scale):
     assert [line.layer for line in record] == ["0", "2"]
 
 
-def test_settings_that_it_has_by_definition_are_refused():
-    for key, value in (("inputs", "merged"), ("targets", "ensemble")):
-        with pytest.raises(ValueError, match="by definition"):
-            Fit.model_validate({"solver": "regmean", key: value})
-    with pytest.raises(ValueError, match="not a setting of by: identity"):
-        MatchSettings.model_validate({"by": "identity", "rho": 0.5})
+@pytest.mark.parametrize(("key", "value"), [("inputs", "source"), ("targets", "own"), ("norm", "average")])
+def test_settings_that_it_has_by_definition_are_refused(key, value):
+    with pytest.raises(
+        ValueError, match=f"{key}: not a setting of solver: regmean; allowed: solver, ridge, off"
+    ):
+        Fit.model_validate({"solver": "regmean", key: value})
