@@ -14,7 +14,7 @@ from stages.core.sweep.norms import set_statistics
 from stages.fit.teachers import Lesson, Teacher, values_at
 
 ONE_IN, MOST = 10, 512  # images held out: one in so many, at most so many of each task
-STATISTICS = 400  # images of each task that batch-norm statistics are computed on
+MEASURED_ON = 400  # images of each task that batch-norm statistics are computed on
 AT_A_TIME = 100  # images, where nothing is learnt
 
 Images = Pool | Tensor
@@ -76,7 +76,7 @@ class Examiner:
     ) -> None:
         self.network, self.exact, self.images = network, exact, images
         self.apart = [take_apart(len(own)) for own in images]
-        count = min(STATISTICS, *(len(own.learnt) for own in self.apart), STATISTICS)
+        count = min(MEASURED_ON, *(len(own.learnt) for own in self.apart))
         self.statistics = [
             Batch(x, task if owned else NO_TASK)
             for task, (own, apart) in enumerate(zip(images, self.apart, strict=True))
