@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -157,4 +158,6 @@ def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:
             annotation = annotation.model_fields[part].annotation
         else:  # dict[Name, Section]: the part is a name of the user's choice
             annotation = annotation.__args__[-1]
+        if isinstance(annotation, UnionType):  # a section or null
+            annotation = next(each for each in annotation.__args__ if each is not type(None))
     return list(annotation.model_fields)
