@@ -37,7 +37,7 @@ def fit_adam(fitter: "Fitter", node: Node, sweep: Sweep, fitted: Tensor) -> floa
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / fit.steps))
     )
-    dim = 1 if node.operation == "conv2d" else -1
+    dim = -1 if node.operation == "linear" else 1
     with torch.enable_grad():
         for _ in range(fit.steps):
             drawn = where[torch.randint(len(where), (fit.batch_size,), generator=fitter.generator)]

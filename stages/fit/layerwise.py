@@ -280,7 +280,7 @@ class Fitter:
         """z rows and y rows of some images at the drawn positions."""
         kernel = kernel_of(self.network.map_of(node).weights[0])
         z_rows, y_rows = input_rows(node, z, kernel), output_rows(node, y)
-        if self.positions < 1 and node.operation == "conv2d" and y[0, 0].numel() > 1:
+        if self.positions < 1 and node.operation != "linear" and y[0, 0].numel() > 1:
             count = max(1, round(self.positions * len(z_rows)))
             kept = torch.randperm(len(z_rows), generator=self.generator)[:count].to(z.device)
             z_rows, y_rows = z_rows[kept], y_rows[kept]
@@ -288,7 +288,7 @@ class Fitter:
 
     def own_rows(self, node: Node) -> bool:
         """Heads of separate label spaces are fitted on their own task's rows, where images have a task."""
-        separate = self.network.labels == "separate" and node is self.network.trace.graph.output
+        separate = self.network.labels == "separate" and node is self.network.head
         return separate and self.owned
 
     # -- other solvers ------------------------------------------------------------------------------------------
