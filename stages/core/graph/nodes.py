@@ -15,7 +15,7 @@ from stages.core.runtime.errors import InputError
 FITTED = ("linear", "conv1d", "conv2d", "conv3d")
 BEHIND_HEAD = (  # what may stand between the last linear map and the output, class by class or over all classes
     "softmax", "log_softmax", "sigmoid", "tanh", "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "exp",
-    "neg", "softplus", "log_sigmoid", "hardtanh", "relu", "multiply_parameter", "divide_parameter", "add_parameter",
+    "neg", "softplus", "log_sigmoid", "hardtanh", "multiply_parameter", "divide_parameter", "add_parameter",
 )  # fmt: skip
 
 

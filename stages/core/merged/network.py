@@ -52,6 +52,11 @@ class MergedNetwork(nn.Module):
         super().__init__()
         self.trace, self.tasks, self.labels = trace, tuple(tasks), labels
         self.shared = {name: int(shared[name]) for name in trace.spec.free}
+        for name, k in self.shared.items():
+            if not 0 <= k <= trace.spec.groups[name].size:
+                raise InputError(
+                    f"group {name}: {k} shared units; allowed: from 0 to {trace.spec.groups[name].size}"
+                )
         self.units = dict(units or {})
         self.about = dict(about or {})
         self._last = trace.graph.last_uses()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from stages.core.graph.compare import check_alike
 from stages.core.graph.source import Source, Task
 from stages.core.graph.trace import lay_out
-from stages.core.tracing.reading import read
+from stages.core.tracing.known import read_known
 from stages.core.tracing.verify import verify
 
 
@@ -22,7 +22,7 @@ def make_sources(
     sources: list[Source] = []
     readings = []
     for network, task in zip(networks, tasks, strict=True):
-        readings.append(reading := read(network, example))
+        readings.append(reading := read_known(network, example))
         state = {name: tensor.detach().to(example.device) for name, tensor in reading.state(network).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         first = next(

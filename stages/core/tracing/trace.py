@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from stages.core.graph.trace import Trace, lay_out
-from stages.core.tracing.reading import read
+from stages.core.tracing.known import read_known
 
 
 def trace(module: nn.Module, example: Tensor) -> Trace:
@@ -12,6 +12,6 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     example: a batch of the input's shape, (n, ...); its values do not matter. The module is left as it is.
     Raises InputError naming the operation, the module's path and the user's line when there is no rule for it.
     """
-    reading = read(module, example)
+    reading = read_known(module, example)
     shapes = {name: tuple(tensor.shape) for name, tensor in reading.state(module).items()}
     return lay_out(reading.graph, shapes, example[:1].shape)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stages.core.graph.nodes import Graph
 from stages.core.graph.operations import run_graph
 from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.export import unwrap
-from stages.core.tracing.reading import read
+from stages.core.tracing.reading import Reading, read
 from stages.core.units.groups import permute
 
 
@@ -28,16 +29,11 @@ def verify(
     where its state dict is not all there is. Raises InputError naming the group that fails.
     """
     generator = torch.Generator().manual_seed(0)
-    module = copy.deepcopy(unwrap(module)).cpu().double().eval()
     if state_of is None:
-        whole = traced.parameters.keys() <= module.state_dict().keys()
+        whole = traced.parameters.keys() <= unwrap(module).state_dict().keys()
         state_of = (lambda own: dict(own.state_dict())) if whole else read(module, example).state
-    x = _images(example, traced, generator)
     with torch.no_grad():
-        for name, tensor in _distinct(module):
-            tensor.copy_(_perturbed(name, tensor, generator))
-        state = {name: tensor.detach().clone() for name, tensor in state_of(module).items()}
-        expected = module(x)
+        state, x, expected = _perturbed_run(module, traced.graph, example, state_of, generator)
         if not _close(run_graph(traced.graph, state, x), expected, tolerance):
             raise InputError(
                 f"{type(module).__name__}: the traced graph does not compute what the module does"
@@ -54,8 +50,34 @@ def verify(
     raise InputError("permuting all groups together changes the output; the trace is wrong")
 
 
-def _images(example: Tensor, traced: Trace, generator: torch.Generator) -> Tensor:
-    if traced.graph.nodes[0].attributes.get("integers"):
+def computes(module: nn.Module, reading: Reading, example: Tensor, tolerance: float = 1e-8) -> bool:
+    """Whether a module computes what a reading says, on perturbed weights in float64."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        state, x, expected = _perturbed_run(module, reading.graph, example, reading.state, generator)
+        return _close(run_graph(reading.graph, state, x), expected, tolerance)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return False  # another forward: it is read anew
+
+
+def _perturbed_run(
+    module: nn.Module,
+    graph: Graph,
+    example: Tensor,
+    state_of: Callable[[nn.Module], dict[str, Tensor]],
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Tensors, images and what the module makes of them."""
+    module = copy.deepcopy(unwrap(module)).cpu().double().eval()
+    x = _images(example, graph, generator)
+    for name, tensor in _distinct(module):
+        tensor.copy_(_perturbed(name, tensor, generator))
+    state = {name: tensor.detach().clone() for name, tensor in state_of(module).items()}
+    return state, x, module(x)
+
+
+def _images(example: Tensor, graph: Graph, generator: torch.Generator) -> Tensor:
+    if graph.nodes[0].attributes.get("integers"):
         return example.cpu()
     return torch.randn(example.shape, generator=generator, dtype=torch.float64)
 
@@ -86,4 +108,6 @@ def _perturbed(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False
     return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))

@@ -173,7 +173,7 @@ def test_a_wrong_task_is_refused_and_the_right_ones_named(merged, images):
 def test_separate_label_spaces_need_a_linear_head():
     body = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double()
     traced = trace(body, torch.zeros(1, 4))
-    with pytest.raises(InputError, match="need a Linear as the last operation, found relu"):
+    with pytest.raises(InputError, match="need a Linear as the last linear map, found relu"):
         MergedNetwork(traced, task_list((3, 3)), "separate", {"0": 3})
 
 
@@ -275,7 +275,7 @@ def test_files_that_hold_no_merged_network_are_refused(tmp_path):
     write_tensors(
         tmp_path / "other", {"weight": torch.ones(2)}, {"merged": json.dumps({"format": "merged-0"})}
     )
-    refused(tmp_path / "other", "merged-0.*allowed: merged-network-1")
+    refused(tmp_path / "other", "merged-0.*allowed: merged-network-2")
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.999])
