@@ -148,7 +148,10 @@ class HandViT(nn.Module):
         self.patch, self.cls = nn.Linear(48, width), nn.Parameter(torch.randn(1, 1, width))
         self.pos = nn.Parameter(torch.randn(1, 5, width))
         self.norm1, self.attn = nn.LayerNorm(width), Attend(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 12), nn.GELU(), nn.Linear(12, width))
+        self.norm2, self.mlp = (
+            nn.LayerNorm(width),
+            nn.Sequential(nn.Linear(width, 12), nn.GELU(), nn.Linear(12, width)),
+        )
         self.head = nn.Linear(width, 3)
 
     def forward(self, x):
@@ -165,7 +168,11 @@ class Windows(nn.Module):
     def __init__(self, width=8, heads=2, window=2):
         super().__init__()
         self.window, self.stem = window, nn.Conv2d(3, width, 2, 2)
-        self.norm, self.attn, self.head = nn.LayerNorm(width), Attend(width, heads, window), nn.Linear(width, 3)
+        self.norm, self.attn, self.head = (
+            nn.LayerNorm(width),
+            Attend(width, heads, window),
+            nn.Linear(width, 3),
+        )
 
     def forward(self, x):
         x = self.stem(x).permute(0, 2, 3, 1)
@@ -200,7 +207,12 @@ class Encoder(nn.Module):
 class SE(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.down, self.up, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 2), nn.Linear(2, 6), nn.Linear(6, 3)
+        self.conv, self.down, self.up, self.fc = (
+            nn.Conv2d(3, 6, 3),
+            nn.Linear(6, 2),
+            nn.Linear(2, 6),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x):
         x = self.conv(x)
@@ -231,7 +243,11 @@ class Cosine(nn.Module):
 class Sequence1d(nn.Module):
     def __init__(self):
         super().__init__()
-        self.one, self.bn, self.two = nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Conv1d(4, 5, 3, 2, dilation=2)
+        self.one, self.bn, self.two = (
+            nn.Conv1d(3, 4, 3, padding=1),
+            nn.BatchNorm1d(4),
+            nn.Conv1d(4, 5, 3, 2, dilation=2),
+        )
         self.fc = nn.Linear(5, 3)
 
     def forward(self, x):
@@ -241,11 +257,19 @@ class Sequence1d(nn.Module):
 class Volume(nn.Module):
     def __init__(self):
         super().__init__()
-        self.one, self.bn, self.two = nn.Conv3d(3, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Conv3d(4, 5, (1, 3, 2))
+        self.one, self.bn, self.two = (
+            nn.Conv3d(3, 4, 3, padding=1),
+            nn.BatchNorm3d(4),
+            nn.Conv3d(4, 5, (1, 3, 2)),
+        )
         self.fc = nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.fc(F.adaptive_avg_pool3d(F.relu(self.two(F.max_pool3d(F.relu(self.bn(self.one(x))), 2))), 1).flatten(1))
+        return self.fc(
+            F.adaptive_avg_pool3d(F.relu(self.two(F.max_pool3d(F.relu(self.bn(self.one(x))), 2))), 1).flatten(
+                1
+            )
+        )
 
 
 def relu_first(m, x):
@@ -293,5 +317,8 @@ STYLES = {
         lambda: Spelled(lambda m, x: m.bn(x), bn=nn.InstanceNorm2d(4, affine=False)), IMAGE),
     "glu": (lambda: Spelled(lambda m, x: F.glu(m.one(x), 1), head=3, one=nn.Conv2d(4, 6, 1)), IMAGE),
     "norm over places": (lambda: Spelled(lambda m, x: m.norm(x), norm=nn.LayerNorm((4, 8, 8))), IMAGE),
+    "batch statistics": (
+        lambda: Spelled(lambda m, x: m.bn(x), bn=nn.BatchNorm2d(4, track_running_stats=False)), IMAGE),
+    "padded": (lambda: Spelled(lambda m, x: m.one(F.pad(x, (0, 1, 0, 1))), one=nn.Conv2d(4, 4, 3, 2)), IMAGE),
     "pixel shuffle": (lambda: Spelled(lambda m, x: F.pixel_unshuffle(x, 2), head=16), IMAGE),
 }  # fmt: skip

@@ -58,7 +58,9 @@ def write(trained: Trained, about: dict[str, Any], params: Params) -> None:
     read = {name for node in about["graph"] for name in node["parameters"].values()}
     if read - tensors.keys():  # what is computed from tensors that were trained
         task = params.active.tasks[trained.name]
-        network = load_network(params.active.architecture_of(trained.name), MODELS / file_name(task.checkpoint))
+        network = load_network(
+            params.active.architecture_of(trained.name), MODELS / file_name(task.checkpoint)
+        )
         network.load_state_dict(tensors)
         tensors = read_known(network, torch.zeros(about["example"])).state(network)
     save_network(trained.name, tensors, about)

@@ -138,7 +138,7 @@ class Fitter:
             return [NormalEquations(*sizes, intercept, example.device) for _ in tasks]
         images = [sum(len(batch.images) for batch in sweep.batches if batch.task in own) for own in tasks]
         counts = [few_rows(self.network, node, count) for count in images]
-        return [RowEquations(count, *sizes, intercept, example.dtype, example.device) for count in counts]
+        return [RowEquations(count, *sizes, intercept, sweep.dtype, example.device) for count in counts]
 
     def _solve_rows(
         self, node: Node, equations: NormalEquations | RowEquations, i: int, rows: Tensor, start: Tensor

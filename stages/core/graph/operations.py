@@ -204,7 +204,7 @@ OPERATIONS: dict[str, Operation] = {
     "select": _moving(_select),
     "slice": _moving(_slice),
     "pick": _moving(_pick),
-    "pad": _moving(_pad),
+    "pad": Operation(_pad, rules.padded, moves=True),
     "roll": _moving(lambda x, p, a: x[0].roll(a["shifts"], a["dims"])),
     "flip": _moving(lambda x, p, a: x[0].flip(a["dims"])),
     "expand": _moving(_expand),

@@ -203,10 +203,8 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
     value, keep = inputs[0], node.attributes.get("keepdim", False)
     rank = len(value.shape)
     over = sorted(dim % rank for dim in node.attributes["dims"])
-    if 0 in over or (set(value.dims) & set(over) and set(value.dims) <= set(over) and not value.common):
-        raise InputError(
-            f"{node.name}: {node.operation} over the batch or the units; allowed: other dimensions"
-        )
+    if set(value.dims) & set(over) and set(value.dims) <= set(over) and not value.common:
+        raise InputError(f"{node.name}: {node.operation} over the units; allowed: other dimensions")
     labels, dims = value.labels, value.dims
     inside = [d for d in dims if d in over]
     if inside and not value.common:
@@ -364,8 +362,6 @@ def _dims_of_ones(
 def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """Units side by side, or places side by side of the same units. A parameter (a class token) is such a place."""
     dim = node.attributes["dim"] % len(out)
-    if dim == 0:
-        raise InputError(f"{node.name}: concatenates images; allowed: other dimensions")
     held = {d for value in inputs for d in value.dims}
     if dim in held:
         if node.parameters:
@@ -391,9 +387,22 @@ def _expect(node: Node, value: Value, dim: int) -> None:
         )
 
 
-def pad_labels(labels: Tensor, pads: Sequence[int]) -> Tensor:
-    """Zeros beside: entries without a unit (labels count from 1 here)."""
-    return F.pad(labels, list(pads))
+def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
+    """Beside units come entries of no unit; places beside others have the same units."""
+    value, pad = inputs[0], list(node.attributes["pad"])
+    for i in range(len(pad) // 2):
+        if len(out) - 1 - i not in value.dims:
+            pad[2 * i : 2 * i + 2] = 0, 0
+    if any(pad) and node.attributes.get("mode", "constant") != "constant":
+        raise InputError(f"{node.name}: pads units with units; allowed: with zeros")
+    shape = torch.Size([out[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)])
+    held = value.labels.expand(
+        [value.shape[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)]
+    )
+    labels = F.pad(held + 1, pad) - 1
+    assert labels.shape == shape
+    found = compact(labels, out, value.dims, value.common)
+    return Value(found.labels, found.dims, out, value.common)
 
 
 moving = partial  # moving(moved, run=...) makes a rule

@@ -51,7 +51,7 @@ class Trace:
     def unit_dim(self, node: Node, role: str) -> int:
         """Which dimension of a node's parameter, as ``widened`` gives it, lies on the units of its output."""
         if not self._broadcast(node):
-            return 0
+            return int(node.operation == "embedding")
         rank = len(self._seen(node, role))
         return self.layouts[node.name].dim - (len(self.shapes[node.name]) - max(rank, self._rank(node)))
 
@@ -61,6 +61,8 @@ class Trace:
         width: of the value, where a head has another number of classes.
         """
         width = self.layouts[node.name].width if width is None else width
+        if node.operation == "embedding":
+            return tensor
         if not self._broadcast(node):
             return (
                 tensor.expand(width, *tensor.shape[1:])

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.core.graph import rules
 from stages.core.graph.nodes import Node, graph_to_json
-from stages.core.graph.operations import run_node
+from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, held_pieces
@@ -81,6 +82,8 @@ class MergedNetwork(nn.Module):
                 self.maps[_key(node)] = norm(width, eps=node.attributes["eps"], affine=affine)
             elif node.name in trace.moved:
                 self.maps[_key(node)] = self._moved(node)
+            elif len(node.inputs) > 1 and OPERATIONS[node.operation].rule is rules.same:
+                self._line_up(node)
             elif node.inputs:
                 layer = merged_layer(
                     node, trace, self.arrangement(node.inputs[0]), self.arrangement(node.name)
@@ -102,9 +105,23 @@ class MergedNetwork(nn.Module):
         layout = self.trace.layouts[node.name]
         return Moved(self.trace.moved[node.name], layout.dim, side, self.arrangement(node.name))
 
+    def _line_up(self, node: Node) -> None:
+        """Values that are joined have their entries alike, also where one has zeros in the place of units."""
+        layout = self.trace.layouts[node.name]
+        for i, name in enumerate(node.inputs):
+            own = self.trace.layouts[name]
+            if own.segments != layout.segments and own.width == layout.width:
+                parts = self.arrangement(name), self.arrangement(node.name)
+                self.maps[f"{_key(node)}{i}"] = Moved(range(own.width), own.dim, *parts)
+
+    def _lined_up(self, node: Node, inputs: Sequence[Tensor]) -> list[Tensor]:
+        keys = [f"{_key(node)}{i}" for i in range(len(inputs))]
+        return [self.maps[key](x) if key in self.maps else x for key, x in zip(keys, inputs, strict=True)]
+
     def _runs_apart(self, node: Node) -> bool:
         """Whether a node without parameters may run on each piece of its inputs alone."""
-        if node.parameters or _key(node) in self.maps:
+        lined_up = any(f"{_key(node)}{i}" in self.maps for i in range(len(node.inputs)))
+        if node.parameters or _key(node) in self.maps or lined_up:
             return False
         held = {len(self._pieces[name]) for name in (*node.inputs, node.name)}
         dims = {self.trace.layouts[name].dim for name in node.inputs}
@@ -130,7 +147,7 @@ class MergedNetwork(nn.Module):
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
         """One operation of the merged network. task: whose correction is applied, where there is one."""
         if _key(node) not in self.maps:
-            return run_node(node, inputs, {})
+            return run_node(node, self._lined_up(node, inputs), {})
         return self._corrected(node, self.maps[_key(node)](*inputs), task, slice(None))
 
     def set_correction(self, node: Node, correction: Tensor) -> None:

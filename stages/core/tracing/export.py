@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.core.runtime.errors import InputError
@@ -34,6 +35,19 @@ class Exported:
 
     graph: torch.fx.Graph
     tensors: dict[str, str | Tensor]
+
+
+@torch.library.custom_op("networks::local_response_norm", mutates_args=())
+def _local_response_norm(
+    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """Stays one call: as torch writes it, it is a pooling over channels."""
+    return F.local_response_norm(x, size, alpha, beta, k)
+
+
+@_local_response_norm.register_fake
+def _(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    return torch.empty_like(x)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -112,14 +126,16 @@ def _quiet() -> Iterator[None]:
     """Attention runs as its parts, and torch keeps its notes to itself."""
     import warnings
 
-    before = torch.backends.mha.get_fastpath_enabled()
+    before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
     torch.backends.mha.set_fastpath_enabled(False)
+    F.local_response_norm = torch.ops.networks.local_response_norm
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        F.local_response_norm = plain
 
 
 def _first_line(error: Exception) -> str:

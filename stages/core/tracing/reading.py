@@ -426,6 +426,24 @@ class _Reader:
         if isinstance(fx.meta["val"], tuple | list):
             self.parts[fx, 0] = lambda user: self.same.__setitem__(user, fx)
 
+    def _glu(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+        """The first half of a dimension times the sigmoid of the second."""
+        source, name = self._value(given["self"]), self._name(fx, {})
+        shape = self._shape(given["self"])
+        dim = given["dim"] % len(shape)
+        half = shape[dim] // 2
+        for i, start in enumerate((0, half)):
+            cut = {"dim": dim, "start": start, "stop": start + half, "step": 1}
+            self.nodes.append(Node(f"{name}_{i}", "slice", (source,), cut))
+        self.nodes.append(Node(f"{name}_gate", "sigmoid", (f"{name}_1",)))
+        self.nodes.append(Node(name, "multiply", (f"{name}_0", f"{name}_gate")))
+        self.taken |= {name, f"{name}_0", f"{name}_1", f"{name}_gate"}
+        self.names[fx] = name
+
+    def _local_response_norm(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+        settings = {key: given[key] for key in ("size", "alpha", "beta", "k")}
+        self._node(fx, "local_response_norm", [given["x"]], settings)
+
     def _prelu(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         self._node(fx, "prelu", [given["self"]], {}, self._roles(fx, given, {"weight": "weight"}))
 
@@ -451,6 +469,8 @@ class _Reader:
         if dims is None or dims == []:
             raise self._unknown(fx, f"{operation} over everything")
         dims = list(dims) if isinstance(dims, tuple | list) else [dims]
+        if any(self._shape(given["self"])[d] % IMAGES == 0 for d in dims):
+            raise self._unknown(fx, f"{operation} over the images")
         self._node(
             fx, operation, [given["self"]], {"dims": dims, "keepdim": bool(given.get("keepdim", False))}
         )
@@ -550,6 +570,8 @@ class _Reader:
     def _concatenate(self, fx: torch.fx.Node, tensors: list[torch.fx.Node], dim: int) -> None:
         """Values side by side; zeros beside them are padding; parameters (a class token) one node each."""
         rank = len(self._shape(fx))
+        if self._shape(tensors[0])[dim] % IMAGES == 0:
+            raise self._unknown(fx, "images side by side")
         values = [i for i, t in enumerate(tensors) if self._is_value(t)]
         if len(values) == len(tensors):
             self._node(fx, "concatenate", tensors, {"dim": dim % rank})
