@@ -56,7 +56,7 @@ def merge(
 ) -> MergedNetwork:
     """Merge networks of one architecture that were trained apart, without labels and without training.
 
-    networks: task name -> module; any that torch.fx traces with operations that have a rule. They are left alone.
+    networks: task name -> module; any that torch.export reads as operations that have a rule. They are left alone.
     batches: task name -> unlabelled images of that task as the network takes them: tensors (n, ...), or tuples
     whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N. method: a
     row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, as a mapping. labels:
@@ -142,7 +142,10 @@ def _batches(networks: Mapping[str, nn.Module], batches: Mapping[str, Iterable[A
         own = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches[name]]
         if not own or not all(isinstance(batch, Tensor) and len(batch) for batch in own):
             raise InputError(f"batches: task {name} has none or an empty one; allowed: tensors of images")
-        found += [Batch(batch.to(tensor.device, tensor.dtype), task) for batch in own]
+        found += [
+            Batch(batch.to(tensor.device, tensor.dtype if batch.is_floating_point() else None), task)
+            for batch in own
+        ]
     return found
 
 

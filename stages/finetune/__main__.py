@@ -16,6 +16,7 @@ from stages.core.runtime.files import write_text
 from stages.core.settings.params import Params, load_params
 from stages.core.settings.places import DATA, MODELS, file_name
 from stages.core.settings.profiles import Profile
+from stages.core.tracing.known import read_known
 from stages.core.tracing.sources import make_sources
 from stages.finetune.train import COLUMNS
 from stages.finetune.workers import Job, Trained, run_all
@@ -39,7 +40,7 @@ def main() -> None:
         for position, (name, task) in enumerate(params.active.tasks.items())
     ]
     for trained in run_all(jobs, params.finetune.workers):
-        write(trained, about[trained.name])
+        write(trained, about[trained.name], params)
 
 
 def given(params: Params) -> dict[str, dict[str, Any]]:
@@ -71,9 +72,17 @@ def classes_of(profile: Profile) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def write(trained: Trained, about: dict[str, Any]) -> None:
+def write(trained: Trained, about: dict[str, Any], params: Params) -> None:
     """The network, and its rows as CSV: only the header where there was nothing to train."""
     tensors = {name: torch.from_numpy(array) for name, array in trained.state.items()}
+    read = {name for node in about["graph"] for name in node["parameters"].values()}
+    if read - tensors.keys():  # what is computed from tensors that were trained
+        task = params.active.tasks[trained.name]
+        network = load_network(
+            params.active.architecture_of(trained.name), MODELS / file_name(task.checkpoint)
+        )
+        network.load_state_dict(tensors)
+        tensors = read_known(network, torch.zeros(about["example"])).state(network)
     save_network(trained.name, tensors, about)
     lines = [",".join(COLUMNS), *(",".join(str(row[name]) for name in COLUMNS) for row in trained.rows)]
     write_text(f"reports/finetune/{trained.name}.csv", "\n".join(lines) + "\n")

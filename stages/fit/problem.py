@@ -72,7 +72,7 @@ class LayerProblem:
 
     def _drawn(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """The rows at the drawn positions of some images."""
-        if self.setup.positions == 1 or self.node.operation != "conv2d" or self.layer.places == 1:
+        if self.setup.positions == 1 or self.node.operation == "linear" or self.layer.places == 1:
             return rows
         count = max(1, round(self.setup.positions * len(rows[0])))
         kept = torch.randperm(len(rows[0]), generator=self.setup.generator)[:count].to(rows[0].device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stages.core.align.alignment import Alignment
-from stages.core.graph.nodes import Graph
+from stages.core.graph.nodes import Graph, Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.merged.network import MergedNetwork
@@ -27,11 +27,16 @@ from stages.core.merged.network import MergedNetwork
 Values = Mapping[str, Tensor]
 
 
+def logits_of(graph: Graph) -> Node:
+    """The node that gives the logits: the head, whatever follows it (a softmax, a temperature), or the last one."""
+    return graph.head or graph.output
+
+
 def watched_values(trace: Trace, features: str) -> list[str]:
     """Names of the values to imitate. last: what a Linear head reads; stages: and the last map of each size."""
     if features == "none":
         return []
-    output = trace.graph.output
+    output = logits_of(trace.graph)
     found = list(output.inputs[:1]) if output.operation == "linear" else []
     if features == "stages":
         ends = {
@@ -48,10 +53,13 @@ def values_at(
 ) -> dict[str, Tensor]:
     """Some of a network's values for a batch, the output among them; differentiable, in the network's own mode."""
     values, found, last = {graph.nodes[0].name: x}, {}, graph.last_uses()
+    output = logits_of(graph)
     for node in graph.nodes[1:]:
         values[node.name] = network.run_node(node, [values[name] for name in node.inputs])
-        if node.name in names or node is graph.output:
+        if node.name in names or node is output:
             found[node.name] = values[node.name]
+        if node is output:
+            break
         for name in last[node.name]:
             del values[name]
     return found
@@ -103,14 +111,14 @@ class Teacher:
         self.joint = joint if self.separate and len(self.members) == 1 else 0.0
         like = next(iter(sources[0].state.values()))
         self._known = {name: _Known(network, alignment, name, self.members, like) for name in self.names}
-        output = network.trace.graph.output.name
+        output = logits_of(network.trace.graph).name
         self._classes = [own.to(like.device) for own in network.arrangement(output).positions]
         self.variance: dict[str, float] = dict.fromkeys(self.names, 1.0)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Lesson:
         """What the members say about a batch: their mean, weighted by their shares."""
-        graph, output = self.network.trace.graph, self.network.trace.graph.output.name
+        graph, output = self.network.trace.graph, logits_of(self.network.trace.graph).name
         found = [values_at(self.sources[m], graph, x, self.names) for m in self.members]
         values = {name: self._together(name, [own[name] for own in found]) for name in self.names}
         logits = [_precise(own[output]) for own in found]
@@ -150,7 +158,7 @@ class Teacher:
 
     def losses(self, values: Values, lesson: Lesson) -> Tensor:
         """How far the merged network is from the lesson, image by image. values: the network's own. Returns (n,)."""
-        output = self.network.trace.graph.output.name
+        output = logits_of(self.network.trace.graph).name
         logits = _precise(values[output])
         found = logits.new_zeros(len(logits))
         for name, goal in lesson.values.items():

@@ -62,7 +62,11 @@ class Sweep:
         self.sources, self.merged, self.graph = sources, merged, trace.graph
         self.batches = batches = bounded(batches, trace)
         return_freed_memory()
-        self.dtype, self.device = batches[0].images.dtype, batches[0].images.device
+        self.dtype = batches[0].images.dtype
+        if not self.dtype.is_floating_point:  # integers go in, what follows has the weights' type
+            tensors = sources[0].state.values() if sources else merged.parameters()
+            self.dtype = next(t.dtype for t in tensors if t.is_floating_point())
+        self.device = batches[0].images.device
         self.storage = storage or self.dtype
         self.weights = task_weights(batches)
         self._actors = [*sources, *([] if merged is None else [merged])]
