@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stages.core.recipe.methods import Fit, MatchSettings, Refine
 from stages.core.recipe.names import RENAMED
@@ -217,3 +219,76 @@ def test_published_profiles_are_found_where_the_parameter_says():
     published = changed(["profiles_from"], "elsewhere.yaml")
     with pytest.raises(InputError, match=r"profiles_from: found 'elsewhere.yaml'"):
         parse_params(published)
+
+
+def refused(path, value):
+    with pytest.raises(InputError) as caught:
+        parse_params(changed(path, value))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) <= 300
+    return line
+
+
+def whole_numbers(found, path=()):
+    """Paths of all whole numbers of params.yaml that training reads."""
+    if isinstance(found, dict):
+        return [p for key, value in found.items() for p in whole_numbers(value, (*path, key))]
+    return [path] if isinstance(found, int) and not isinstance(found, bool) else []
+
+
+LATER = ("statistics", "match", "allocate", "fit", "recalibrate", "probe", "methods", "full", "budget")
+NUMBERS = [path for path in whole_numbers(GIVEN) if path[0] not in LATER]
+
+
+@given(st.sampled_from(NUMBERS), st.integers(2**31, 2**70) | st.just(10**5000))
+@settings(max_examples=60, deadline=None)
+def test_whole_numbers_that_no_kernel_can_index_are_refused(path, value):
+    assert str(path[-1]) in refused(list(path), value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("channels", True, "channels: found True (bool); allowed: 1 or 3"),
+        ("classes", ["1", "2", "1"], "classes: found 1 twice; allowed: each name once"),
+        ("classes", "12", "classes: found '12' (str); allowed: list"),
+        ("classes", [1, 2], "classes.0: found 1 (int); allowed: string"),
+        ("classes", ["1"], "at least two names"),
+        ("classes", [str(i % 40) for i in range(80)], "found 0, 1, 2, 3, ... (40) twice"),
+        ("limits", {"pixels": 0}, "limits.pixels: found 0"),
+        ("limits", {"unfold": 0.5}, "limits.unfold: found 0.5"),
+        ("limits", {"files": 1}, "limits.files: unknown key; allowed: pixels, entries, unfold"),
+    ],
+)
+def test_data_that_cannot_be_meant_are_refused(key, value, message):
+    assert message in refused([*DATA, key], value)
+
+
+@pytest.mark.parametrize("name", ["a", "A-b", "a..b", "a.-b", "1.2.3.4", "xn--abc", "a_b", "-ab", "a" * 64])
+def test_a_bucket_name_is_refused_with_the_rule(name):
+    line = refused(["artifacts", "bucket"], name)
+    assert "artifacts.bucket: found" in line
+    assert "allowed: 3 to 63 small letters" in line
+
+
+def test_named_classes_of_shared_labels_are_the_same_in_the_same_order():
+    found = copy.deepcopy(GIVEN)
+    for classes, name in ((["3", "5", "7"], "upright"), (["3", "7", "5"], "rotated")):
+        found["profiles"]["digits"]["tasks"][name]["data"]["classes"] = classes
+    with pytest.raises(
+        InputError, match=r"task rotated: data\.classes: found '7' where task upright has '5'"
+    ):
+        parse_params(found)
+    found["profiles"]["digits"]["labels"] = "separate"
+    parse_params(found)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".th", ".tar", ".pth.tar", ".ckpt", ".bin", ".pkl", ".pth", ".pt", ".safetensors", ""]
+)
+@pytest.mark.parametrize("place", ["a/net{}", "./net{}", "s3://bucket/net{}"])
+def test_a_checkpoint_has_any_suffix(place, suffix):
+    found = copy.deepcopy(GIVEN)
+    found["profiles"]["digits"]["tasks"]["upright"]["checkpoint"] = place.format(suffix)
+    parse_params(found)
