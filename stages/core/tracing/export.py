@@ -6,6 +6,7 @@ tensors of the export are fake, so it costs nothing.
 
 import contextlib
 import copy
+import io
 import logging
 import operator
 from collections.abc import Iterator
@@ -129,13 +130,19 @@ def _quiet() -> Iterator[None]:
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
+    notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
+    levels = [own.level for own in notes]
+    for own in notes:
+        own.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
         F.local_response_norm = plain
+        for own, level in zip(notes, levels, strict=True):
+            own.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
