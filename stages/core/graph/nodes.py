@@ -134,7 +134,7 @@ def check_graph(
     sizes = [("the example", example), *parameters.items(), *_sizes(graph)]
     for name, shape in sizes:
         whole = all(isinstance(n, int) and n >= -1 for n in shape)
-        if not whole or math.prod(abs(n) for n in shape) > MOST_ENTRIES:
+        if not whole or math.prod(max(abs(n), 1) for n in shape) > MOST_ENTRIES:
             raise InputError(
                 f"{name}: found shape {tuple(shape)}; allowed: whole numbers, {MOST_ENTRIES} entries"
             )

@@ -6,6 +6,7 @@ tensors of the export are fake, so it costs nothing.
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import operator
@@ -66,6 +67,13 @@ def export(module: nn.Module, example: Tensor) -> Exported:
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"{type(module).__name__}: a scripted module; allowed: the module it was made from")
+    required = [
+        name
+        for name, argument in inspect.signature(module.forward).parameters.items()
+        if argument.default is argument.empty and argument.kind is argument.POSITIONAL_OR_KEYWORD
+    ]
+    if len(required) > 1:
+        raise InputError(f"{required[1]}: a second input; allowed: networks of one input")
     kept = copy.deepcopy(module).eval()
     for part in kept.modules():
         if isinstance(part, nn.SyncBatchNorm):

@@ -175,7 +175,6 @@ def test_a_graph_that_computes_something_else_is_caught(small, images):
     [
         lambda m, x: (lambda y: m.inplace(y) + y)(m.conv(x)),
         lambda m, x: (lambda y: (y.add_(1), y)[1])(m.conv(x)),
-        lambda m, x: (lambda y, z: (z.mul_(2), y)[1])(*(lambda y: (y, y[:, :, 1:]))(m.conv(x))),
         lambda m, x: m.odd_pool(m.conv(x)),
     ],
 )
@@ -374,7 +373,7 @@ def test_what_is_written_in_another_way_is_read(what):
 CUTS = "cuts through units"
 EXPORT = "torch.export cannot read it"
 REFUSALS = {
-    "method": (lambda m, x: m.conv(x).cumsum(1), r"Refused: no rule for cumsum at .*test_trace.py:\d+ \(.*cumsum"),
+    "method": (lambda m, x: m.conv(x).cumsum(1), "Refused: no rule for cumsum"),
     "parts of two sizes": (lambda m, x: m.in_three(m.in_two(m.six(x))), "keeps units in 2 parts, another"),
     "attention mask": (
         lambda m, x: (lambda t: m.attend(t, t, t, attn_mask=t[:, :, 0])[0])(m.tokens(x)), EXPORT),
@@ -420,6 +419,18 @@ def test_what_has_no_rule_is_refused_by_name_in_one_line(what):
     with pytest.raises(InputError, match=message) as error:
         trace(kind(), example().float())
     assert "\n" not in str(error.value)
+
+
+def test_a_refusal_names_the_module_and_the_line():
+    class Sums(nn.Module):
+        def forward(self, x):
+            return x.cumsum(1)
+
+    network = nn.Sequential(nn.Linear(4, 3), Sums(), nn.Linear(3, 2))
+    with pytest.raises(
+        InputError, match=r"^1: no rule for cumsum at .*test_trace.py:\d+ \(return x.cumsum\(1\)\)"
+    ):
+        trace(network, torch.zeros(1, 4))
 
 
 def test_a_second_input_is_refused_by_name():
