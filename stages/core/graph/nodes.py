@@ -120,7 +120,7 @@ def graph_from_json(nodes: Sequence[Mapping[str, Any]]) -> Graph:
     return Graph(tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in nodes))
 
 
-MOST_ENTRIES = 2**33  # of one image's value, of a tensor: more is no network of images
+MOST_NUMBERS = 2**33  # of one image's value, of a tensor: more is no network of images
 
 
 def check_graph(
@@ -134,9 +134,9 @@ def check_graph(
     sizes = [("the example", example), *parameters.items(), *_sizes(graph)]
     for name, shape in sizes:
         whole = all(isinstance(n, int) and n >= -1 for n in shape)
-        if not whole or math.prod(abs(n) for n in shape) > MOST_ENTRIES:
+        if not whole or math.prod(max(abs(n), 1) for n in shape) > MOST_NUMBERS:
             raise InputError(
-                f"{name}: found shape {tuple(shape)}; allowed: whole numbers, {MOST_ENTRIES} entries"
+                f"{name}: found shape {tuple(shape)}; allowed: whole numbers, {MOST_NUMBERS} entries"
             )
     if not graph.nodes or graph.nodes[0].operation != "input":
         raise InputError("graph: has no input; allowed: an input first")

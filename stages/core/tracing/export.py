@@ -1,11 +1,13 @@
 """A module's forward as a graph of ATen operations, by torch.export.
 
-The batch is a size that nothing else has, ``IMAGES``: wherever a multiple of it is in a shape, images are meant. The
+The batch is a size that nothing else has, ``INPUT``: wherever a multiple of it is in a shape, images are meant. The
 tensors of the export are fake, so it costs nothing.
 """
 
 import contextlib
 import copy
+import inspect
+import io
 import logging
 import operator
 from collections.abc import Iterator
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 
 from stages.core.runtime.errors import InputError
 
-IMAGES = 10007  # a prime
+INPUT = 10007  # a prime
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel")
-VIEWS = {
+VIEW_CALLS = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze",
     "select", "slice", "expand", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "contiguous",
     "dropout", "feature_dropout", "to", "movedim", "narrow", "diagonal", "unfold", "swapaxes", "squeeze_",
@@ -65,13 +67,20 @@ def export(module: nn.Module, example: Tensor) -> Exported:
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"{type(module).__name__}: a scripted module; allowed: the module it was made from")
+    required = [
+        name
+        for name, argument in inspect.signature(module.forward).parameters.items()
+        if argument.default is argument.empty and argument.kind is argument.POSITIONAL_OR_KEYWORD
+    ]
+    if len(required) > 1:
+        raise InputError(f"{required[1]}: a second input; allowed: networks of one input")
     kept = copy.deepcopy(module).eval()
     for part in kept.modules():
         if isinstance(part, nn.SyncBatchNorm):
             part.forward = nn.BatchNorm2d._check_input_dim and _batch_norm_forward(part)
     mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        images = torch.empty(IMAGES, *example.shape[1:], dtype=_dtype(kept, example))
+        images = torch.empty(INPUT, *example.shape[1:], dtype=_dtype(kept, example))
     with torch.no_grad(), _quiet():
         try:
             program = torch.export.export(kept.cpu(), (images,), strict=False)
@@ -129,13 +138,19 @@ def _quiet() -> Iterator[None]:
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
+    notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
+    levels = [own.level for own in notes]
+    for own in notes:
+        own.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
         F.local_response_norm = plain
+        for own, level in zip(notes, levels, strict=True):
+            own.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
@@ -168,8 +183,10 @@ def _functional(graph: torch.fx.Graph) -> bool:
             continue
         name, changed = opname(node), node.args[0]
         plain = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        aliased = changed.op != "call_function" or opname(changed) in VIEWS or opname(changed) == "getitem"
-        aliased |= any(opname(user) in VIEWS and order[user] < order[node] for user in changed.users)
+        aliased = (
+            changed.op != "call_function" or opname(changed) in VIEW_CALLS or opname(changed) == "getitem"
+        )
+        aliased |= any(opname(user) in VIEW_CALLS and order[user] < order[node] for user in changed.users)
         if (
             not name.endswith("_")
             or plain is None

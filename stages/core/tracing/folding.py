@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from stages.core.tracing.export import IMAGES
+from stages.core.tracing.export import INPUT
 
 PREFIX = "folded"
 
@@ -139,7 +139,7 @@ def made_like(node: torch.fx.Node) -> bool:
 
 
 def _one_image(n: int) -> int:
-    return n // IMAGES if n and n % IMAGES == 0 else n
+    return n // INPUT if n and n % INPUT == 0 else n
 
 
 def _given(argument: Any, known: Mapping[torch.fx.Node, Any]) -> Any:

@@ -14,7 +14,7 @@ from stages.core.tracing.reading import Reading, read
 from stages.core.tracing.verify import computes
 
 _READ: OrderedDict[tuple, Reading] = OrderedDict()
-MOST = 16
+MOST_KNOWN = 16
 
 
 def read_known(module: nn.Module, example: Tensor) -> Reading:
@@ -27,7 +27,7 @@ def read_known(module: nn.Module, example: Tensor) -> Reading:
         found = read(inner, example)
     _READ[key] = found
     _READ.move_to_end(key)
-    while len(_READ) > MOST:
+    while len(_READ) > MOST_KNOWN:
         _READ.popitem(last=False)
     return found
 

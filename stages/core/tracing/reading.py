@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Graph, Node
 from stages.core.graph.operations import ADAPTIVE, CONVOLUTIONS, POOLS, TRANSPOSED, UNARY
 from stages.core.runtime.errors import InputError
-from stages.core.tracing.export import IMAGES, export, opname, unwrap
+from stages.core.tracing.export import INPUT, export, opname, unwrap
 from stages.core.tracing.folding import Folding, made_like
 from stages.core.tracing.rearranging import Factors
 
@@ -63,7 +63,7 @@ RESHAPES = {
     "view_copy",
 }
 PERMUTES = {"permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT"}
-BINARY = {
+BINARY_CALLS = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "true_divide": "divide",
     "subtract": "subtract",
     "multiply": "multiply", "divide": "divide", "maximum": "maximum", "minimum": "minimum",
@@ -195,8 +195,8 @@ class _Reader:
             self._rearrange(fx, None)
         elif name in PERMUTES:
             self._rearrange(fx, self._order(fx, name, given))
-        elif name in BINARY:
-            self._binary(fx, BINARY[name], given)
+        elif name in BINARY_CALLS:
+            self._binary(fx, BINARY_CALLS[name], given)
         elif name in CONVOLUTIONS or name in TRANSPOSED:
             self._convolve(fx, name, given)
         elif name in POOLS or name in ADAPTIVE:
@@ -469,7 +469,7 @@ class _Reader:
         if dims is None or dims == []:
             raise self._unknown(fx, f"{operation} over everything")
         dims = list(dims) if isinstance(dims, tuple | list) else [dims]
-        if any(self._shape(given["self"])[d] % IMAGES == 0 for d in dims):
+        if any(self._shape(given["self"])[d] % INPUT == 0 for d in dims):
             raise self._unknown(fx, f"{operation} over the images")
         self._node(
             fx, operation, [given["self"]], {"dims": dims, "keepdim": bool(given.get("keepdim", False))}
@@ -570,7 +570,7 @@ class _Reader:
     def _concatenate(self, fx: torch.fx.Node, tensors: list[torch.fx.Node], dim: int) -> None:
         """Values side by side; zeros beside them are padding; parameters (a class token) one node each."""
         rank = len(self._shape(fx))
-        if self._shape(tensors[0])[dim] % IMAGES == 0:
+        if self._shape(tensors[0])[dim] % INPUT == 0:
             raise self._unknown(fx, "images side by side")
         values = [i for i, t in enumerate(tensors) if self._is_value(t)]
         if len(values) == len(tensors):
@@ -639,7 +639,7 @@ class _Reader:
         dim %= len(shape)
         if (start, stop, step) == (0, shape[dim], 1):
             self.same[fx] = source
-        elif shape[dim] % IMAGES == 0:
+        elif shape[dim] % INPUT == 0:
             raise self._unknown(fx, "a part of the images")
         else:
             self._node(fx, "slice", [source], {"dim": dim, "start": start, "stop": stop, "step": step})
@@ -647,7 +647,7 @@ class _Reader:
     def _select(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         shape = self._shape(given["self"])
         dim = given["dim"] % len(shape)
-        if shape[dim] % IMAGES == 0:
+        if shape[dim] % INPUT == 0:
             raise self._unknown(fx, "one of the images")
         self._node(fx, "select", [given["self"]], {"dim": dim, "index": given["index"] % shape[dim]})
 
@@ -702,7 +702,7 @@ class _Reader:
         self._pick(fx, given["self"], given["dim"] % len(self._shape(fx)), index)
 
     def _pick(self, fx: torch.fx.Node, source: torch.fx.Node, dim: int, index: Tensor) -> None:
-        if index.dim() != 1 or index.dtype == torch.bool or self._shape(source)[dim] % IMAGES == 0:
+        if index.dim() != 1 or index.dtype == torch.bool or self._shape(source)[dim] % INPUT == 0:
             raise self._unknown(fx, "an index that is not one list of places")
         size = self._shape(source)[dim]
         self._node(fx, "pick", [source], {"dim": dim, "index": [int(i) % size for i in index]})
@@ -734,7 +734,7 @@ class _Reader:
 
     def _roll(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         dims = list(given["dims"])
-        if not dims or any(self._shape(fx)[d] % IMAGES == 0 for d in dims):
+        if not dims or any(self._shape(fx)[d] % INPUT == 0 for d in dims):
             raise self._unknown(fx, "a roll of the images")
         self._node(fx, "roll", [given["self"]], {"shifts": list(given["shifts"]), "dims": dims})
 
@@ -747,7 +747,7 @@ class _Reader:
         sizes = [n if i < ahead or before[i - ahead] != n else -1 for i, n in enumerate(after)]
         if all(n == -1 for n in sizes):
             self.same[fx] = given["self"]
-        elif any(n != -1 and n % IMAGES == 0 for n in sizes):
+        elif any(n != -1 and n % INPUT == 0 for n in sizes):
             raise self._unknown(fx, "a value repeated over images")
         else:
             self._node(fx, "expand", [given["self"]], {"sizes": sizes})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.core.tracing.export import IMAGES
+from stages.core.tracing.export import INPUT
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Factors:
         return {
             "atoms": [[_one(self.sizes[n]) for n in own] for own in self.inputs],
             "free": [
-                next((i for i, n in enumerate(own) if self.sizes[n] % IMAGES == 0), None)
+                next((i for i, n in enumerate(own) if self.sizes[n] % INPUT == 0), None)
                 for own in self.inputs
             ],
             "order": [number[n] for own in self.outputs for n in own],
@@ -102,4 +102,4 @@ class Factors:
 
 
 def _one(size: int) -> int:
-    return size // IMAGES if size % IMAGES == 0 else size
+    return size // INPUT if size % INPUT == 0 else size
