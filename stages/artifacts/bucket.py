@@ -21,7 +21,8 @@ import urllib3
 from botocore.exceptions import BotoCoreError, ClientError
 from tqdm import tqdm
 
-from stages.artifacts.client import Store, Version, reason, refusal, status
+from stages.artifacts.client import MissingError, Store, Version, reason, refusal, status
+from stages.artifacts.listing import closest
 from stages.core.runtime.cache import alone, cache_folder
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing, sha256
@@ -100,7 +101,10 @@ class Bucket:
         """The file of the object's present version, whatever the cache holds of it."""
         name = self.store.name(key)
         for _ in range(VERSIONS):
-            version = self.store.look(key)
+            try:
+                version = self.store.look(key)
+            except MissingError as error:
+                raise InputError(f"{error}; {closest(self.store, key)}") from error
             if whole := _whole(folder, f"{_stem(version)}.{'?' * 64}"):
                 return whole, version
             try:

@@ -48,6 +48,10 @@ REFUSED_CREDENTIALS = {
 }
 
 
+class MissingError(InputError):
+    """The bucket answers, and has no such object."""
+
+
 @dataclass(frozen=True)
 class Version:
     """One state of an object: its ETag (with quotes), its bytes, and its md5 where the ETag is one."""
@@ -96,19 +100,23 @@ class Store:
 
     def look(self, key: str) -> Version:
         """The object's present version. Raises InputError within ``DEADLINE * artifacts.timeout`` seconds."""
-        try:
-            head = _within(self.timeout * DEADLINE, lambda: self._head(key))
-        except TimeoutError as error:
-            raise self._unreachable(f"nothing within {self.timeout * DEADLINE:g} s") from error
-        except (HTTPClientError, BotoConnectionError) as error:
-            raise self._unreachable(reason(error)) from error
-        except (ClientError, BotoCoreError) as error:
-            raise refusal(error, self.name(key)) from error
+        head = self.ask(lambda: self._head(key), self.name(key))
         if not head.get("ETag"):
             raise InputError(
                 f"{self.endpoint}: answers without an ETag; artifacts.endpoint must be an S3 server"
             )
         return Version(head["ETag"], head["ContentLength"], _md5(head))
+
+    def ask(self, call: Callable[[], Any], name: str) -> Any:
+        """What a short request about ``name`` gives. Raises InputError as ``look`` does."""
+        try:
+            return _within(self.timeout * DEADLINE, call)
+        except TimeoutError as error:
+            raise self._unreachable(f"nothing within {self.timeout * DEADLINE:g} s") from error
+        except (HTTPClientError, BotoConnectionError) as error:
+            raise self._unreachable(reason(error)) from error
+        except (ClientError, BotoCoreError) as error:
+            raise refusal(error, name) from error
 
     def read(self, key: str, version: Version, start: int) -> dict[str, Any]:
         """boto3's answer with ``version`` from byte ``start`` on; its error has status 412 after a change."""
@@ -146,7 +154,7 @@ def refusal(error: ClientError | BotoCoreError, name: str) -> InputError:
     if code in REFUSED_CREDENTIALS:
         return InputError(f"{name}: the AWS credentials of this machine were refused ({code}); {CREDENTIALS}")
     if status(error) == 404:
-        return InputError(f"{name}: no such object; check the key, artifacts.prefix and artifacts.endpoint")
+        return MissingError(f"{name}: no such object; check the key, artifacts.prefix and artifacts.endpoint")
     if status(error) in (401, 403):
         return InputError(
             f"{name}: access denied; a bucket says so of a private object and, where it may not be listed, "

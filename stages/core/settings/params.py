@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from stages.core.runtime.errors import InputError
 from stages.core.settings.places import OWN
@@ -90,6 +90,19 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
         found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
     return parse_params(found, str(path))
+
+
+def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
+    """The profiles of every file that has some. Raises InputError in one line, as ``load_params`` does."""
+    found = {}
+    for name in PROFILE_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                found[name] = TypeAdapter(dict[str, Profile]).validate_python(_read(path)["profiles"])
+            except (ValidationError, TypeError, KeyError) as error:
+                raise InputError(f"{path}: profiles: {' '.join(str(error).split())}") from error
+    return found
 
 
 def _read(path: Path) -> Any:
