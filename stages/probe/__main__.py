@@ -3,6 +3,7 @@
 The rows `oracle` and `ensemble` need no merged network. This is the only stage that sees test images.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -19,9 +20,12 @@ from stages.core.runtime.device import prepare
 from stages.core.runtime.files import write_json
 from stages.core.settings.params import Params, load_params
 from stages.core.settings.places import DATA
+from stages.probe import chance
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import evaluate
 from stages.probe.latency import relative_latency
+
+log = logging.getLogger(__name__)
 
 
 def main(*names: str) -> None:
@@ -47,11 +51,23 @@ def main(*names: str) -> None:
             "cost": cost,
             "images": recipe.fit.images,
         }
+        if name == "oracle":
+            found["at_chance"] = at_chance(scores, [truth for _, truth in images["test"]])
         write_json(f"reports/probe/{name}.json", found)
         first = next(iter(profile.tasks.values())).data
         x = torch.zeros(section.latency_batch, first.channels, first.size, first.size, device=device)
         latency = relative_latency(row.forward, sources, x, section.latency_repeats)
         write_json(f"reports/probe/{name}.latency.json", {"latency": round(latency, 4)})
+
+
+def at_chance(scores: dict[str, dict[str, float]], truths: list[Tensor]) -> list[str]:
+    """Tasks whose own source network is no better than guessing on its test images; each is a warning too."""
+    found = []
+    for (task, own), truth in zip(scores.items(), truths, strict=True):
+        if chance.at_chance(own["accuracy"], truth):
+            log.warning(chance.warning(task, own["accuracy"], truth))
+            found.append(task)
+    return found
 
 
 def labelled(

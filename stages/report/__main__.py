@@ -25,6 +25,7 @@ def main(*words: str) -> None:
     recipe = load_recipe(params)
     rows = [*recipe.methods, *tables.REFERENCES]
     metrics = tables.collect_metrics(tables.read_probes(folder / "probe", rows, params.active.tasks))
+    at_chance = tables.read_at_chance(folder / "probe", params.active.tasks)
     timings = tables.collect_timings(
         latency={row: tables.read_time(folder / "probe" / f"{row}.latency.json", "latency") for row in rows},
         seconds={row: seconds(folder, row, method.match) for row, method in recipe.methods.items()},
@@ -54,7 +55,8 @@ def main(*words: str) -> None:
     caption = f"{params.profile}, budget {params.budget}, seed {params.seed}"
     write_json(folder / tables.METRICS, metrics)
     write_json(folder / tables.TIMINGS, timings)
-    write_text(folder / tables.TABLE, tables.markdown(metrics, timings, f"Merged networks: {caption}"))
+    title = f"Merged networks: {caption}"
+    write_text(folder / tables.TABLE, tables.markdown(metrics, timings, title, at_chance))
     for name, content in pictures(metrics, matches, allocations, fits, params.budget, caption):
         write_bytes(folder / "plots" / name, content)
 
