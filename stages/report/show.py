@@ -28,7 +28,7 @@ def shown(folder: Path) -> str:
         raise InputError(f"{folder}: no report here yet ({error}); {tables.REPAIR}") from error
     except (AttributeError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise InputError(f"{folder}: {tables.METRICS} is not a report's; {tables.REPAIR}") from error
-    paths = [folder / tables.TABLE, *sorted((folder / "plots").glob("*.png"))]
+    paths = [folder / "index.html", folder / tables.TABLE, *sorted((folder / "plots").glob("*.png"))]
     warnings = [line.replace(tables.WARNING, "warning") for line in lines if line.startswith(tables.WARNING)]
     return "\n".join([table, *warnings, *(f"  {path}" for path in paths)]) + "\n"
 

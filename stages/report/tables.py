@@ -64,6 +64,18 @@ def read_at_chance(folder: str | Path, tasks: Iterable[str]) -> list[str]:
     return found
 
 
+def read_hashes(folder: str | Path, rows: Iterable[str]) -> dict[str, str]:
+    """File -> sha256 of the networks that were probed, where the probe stage says. Raises InputError."""
+    found: dict[str, str] = {}
+    for row in rows:
+        path = Path(folder) / f"{row}.json"
+        own = _mapping(path).get("sha256") or {}
+        if not isinstance(own, dict) or not all(isinstance(value, str) for value in own.values()):
+            raise InputError(f"{path}: sha256: found {own!r}; allowed: a mapping of hashes; {REPAIR}")
+        found |= own
+    return found
+
+
 def read_columns(
     path: str | Path, names: Iterable[str], numbers: Iterable[str], empty: bool = False
 ) -> pd.DataFrame:
@@ -147,7 +159,7 @@ def markdown(
     metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str, at_chance: Sequence[str] = ()
 ) -> str:
     """The result table as a Markdown page: title, table with the best methods in bold, explanation, warnings."""
-    header, rows = _cells(metrics, timings, "**{}**", "**{}**")
+    header, rows = cells(metrics, timings, "**{}**", "**{}**")
     table = tabulate(rows, header, "pipe", colalign=_alignment(header), disable_numparse=True)
     lines = [
         "Accuracy in percent; the best average of the merged methods is in bold.",
@@ -166,14 +178,17 @@ def markdown(
 
 def terminal(metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str) -> str:
     """The result table for a terminal: the best methods carry a star."""
-    header, rows = _cells(metrics, timings, "{} *", "* {}")
+    header, rows = cells(metrics, timings, "{} *", "* {}")
     table = tabulate(rows, header, "simple", colalign=_alignment(header), disable_numparse=True)
     legend = "* best average of the merged methods; accuracy in percent, x: relative to one source network"
     return f"{title}\n\n{table}\n\n{legend}\n"
 
 
-def _cells(
-    metrics: Metrics, timings: Mapping[str, Mapping[str, float]], best_name: str, best_score: str
+def cells(
+    metrics: Metrics,
+    timings: Mapping[str, Mapping[str, float]],
+    best_name: str = "{}",
+    best_score: str = "{}",
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, the best methods' in the given formats, without columns that have no value."""
     best = best_methods(metrics)

@@ -1,46 +1,16 @@
 """The report over many experiments: what is read, the table, and the pictures."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
 from stages.core.runtime.errors import InputError
 from stages.report.__main__ import main
 from stages.report.comparison import comparisons
 from stages.report.experiments import fit_name, markdown, order, read_runs, summary, with_joint
 
-ROOT = Path(__file__).parents[2]
-ROWS = ("average", "pleas", "progressive", "zip", "zip_progressive")
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Workspaces of two profiles, two seeds and two budgets, with metrics that are known."""
-    monkeypatch.chdir(tmp_path)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    found = []
-    for profile in ("digits", "digits_split"):
-        for seed in (0, 1):
-            for budget in (1.0, 1.5):
-                folder = tmp_path / f"{profile}-{seed}-{budget}"
-                (folder / "reports").mkdir(parents=True)
-                params |= {"profile": profile, "seed": seed, "budget": budget}
-                params["methods"] = {name: params["full"][name] for name in ROWS}
-                (folder / "params.yaml").write_text(yaml.safe_dump(params))
-                metrics, timings = {}, {}
-                for index, name in enumerate([*ROWS, "ensemble", "oracle"]):
-                    average = {"accuracy": 50.0 + 5 * index + 2 * seed, "probe": 90.0, "macs": budget}
-                    if profile == "digits_split":
-                        average["joint"] = average["accuracy"] - 10
-                    metrics[name] = {"average": average}
-                    timings[name] = {"latency": budget, "seconds": 1.0 + index}
-                (folder / "reports/metrics.json").write_text(json.dumps(metrics))
-                (folder / "reports/timings.json").write_text(json.dumps(timings))
-                found.append(folder)
-    return found
+ROWS = ("average", "pleas", "progressive", "zip", "zip_progressive")  # of the folders
 
 
 def test_every_run_and_method_is_a_line(folders):
@@ -122,6 +92,7 @@ def test_the_command_writes_everything(folders):
     main("--experiments", *map(str, folders))
     written = {path.name for path in Path("reports/experiments").iterdir()}
     assert written == {
+        "index.html",
         "runs.csv",
         "table.md",
         "method_comparison.png",
