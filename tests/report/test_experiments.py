@@ -1,9 +1,14 @@
 """The report over many experiments: what is read, the table, and the pictures."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from stages.core.runtime.errors import InputError
 from stages.report.__main__ import main
@@ -34,6 +39,58 @@ def test_mean_and_deviation_are_those_of_the_seeds(folders):
 def test_a_run_that_was_made_again_counts_once(folders):
     again = read_runs(folders=[folders[0], *folders])
     assert len(again) == len(read_runs(folders=folders))
+
+
+@pytest.fixture
+def project(folders, monkeypatch):
+    """A DVC project whose last commit is a run of all rows, and whose workspace is one of another profile."""
+    top = folders[0]
+    monkeypatch.chdir(top)
+    (top / "dvc.yaml").write_text(
+        "params: [params.yaml]\nmetrics: [reports/metrics.json, reports/timings.json]\n"
+    )
+    for words in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "run"],
+    ):
+        subprocess.run(words, check=True, env=os.environ | AUTHOR)
+    return top
+
+
+AUTHOR = {
+    f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+}
+
+
+def change(top, params, keep):
+    """Another run in the workspace: other parameters, and only some rows."""
+    found = yaml.safe_load((top / "params.yaml").read_text()) | params
+    found["methods"] = {name: own for name, own in found["methods"].items() if name in keep}
+    (top / "params.yaml").write_text(yaml.safe_dump(found))
+    for name in ("metrics", "timings"):
+        path = top / f"reports/{name}.json"
+        path.write_text(
+            json.dumps({row: own for row, own in json.loads(path.read_text()).items() if row in keep})
+        )
+
+
+@pytest.mark.parametrize("params", [{"profile": "digits_split"}, {}])
+def test_what_an_experiment_has_not_takes_nothing_from_another(project, params):
+    """The workspace is another profile, or the same with fewer methods: dvc fills the rest with the text None."""
+    before = read_runs()
+    assert set(before["method"]) == {*ROWS, "ensemble", "oracle"}
+    change(project, params, keep=("pleas", "oracle"))
+    runs = read_runs()
+    assert pd.to_numeric(runs["accuracy"]).notna().all()
+    committed = runs[runs["profile"] == "digits"]
+    assert set(committed["method"]) == set(before["method"])
+    others = runs[runs["profile"] == "digits_split"]
+    assert set(others["method"]) == ({"pleas", "oracle"} if params else set())
+    assert not (runs[["experiment", "method", "matching", "fit"]] == "None").any(axis=None)
+    main("--experiments")
+    assert "pleas" in Path("reports/experiments/table.md").read_text()
 
 
 def cells(sections):

@@ -35,6 +35,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        if not self.methods:
+            raise ValueError("methods: found none; allowed: one or more rows of the result table")
         for name, method in {**self.full, **self.methods}.items():
             if method.match not in self.match:
                 raise ValueError(

@@ -1,6 +1,8 @@
 """params.yaml as checked, typed values. Every key is known, every value has its type; anything else is one line."""
 
 import math
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,7 +75,9 @@ class Params(Section):
         if self.own != str(OWN) and not Path(self.own).is_absolute():
             raise ValueError(f"own: found {self.own!r}; allowed: {OWN}, or a folder by its absolute path")
         if self.profile not in self.profiles:
-            raise ValueError(f"profile: found {self.profile!r}; allowed: {', '.join(self.profiles)}")
+            raise ValueError(
+                f"profile: found {self.profile!r}; allowed: {nearest(self.profile, self.profiles)}"
+            )
         most = len(self.active.tasks)
         if not 1.0 <= self.budget <= most:
             raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
@@ -90,6 +94,14 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
         found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
     return parse_params(found, str(path))
+
+
+def nearest(name: str, names: Collection[str], count: int = 5) -> str:
+    """The names for an error message: all where they are few, else those most like ``name`` and how many more."""
+    if len(names) <= count:
+        return ", ".join(names)
+    found = get_close_matches(name, names, count, cutoff=0.0)
+    return f"{', '.join(found)}, and {len(names) - count} more"
 
 
 def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
