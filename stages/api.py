@@ -19,19 +19,20 @@ from stages.core.graph.source import Source, Task
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import MatchSettings, Method
-from stages.core.recipe.sections import AllocateSection
+from stages.core.recipe.sections import RIDGE, AllocateSection
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import first_line
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
+from stages.inspection import inspect
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate as recalibrate_network
 from stages.statistics.moments import gather
 
-__all__ = ["load_merged", "merge"]
+__all__ = ["inspect", "load_merged", "merge"]
 
 PROGRESSIVE = {"solver": "exact", "inputs": "merged", "targets": "own", "norm": "fold"}
 ACTIVATIONS = {"by": "activations", "similarity": "distance"}
@@ -49,7 +50,7 @@ def merge(
     fit: Mapping[str, Any] = PROGRESSIVE,
     recalibrate: str = "batchnorm",
     allocate: Mapping[str, Any] = ALLOCATE,
-    ridge: float = 1e-3,
+    ridge: float = RIDGE,
     seed: int = 0,
     progress: bool = True,
 ) -> MergedNetwork:

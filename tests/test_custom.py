@@ -1,4 +1,4 @@
-"""The README's way to merge two networks of one's own, done as it is written there."""
+"""The documented way to merge two networks of one's own, done as it is written there."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from stages.core.networks.architectures import build
 from stages.core.settings.params import load_params
 
 pytestmark = pytest.mark.slow
-SECTION = re.search(r"## Your own two networks\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
+SECTION = (ROOT / "docs/own_networks.md").read_text()
 YAML, *COMMANDS = re.findall(r"```(?:yaml)?\n(.*?)```", SECTION, re.S)
 PROFILE = load_params(ROOT / "params.yaml").profiles["custom"]
 
@@ -45,7 +45,7 @@ def put_files(own):
                     (folder / f"{i}.jpg").write_bytes(picture(1000 * seed + 100 * c + 10 * i + len(part)))
 
 
-def test_the_profile_in_the_readme_is_the_one_in_params():
+def test_the_profile_on_the_page_is_the_one_in_params():
     written = yaml.safe_load(YAML)["custom"]
     assert written == yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["custom"]
 
@@ -65,7 +65,7 @@ def test_the_published_commands_name_profiles_and_allowed_budgets():
         assert all(1 <= float(budget) <= 2 for budget in settings.get("budget", "1").split(","))
 
 
-def test_the_steps_of_the_readme(tmp_path):
+def test_the_steps_of_the_page(tmp_path):
     clone = Clone(tmp_path / "clone")
     put_files(clone.folder / "data/own")
     text = (clone.folder / "params.yaml").read_text()

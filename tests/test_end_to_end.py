@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from stages.core.settings.params import load_params
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
+BUSY = 1.5  # processor seconds of a machine that others use too, over those of an idle one
 AFTER_ALLOCATE = {"allocate", "fit", "recalibrate", "probe", "report"}
 
 
@@ -81,6 +83,13 @@ class Clone:
     def metrics(self) -> dict:
         return json.loads((self.folder / "reports/metrics.json").read_text())
 
+    def processor_seconds(self, *command: str) -> tuple[str, float]:
+        """What a command that succeeds says, and the processor time of all its processes."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        output = self.run(*command)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return output, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
     def average(self, method: str) -> float:
         return self.metrics()[method]["average"]["accuracy"]
 
@@ -102,11 +111,9 @@ def stages_run(output: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def default(tmp_path_factory):
-    """The embedded default, run from nothing; how long it took."""
+    """The embedded default, run from nothing; what that took."""
     clone = Clone(tmp_path_factory.mktemp("default") / "clone")
-    start = time.monotonic()
-    clone.output = clone.run("dvc", "repro")
-    clone.seconds = time.monotonic() - start
+    clone.output, clone.seconds = clone.processor_seconds("dvc", "repro")
     return clone
 
 
@@ -122,7 +129,7 @@ def test_artifacts_are_pulled_in_a_fresh_clone_offline(tmp_path):
 
 def test_the_default_runs_from_nothing(default):
     assert stages_run(default.output) >= AFTER_ALLOCATE | {"artifacts", "finetune", "statistics", "match"}
-    assert default.seconds < 900, "the README promises 5 minutes on two idle cores"
+    assert default.seconds < BUSY * 2 * 180, "the README says up to 3 minutes on two cores"
     changed = default.run("git", "status", "--porcelain").split("\n")
     allowed = {"dvc.lock", "reports/metrics.json", "reports/timings.json", "reports/table.md"}
     assert {line[3:] for line in changed if line} <= allowed
@@ -137,10 +144,9 @@ def test_the_orderings_that_the_readme_states_hold(default):
 
 
 def test_nothing_runs_twice(default):
-    start = time.monotonic()
-    output = default.run("dvc", "repro")
+    output, seconds = default.processor_seconds("dvc", "repro")
     assert not stages_run(output)
-    assert time.monotonic() - start < 20, "the README promises 5 seconds on two idle cores"
+    assert seconds < BUSY * 2 * 2.5, "the README says 2.5 seconds on two cores"
 
 
 def test_a_second_run_gives_the_same_bytes(default):
@@ -161,10 +167,9 @@ def test_a_second_run_gives_the_same_bytes(default):
 def test_another_budget_runs_only_what_depends_on_it(default):
     default.run("git", "add", "-A")
     default.run("git", "commit", "-q", "--allow-empty", "-m", "run")
-    start = time.monotonic()
-    output = default.run("dvc", "exp", "run", "-S", "budget=1.46")
+    output, seconds = default.processor_seconds("dvc", "exp", "run", "-S", "budget=1.46")
     assert stages_run(output) == AFTER_ALLOCATE
-    assert time.monotonic() - start < 400, "the README promises 90 seconds on two idle cores"
+    assert seconds < BUSY * 2 * 60, "the README says one minute on two cores"
     for method in ("average", "git_rebasin", "activation_matching", "pleas", "pleas_adam", "progressive"):
         assert default.metrics()[method]["average"]["macs"] <= 1.46
     difference = default.run("dvc", "metrics", "diff", "--md")
@@ -174,7 +179,12 @@ def test_another_budget_runs_only_what_depends_on_it(default):
         "dvc", "exp", "show", "--md", "--only-changed", "--drop", "Created|State|Executor|.*/.*"
     )
     assert "1.46" in shown
-    assert "accuracy.png" in default.run("dvc", "plots", "diff") or (default.folder / "dvc_plots").exists()
+    default.run("dvc", "plots", "diff")
+    pictures = [path.name for path in (default.folder / "dvc_plots/static").iterdir()]
+    page = (default.folder / "dvc_plots/index.html").read_text()
+    for run in ("HEAD", "workspace"):  # the picture of each is on the page
+        (shown,) = [name for name in pictures if name.startswith(run) and name.endswith("_accuracy.png")]
+        assert shown in page
 
 
 def test_an_interrupted_run_goes_on_to_the_right_result(default):
@@ -262,9 +272,9 @@ assert torch.equal(pipeline(images), logits)
     default.run(sys.executable, "-c", setup + snippet + check)
 
 
-def test_adding_a_method_as_the_readme_says(default):
-    """The shell block under `Adding a method`, run as it stands."""
-    section = (ROOT / "README.md").read_text().split("### Adding a method")[1].split("\n## ")[0]
+def test_adding_a_method_as_the_page_says(default):
+    """The shell block of docs/adding.md, run as it stands."""
+    section = (ROOT / "docs/adding.md").read_text()
     assert len(section.strip().split("\n")) <= 34, "a page of about 30 lines"
     default.run("git", "checkout", "-q", "--", ".")
     default.run("dvc", "checkout", "--force")

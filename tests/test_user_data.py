@@ -97,7 +97,7 @@ def test_an_experiment_elsewhere_says_what_to_do_where_the_path_is_not_absolute(
 
 
 @pytest.mark.parametrize("moment", ["at once", "in the stage"])
-def test_a_killed_experiment_goes_on_as_the_readme_says(moment, clone):
+def test_a_killed_experiment_goes_on_as_documented(moment, clone):
     process = clone.start("dvc", "exp", "run", "-f", *OWN, "artifacts")
     if moment == "at once":
         time.sleep(1.5)
@@ -107,7 +107,9 @@ def test_a_killed_experiment_goes_on_as_the_readme_says(moment, clone):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.5)
-    section = re.search(r"A `dvc exp run` that was killed.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    section = re.search(
+        r"A `dvc exp run` that was killed.*?```\n(.*?)```", (ROOT / "docs/vary.md").read_text(), re.S
+    )
     clone.run("bash", "-ec", section[1])
     assert clone.run("git", "symbolic-ref", "HEAD").strip() == "refs/heads/main"
     assert clone.run("git", "diff", "--cached", "--name-only") == ""

@@ -60,7 +60,7 @@ def allocate(
     reached = float(sum(totals[g][s] for g, s in separate.items()))
     cost = model.cost(separate)
     if cost > limit:
-        raise InputError(f"allocation costs {cost}, the budget is {limit}")  # a gate: cannot happen
+        raise AssertionError(f"allocation costs {cost}, the budget is {limit}")
     return Allocation(separate, cost, reached, None if bound is None else max(float(bound), reached))
 
 

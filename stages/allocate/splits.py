@@ -10,7 +10,6 @@ from stages.allocate.solve import Allocation, allocate
 from stages.core.graph.source import Source
 from stages.core.merged.cost import split_cost
 from stages.core.recipe.sections import AllocateSection
-from stages.core.runtime.errors import InputError
 from stages.core.units.matching import UnitSplit
 
 
@@ -37,5 +36,5 @@ def split_units(
     shared = {name: len(split.shared) for name, split in splits.items()}
     counted = split_cost(source.trace, source.state, labels, settings.cost, shared, networks)
     if counted != found.cost:
-        raise InputError(f"allocation says {found.cost} {settings.cost}, the split has {counted}")
+        raise AssertionError(f"allocation says {found.cost} {settings.cost}, the split has {counted}")
     return splits, found, model.base

@@ -18,6 +18,7 @@ from stages.core.settings.profiles import Profile
 PAGE = 1000  # keys, the most that S3 gives at once
 MOST = 10_000  # keys that are asked for
 NEAR = 3  # keys named for one that is missing
+ROOM = 130  # characters for them in a line
 SHOWN = 4  # profiles named for one key
 
 Uses = Mapping[str, Sequence[str]]  # key -> the profiles that use it
@@ -108,10 +109,12 @@ def closest(store: Store, key: str) -> str:
     except InputError as error:
         return f"what it holds is not known ({error})"
     found = nearest(key, [entry.key for entry in entries])
+    while len(", ".join(found)) > ROOM and len(found) > 1:
+        found.pop()
     said = (
         f"closest keys there: {', '.join(found)}" if found else f"none of its {len(entries)} keys is like it"
     )
-    return f"{said}; all: python -m stages.artifacts list"
+    return f"{said}; see python -m stages.artifacts list"
 
 
 def nearest(key: str, keys: Sequence[str], count: int = NEAR) -> list[str]:

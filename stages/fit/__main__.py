@@ -15,7 +15,7 @@ from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json, write_text
 from stages.core.settings.params import Params, load_params
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 
 
 def main(name: str) -> None:

@@ -43,16 +43,16 @@ def average_block(
 
 
 def average_vector(
-    vectors: Sequence[Tensor], parts: Arrangement, shares: Sequence[Tensor], dim: int = 0
+    vectors: Sequence[Tensor], arrangement: Arrangement, shares: Sequence[Tensor], dim: int = 0
 ) -> Tensor:
     """Biases and other parameters with one entry per unit on ``dim``; shares: what each network counts for, (d,).
 
     Returns the same shape with the merged width on ``dim``.
     """
     shape, every = list(vectors[0].shape), [1] * vectors[0].dim()
-    shape[dim], every[dim] = parts.width, -1
+    shape[dim], every[dim] = arrangement.width, -1
     result = vectors[0].new_zeros(shape)
-    for vector, positions, share in zip(vectors, parts.positions, shares, strict=True):
+    for vector, positions, share in zip(vectors, arrangement.positions, shares, strict=True):
         result.index_add_(dim, positions.to(vector.device), vector * share.view(every))
     return result
 
@@ -75,12 +75,12 @@ def fill_average(
         if node.linear:
             _fill_linear(network, node, states, alignment)
         elif node.parameters:
-            module, parts = network.map_of(node), network.arrangement(node.name)
+            module, arrangement = network.map_of(node), network.arrangement(node.name)
             example = states[0][next(iter(node.parameters.values()))]
             shares = entry_shares(network, alignment, node.name, example)
             for role, name in node.parameters.items():
                 tensors, dim = [state[name] for state in states], network.trace.unit_dim(node, role)
-                getattr(module, role).copy_(average_vector(tensors, parts, shares, dim))
+                getattr(module, role).copy_(average_vector(tensors, arrangement, shares, dim))
 
 
 def _fill_linear(network: MergedNetwork, node: Node, states: Sequence[State], alignment: Alignment) -> None:

@@ -53,22 +53,15 @@ def assign_parts(
     return order, {what: own[every, order] for what, own in inside.items()}
 
 
-def assign_jointly(similarities: Tensor, sweeps: int = 100) -> Tensor:
-    """Match N networks at once, network 0 being the reference.
-
-    similarities (N, N, d, d) as from ``similarity``. Maximises the sum over pairs of networks of the similarity of
-    matched units: each network in turn is matched to the sum of the others until nothing moves (one step, and
-    exact, for two networks). Returns int64 (N, d).
-    """
-    return assign_parts_jointly({"": similarities}, similarities.shape[-1], sweeps)[0]
-
-
 def assign_parts_jointly(
     similarities: Mapping[str, Tensor], parts: int, sweeps: int = 100, fixed: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same for units in parts, {what: (N, N, parts * size, parts * size)} as in ``assign_parts``.
+    """Match the units of N networks at once, network 0 being the reference.
 
-    Returns int64 (N, parts) and {what: (N, parts, size)}.
+    similarities {what: (N, N, parts * size, parts * size)}: of every two networks' units, for each kind of unit that
+    the parts hold. Maximises their sum over pairs of networks and matched units: each network in turn is matched to
+    the others until nothing moves (one step, and exact, for two networks). Returns int64 (N, parts) and {what: (N,
+    parts, size)} as ``assign_parts`` does.
     """
     networks = len(next(iter(similarities.values())))
     units = torch.arange(parts).repeat(networks, 1)

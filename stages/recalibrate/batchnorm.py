@@ -47,6 +47,6 @@ def recompute_statistics(
     statistics: they were trained with them. Raises InputError when it would not fit in memory.
     """
     visitor = _Statistics(network)
-    needed = peak_bytes(network.trace, 0, batches, visitor, network, storage)
-    check_memory(needed, memory, batches[0].images.device, "recalibrate")
-    Sweep([], batches, network, storage).run(visitor, progress)
+    sweep = Sweep([], batches, network, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "recalibrate")
+    sweep.run(visitor, progress)

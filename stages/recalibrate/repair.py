@@ -26,7 +26,7 @@ TINY = 1e-6  # of a goal's deviation: below it a unit counts as constant
 
 
 class _Repair:
-    """The visitor. It looks at each place after the sources, before the merged network runs on."""
+    """The visitor. It looks at each watched node after the sources, before the merged network runs on."""
 
     def __init__(
         self,
@@ -71,16 +71,16 @@ class _Repair:
     def _goal_and_own(self, node: Node, sweep: Sweep, task: int | None) -> tuple[Tensor, Tensor]:
         """(mean, deviation) that a merged unit should have and those it has: (2, merged width) each."""
         trace, shared = self.network.trace, self.network.shared
-        layout, parts = trace.layouts[node.name], self.network.arrangement(node.name)
+        layout, arrangement = trace.layouts[node.name], self.network.arrangement(node.name)
         shares = self.alignment.shares(layout, shared, sweep.batches[0].images.double())
-        goal = shares.new_zeros(2, parts.width)
-        for m, positions in enumerate(parts.positions):
+        goal = shares.new_zeros(2, arrangement.width)
+        for m, positions in enumerate(arrangement.positions):
             view = lambda index, m=m: self.alignment.view(  # noqa: E731
                 sweep.source(m, node.name, index), layout, layout.dim, shared, m
             )
             share, seen = shares[m], (m if self.owned else None) if task is None else task
             if task is not None:  # the task's own network knows, where it has a part in the unit
-                expert = (parts.owner[positions] < 0).to(share.device) & (shares[task] > 0)
+                expert = (arrangement.owner[positions] < 0).to(share.device) & (shares[task] > 0)
                 share = torch.where(expert, float(m == task), share)
             goal.index_add_(1, positions.to(goal.device), _deviations(sweep, view, layout.dim, seen) * share)
         now = lambda index: self.network.run_node(node, [sweep.of_merged(node.inputs[0], index)])  # noqa: E731
@@ -139,6 +139,6 @@ def repair(
     """
     owned = all(batch.task >= 0 for batch in batches)
     visitor = _Repair(network, sources, alignment, per_task, owned)
-    needed = peak_bytes(network.trace, len(sources), batches, visitor, network, storage)
-    check_memory(needed, memory, batches[0].images.device, "recalibrate")
-    Sweep(sources, batches, network, storage).run(visitor, progress)
+    sweep = Sweep(sources, batches, network, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "recalibrate")
+    sweep.run(visitor, progress)

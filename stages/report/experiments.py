@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from stages.core.recipe.names import present
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import read_json
 from stages.core.settings.params import load_params
-from stages.report.tables import AVERAGE, REFERENCES, TIMINGS
-from stages.report.tables import METRICS as METRICS_FILE
+from stages.report.tables import AVERAGE, METRICS, REFERENCES, TIMINGS
 
-METRICS = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
+MEASURES = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
 RUN = ("profile", "budget", "seed")
 ABSENT = (None, "None", "", "-", "!")  # of dvc: the text for nothing, and for a file that could not be read
 ACCURACIES = {
@@ -30,8 +30,8 @@ def read_runs(commits: int = 1, folders: Sequence[Path] = ()) -> pd.DataFrame:
     """One line per experiment and method: what was set, and the averages over tasks.
 
     commits: how many commits back experiments are looked for. folders: other workspaces (params.yaml and reports/) to
-    read instead. Of runs with the same profile, budget and seed the last one to have a method counts. Raises
-    InputError when there is none with results.
+    read instead. Former names of rows and matchings become the present ones. Of runs with the same profile, budget
+    and seed the last one to have a method counts. Raises InputError when there is none with results.
     """
     found = [_workspace(folder) for folder in folders] if folders else _experiments(commits)
     rows = [row for experiment in found for row in _rows(experiment)]
@@ -62,7 +62,7 @@ def _present(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def _workspace(folder: Path) -> dict[str, Any]:
     """The same of one folder."""
     params = load_params(folder / "params.yaml").model_dump()
-    reports = [read_json(folder / "reports" / name) for name in (METRICS_FILE, TIMINGS)]
+    reports = [read_json(folder / "reports" / name) for name in (METRICS, TIMINGS)]
     flat = {key: value for content in (params, *reports) for key, value in _flat(content)}
     return {"Experiment": folder.name, **flat}
 
@@ -81,13 +81,14 @@ def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if not key.endswith(ending) or value is None:
             continue
         method = key.removesuffix(ending)
-        row = {"experiment": experiment.get("Experiment") or experiment.get("rev"), "method": method}
+        row = {"experiment": experiment.get("Experiment") or experiment.get("rev"), "method": present(method)}
         row |= {name: experiment.get(name) for name in RUN}
         row["images"] = experiment.get("fit.images")
-        for name in METRICS:
+        for name in MEASURES:
             column = method if name in ("latency", "seconds") else f"{method}.{AVERAGE}"
             row[name] = experiment.get(f"{column}.{name}")
-        row["matching"] = experiment.get(f"methods.{method}.match")
+        matching = experiment.get(f"methods.{method}.match")
+        row["matching"] = matching and present(matching)
         row["fit"] = fit_name(
             {
                 key: experiment.get(f"methods.{method}.fit.{key}")
@@ -104,10 +105,10 @@ def fit_name(fit: Mapping[str, Any]) -> str | None:
     """A short name: average, regmean, or inputs and targets of the least squares. None where there is no fit."""
     if fit["solver"] in (None, "average", "regmean"):
         return fit["solver"]
-    parts = [fit["inputs"] or "source", fit["targets"] or "ensemble"]
+    words = [fit["inputs"] or "source", fit["targets"] or "ensemble"]
     return ", ".join(
         [
-            *parts,
+            *words,
             *(["folded"] if fit["norm"] == "fold" else []),
             *(["adam"] if fit["solver"] == "adam" else []),
         ]
@@ -116,7 +117,7 @@ def fit_name(fit: Mapping[str, Any]) -> str | None:
 
 def summary(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Mean, standard deviation and number of seeds of every metric, for each combination of ``keys``."""
-    metrics = [name for name in METRICS if name in runs]
+    metrics = [name for name in MEASURES if name in runs]
     numbers = runs.assign(**{name: pd.to_numeric(runs[name]) for name in metrics})
     grouped = numbers.groupby([*keys, "method"], sort=False)
     table = pd.concat({"mean": grouped[metrics].mean(), "std": grouped[metrics].std()}, axis=1)

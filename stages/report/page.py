@@ -17,7 +17,7 @@ import yaml
 
 from stages.core.settings.params import Params
 from stages.report import tables
-from stages.report.experiments import METRICS, order, summary
+from stages.report.experiments import MEASURES, order, summary
 
 PAGE = "index.html"
 ALTERNATIVES = {  # what a picture shows, for who cannot see it; the numbers are in the tables
@@ -110,7 +110,7 @@ def report_page(
 def experiments_page(runs: pd.DataFrame, pictures: Mapping[str, bytes]) -> str:
     """The page of many experiments (``experiments.read_runs``): mean and spread over seeds, with a chooser."""
     table = summary(runs, ["profile", "budget"])
-    metrics = [name for name in METRICS if table["mean", name].notna().any()]
+    metrics = [name for name in MEASURES if table["mean", name].notna().any()]
     rows = []
     for (profile, budget), own in table.groupby(level=["profile", "budget"], sort=False):
         for method in order(runs):

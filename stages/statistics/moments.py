@@ -43,7 +43,7 @@ class FeatureUnits:
 
     name: str
     start: int
-    units: int
+    count: int
     block: int
 
 
@@ -53,7 +53,7 @@ class Feature:
 
     point: str
     value: str
-    parts: tuple[FeatureUnits, ...]
+    held: tuple[FeatureUnits, ...]
 
 
 @dataclass
@@ -90,23 +90,23 @@ class MomentsVisitor:
         for name, seen in self.features.items():
             most = 0
             for feature in seen:
-                sums = {(feature.point, part.name): self._sum_bytes(part) for part in feature.parts}
+                sums = {(feature.point, units.name): self._sum_bytes(units) for units in feature.held}
                 most = max(most, sum(found.values()) + sum(sums.values()) + self._work_bytes(feature, batch))
                 found |= sums
             if name == node.name:
                 return most
         return 0
 
-    def _sum_bytes(self, part: FeatureUnits) -> int:
-        return 8 * self.tasks * (self.networks * part.units) ** 2
+    def _sum_bytes(self, units: FeatureUnits) -> int:
+        return 8 * self.tasks * (self.networks * units.count) ** 2
 
     def _work_bytes(self, feature: Feature, batch: int) -> int:
         """Rows of one network after the other and side by side; a piece of them in float64, or products of them."""
         layout, own = self.trace.layouts[feature.value], self.trace.shapes[feature.value].numel()
         most = 0
-        for part in feature.parts:
-            width = self.networks * part.units
-            entries = self.networks * batch * own // layout.width * part.units * part.block
+        for units in feature.held:
+            width = self.networks * units.count
+            entries = self.networks * batch * own // layout.width * units.count * units.block
             most = max(
                 most,
                 2 * entries * self.itemsize + max(8 * min(ENTRIES_AT_A_TIME, entries), gram_bytes(width)),
@@ -118,11 +118,11 @@ class MomentsVisitor:
             self._take(sweep, feature)
 
     def _take(self, sweep: Sweep, feature: Feature) -> None:
-        """Arrangement of a value over all batches."""
+        """Sums of the units of a value over all batches."""
         sums: dict[str, _Sums] = {}
         for index, batch in enumerate(sweep.batches):
             values = [sweep.source(m, feature.value, index) for m in range(self.networks)]
-            self._add(sums, self.trace.layouts[feature.value].dim, values, feature.parts, batch.task)
+            self._add(sums, self.trace.layouts[feature.value].dim, values, feature.held, batch.task)
         for group, own in sums.items():
             self._count_alike((feature.point, group), own)
 
@@ -131,16 +131,16 @@ class MomentsVisitor:
         sums: dict[str, _Sums],
         dim: int,
         values: Sequence[Tensor],
-        parts: Sequence[FeatureUnits],
+        held: Sequence[FeatureUnits],
         task: int,
     ) -> None:
-        for part in parts:
-            own = [v.narrow(dim, part.start, part.units * part.block) for v in values]
-            rows = torch.cat([unit_rows(v, dim, part.block) for v in own], 1)
+        for units in held:
+            own = [v.narrow(dim, units.start, units.count * units.block) for v in values]
+            rows = torch.cat([unit_rows(v, dim, units.block) for v in own], 1)
             if self.positions < 1 and len(rows) > len(values[0]):
                 count = max(1, round(self.positions * len(rows)))
                 rows = rows[torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)]
-            self._sum(sums, part.name, rows, task)
+            self._sum(sums, units.name, rows, task)
 
     def _sum(self, sums: dict[str, _Sums], group: str, rows: Tensor, task: int) -> None:
         """rows: (rows, N d)."""
@@ -184,23 +184,23 @@ def features(trace: Trace) -> dict[str, list[Feature]]:
     at, inside = points(trace), points_inside(trace)
     found = dict[str, list[Feature]]()
     for node in trace.graph.nodes:
-        own = [Feature(point, value, _parts(trace, value)) for point, value in at.get(node.name, ())]
+        own = [Feature(point, value, _held(trace, value)) for point, value in at.get(node.name, ())]
         for value, inner, span in inside.get(node.name, ()):
-            part = FeatureUnits(inner.name, span.start, inner.parts * inner.size, span.block)
-            own.append(Feature("inside", value, (part,)))
+            units = FeatureUnits(inner.name, span.start, inner.parts * inner.size, span.block)
+            own.append(Feature("inside", value, (units,)))
         if own:
             found[node.name] = own
     return found
 
 
-def _parts(trace: Trace, value: str) -> tuple[FeatureUnits, ...]:
+def _held(trace: Trace, value: str) -> tuple[FeatureUnits, ...]:
     """The free groups along a value."""
-    start, parts = 0, list[FeatureUnits]()
+    start, held = 0, list[FeatureUnits]()
     for segment in trace.layouts[value].segments:
         if segment.group in trace.spec.free:
-            parts.append(FeatureUnits(segment.group, start, segment.size, segment.block))
+            held.append(FeatureUnits(segment.group, start, segment.size, segment.block))
         start += segment.size * segment.block
-    return tuple(parts)
+    return tuple(held)
 
 
 def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
@@ -284,7 +284,7 @@ def gather(
     tasks = max(batch.task for batch in batches) + 1
     itemsize = batches[0].images.element_size()
     visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator, itemsize)
-    needed = peak_bytes(trace, len(sources), batches, visitor, None, storage)
-    check_memory(needed, memory, batches[0].images.device, "statistics")
-    Sweep(sources, batches, None, storage).run(visitor, progress)
+    sweep = Sweep(sources, batches, None, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "statistics")
+    sweep.run(visitor, progress)
     return visitor.moments()

@@ -13,11 +13,13 @@ from stages.allocate.simple import prefix, uniform
 from stages.allocate.solve import allocate
 from stages.allocate.splits import split_units
 from stages.core.graph.source import Source, Task
-from stages.core.merged.cost import KINDS, source_cost, split_cost
+from stages.core.merged.cost import source_cost, split_cost
 from stages.core.networks.architectures import build
 from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.trace import trace
+
+KINDS = ("macs", "parameters")
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,23 @@ def test_every_way_of_spending_keeps_the_ends(source, by, networks):
     middle = allocate(model, benefits, 1.3, networks, by=by)
     assert model.base < middle.cost <= 1.3 * model.base
     assert middle.bound is None
+
+
+@pytest.fixture
+def benefits(source):
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.rand(g.size, generator=generator).double() for n, g in source.trace.spec.free.items()}
+
+
+def test_an_allocation_above_the_budget_is_a_fault_of_ours(source, benefits, monkeypatch):
+    monkeypatch.setattr(
+        "stages.allocate.solve._fill", lambda model, totals, separate, limit: dict(model.sizes)
+    )
+    with pytest.raises(AssertionError, match=r"allocation costs \d+, the budget is \d+"):
+        split_units(source, benefits, 1.2, 2, "shared", AllocateSection())
+
+
+def test_a_split_that_costs_something_else_is_a_fault_of_ours(source, benefits, monkeypatch):
+    monkeypatch.setattr("stages.allocate.splits.split_cost", lambda *arguments: 7)
+    with pytest.raises(AssertionError, match=r"allocation says \d+ macs, the split has 7"):
+        split_units(source, benefits, 1.2, 2, "shared", AllocateSection())

@@ -90,7 +90,7 @@ class TestNearest:
         public.put("elsewhere", b"1")
         line = refused()
         assert f"s3://{public.bucket}/{KEY}: no such object" in line
-        assert "closest keys there: resnet/modell.safetensors; all: python -m stages.artifacts list" in line
+        assert "closest keys there: resnet/modell.safetensors; see python -m stages.artifacts list" in line
 
     def test_where_the_bucket_may_not_be_listed_that_is_said(self, front, section):
         front.status = 403

@@ -19,8 +19,9 @@ from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
-from stages.fit.layerwise import Fitter
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
+from stages.fit.setup import Setup
+from stages.fit.visitor import FitVisitor
 from stages.recalibrate.batchnorm import recompute_statistics
 
 AVERAGE = Fit(solver="average")
@@ -142,7 +143,7 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
 
 @pytest.mark.parametrize("fit", [PROGRESSIVE, PUBLISHED], ids=["progressive", "published"])
 def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, monkeypatch):
-    monkeypatch.setattr("stages.fit.memory.ROW_ENTRIES", 2**15)
+    monkeypatch.setattr("stages.fit.layer.ROW_ENTRIES", 2**15)
     make, x = family
     made = sources([make(0), make(1)], x)
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
@@ -150,12 +151,11 @@ def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, monkeypatc
     fill_average(network, made)
     own = torch.randn(60, *x.shape[1:], dtype=x.dtype)
     data = images_to_batches([own, own.clone()], 2)
-    fitter = Fitter(network, made, fit, 1e-3)
-    running = network if fit.inputs == "merged" else None
-    promised = peak_bytes(made[0].trace, 2, data, fitter, running, x.dtype)
-    sweep = Sweep(made, data, running, x.dtype)
+    visitor = FitVisitor(Setup(network, made, fit))
+    sweep = Sweep(made, data, network if fit.inputs == "merged" else None, x.dtype)
+    promised = peak_bytes(sweep, visitor)
     with Live() as live:
-        sweep.run(fitter)
+        sweep.run(visitor)
     found = live.peak + sum(batch.images.nbytes for batch in data)
     assert found <= 1.05 * promised
 

@@ -13,7 +13,7 @@ import torch, torchvision
 from stages import merge
 from stages.core.runtime.device import prepare
 from stages.core.sweep.sweep import Sweep
-from stages.fit import merge as fitting
+from stages.fit import network as fitting
 
 prepare("cpu", 1)
 torch.manual_seed(0)
@@ -25,7 +25,7 @@ def resident(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 def watched(self, visitor, progress=None):
-    if type(visitor).__name__ != "Fitter":
+    if type(visitor).__name__ != "FitVisitor":
         return run(self, visitor, progress)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS") - sum(batch.images.nbytes for batch in self.batches)

@@ -7,7 +7,7 @@ from stages.core.sweep.batches import images_to_batches
 from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
 from stages.core.units.moments import pool
-from stages.match.assign import assign, assign_jointly
+from stages.match.assign import assign, assign_parts_jointly
 from stages.match.dual import match_dual
 from stages.statistics.moments import gather
 
@@ -61,7 +61,7 @@ def test_without_weights_it_is_the_matching_by_activations(problem, networks):
     spec, states, alike = problem(networks)
     found, _ = match_dual(spec, states, alike, 0.0, generator())
     for name, units in found.items():
-        assert torch.equal(units, assign_jointly(alike[name]))
+        assert torch.equal(units, assign_parts_jointly({name: alike[name]}, alike[name].shape[-1])[0])
 
 
 def test_with_weights_alone_it_is_a_fixed_point_of_the_matching_by_weights(problem):

@@ -10,7 +10,7 @@ from stages.core.recipe.methods import Fit
 from stages.core.recipe.sections import ProbeSection
 from stages.core.sweep.batches import images_to_batches
 from stages.core.units.matching import full_split, identity_matching
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import Ensemble, OneForAll, Oracle, collect, evaluate, linear_probe
 from stages.probe.latency import relative_latency

@@ -6,7 +6,7 @@ from torch import nn
 from stages.core.recipe.methods import Fit
 from stages.core.sweep.batches import images_to_batches
 from stages.core.units.matching import full_split, identity_matching
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 from stages.recalibrate.batchnorm import recompute_statistics
 
 

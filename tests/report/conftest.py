@@ -123,7 +123,7 @@ def _tables(folder: Path, groups: Sequence[str], methods: Mapping[str, dict], bu
             (folder / f"fit/{method_name}.csv").write_text("\n".join(["layer,residual", *rows]) + "\n")
 
 
-ROWS = ("average", "pleas", "progressive", "zip", "zip_progressive")
+ROWS = ("average", "pleas", "progressive", "zipit", "zipit_progressive")
 
 
 @pytest.fixture

@@ -15,17 +15,30 @@ from stages.report.__main__ import main
 from stages.report.comparison import comparisons
 from stages.report.experiments import fit_name, markdown, order, read_runs, summary, with_joint
 
-ROWS = ("average", "pleas", "progressive", "zip", "zip_progressive")  # of the folders
+ROWS = ("average", "pleas", "progressive", "zipit", "zipit_progressive")  # of the folders
 
 
 def test_every_run_and_method_is_a_line(folders):
     runs = read_runs(folders=folders)
     assert len(runs) == 8 * (len(ROWS) + 2)
     one = runs[(runs["profile"] == "digits") & (runs["seed"] == 1) & (runs["budget"] == 1.5)]
-    row = one.set_index("method").loc["zip_progressive"]
+    row = one.set_index("method").loc["zipit_progressive"]
     assert (row["accuracy"], row["latency"], row["seconds"]) == (72.0, 1.5, 5.0)
-    assert (row["matching"], row["fit"], row["recalibration"]) == ("zip", "merged, own, folded", "batchnorm")
+    assert (row["matching"], row["fit"], row["recalibration"]) == (
+        "zipit",
+        "merged, own, folded",
+        "batchnorm",
+    )
     assert pd.isna(one.set_index("method").loc["oracle", "matching"])
+
+
+def test_older_runs_have_the_present_names(folders):
+    now = read_runs(folders=folders)
+    for folder in folders:
+        for file in ("params.yaml", "reports/metrics.json", "reports/timings.json"):
+            path = folder / file
+            path.write_text(path.read_text().replace("zipit", "zip"))
+    pd.testing.assert_frame_equal(read_runs(folders=folders), now)
 
 
 def test_mean_and_deviation_are_those_of_the_seeds(folders):

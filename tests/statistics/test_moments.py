@@ -93,8 +93,8 @@ def test_statistics_hold_what_was_predicted(name, randomise, sources, monkeypatc
     made = sources([spread(randomise(make(), m), m) for m in (0, 1)], x[:2])
     batches = images_to_batches([x, x.clone()], 2)
     visitor = MomentsVisitor(made[0].trace, 2, 2, 1.0, torch.Generator(), 8)
-    promised = peak_bytes(made[0].trace, 2, batches, visitor, None, x.dtype)
     sweep = Sweep(made, batches, None, x.dtype)
+    promised = peak_bytes(sweep, visitor)
     with Live() as live:
         sweep.run(visitor)
     assert live.peak + sum(batch.images.nbytes for batch in batches) <= 1.05 * promised

@@ -35,10 +35,6 @@ class GroupAlignment:
     weights: Tensor
     correlations: tuple[Tensor, ...]
 
-    def merge(self, network: int) -> Tensor:
-        """The merge matrix of one network, (k, k_m)."""
-        return self.weights[network][:, None] * self.views[network]
-
 
 @dataclass(frozen=True)
 class Alignment:
@@ -69,7 +65,7 @@ class Alignment:
     ) -> Tensor:
         if not self.touches(layout):
             return value
-        parts, start = [], 0
+        mapped, start = [], 0
         for segment in layout.segments:
             part = value.narrow(dim, start, segment.size * segment.block)
             start += segment.size * segment.block
@@ -79,19 +75,19 @@ class Alignment:
                 own, rest = part.split([k * segment.block, (segment.size - k) * segment.block], dim)
                 matrix = found.views[network] if which == "views" else found.unmerges[network].T
                 part = torch.cat([_multiply(matrix, own, dim, segment.block), rest], dim)
-            parts.append(part)
-        return torch.cat(parts, dim)
+            mapped.append(part)
+        return torch.cat(mapped, dim)
 
     def shares(self, layout: Layout, shared: Mapping[str, int], like: Tensor) -> Tensor:
         """What each network counts for in its entries of a value: (N, d); 1 for separate units."""
-        parts = []
+        entries = []
         for segment in layout.segments:
             k = shared.get(segment.group, segment.size)
             found = self.groups.get(segment.group)
             weights = like.new_full((self.networks, k), 1 / self.networks) if found is None else found.weights
-            parts.append(weights.to(like).repeat_interleave(segment.block, 1))
-            parts.append(like.new_ones(self.networks, (segment.size - k) * segment.block))
-        return torch.cat(parts, 1)
+            entries.append(weights.to(like).repeat_interleave(segment.block, 1))
+            entries.append(like.new_ones(self.networks, (segment.size - k) * segment.block))
+        return torch.cat(entries, 1)
 
 
 def _multiply(matrix: Tensor, value: Tensor, dim: int, block: int) -> Tensor:
@@ -158,7 +154,7 @@ def _mixed_variance(
     variance: Tensor, alignment: Alignment, layout: Layout, shared: Mapping[str, int], network: int
 ) -> Tensor:
     """Variance of each unit of a view from that of the network's units and their correlation: diag(T D R D T^T)."""
-    parts, start = [], 0
+    variances, start = [], 0
     for segment in layout.segments:
         part = variance.narrow(0, start, segment.size * segment.block)
         start += segment.size * segment.block
@@ -171,5 +167,5 @@ def _mixed_variance(
             T = found.views[network].to(deviation)
             mixed = torch.stack([((T * s) @ R * (T * s)).sum(1) for s in deviation.unbind(1)], 1).clamp(min=0)
             part = torch.cat([mixed.flatten().to(variance), rest])
-        parts.append(part)
-    return torch.cat(parts)
+        variances.append(part)
+    return torch.cat(variances)

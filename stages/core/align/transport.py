@@ -2,7 +2,7 @@
 
 Group by group in the order of the forward pass. What it costs to pair two units is the Euclidean distance of the
 weights that write them, their inputs already transported, or of their activations in front of the non-linearity.
-All units weigh alike on either side. For equal widths exact transport is an assignment.
+All units weigh alike on either side, and there are as many on both, so that exact transport is an assignment.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def align_transport(problem: Problem, features: str, regularisation: float) -> A
                 if features == "weights"
                 else _activation_cost(problem, name, m)
             )
-            plan = torch.from_numpy(transport(cost.cpu().numpy(), regularisation))  # (k, k_m)
+            plan = torch.from_numpy(transport(cost.cpu().numpy(), regularisation))  # (k, k)
             views.append(plan / plan.sum(1, keepdim=True))
             unmerges.append((plan / plan.sum(0)).T)
         weights = torch.full((problem.networks, k), 1 / problem.networks, dtype=torch.float64)
@@ -54,12 +54,12 @@ def _weight_cost(problem: Problem, alignment: Alignment, group: str, network: in
             for m in (0, network):
                 state = problem.sources[m].state
                 weight = state[node.parameters["weight"]].detach().double()[:k]
-                parts = [
+                columns = [
                     alignment.read(weight, inputs, problem.shared, m)[:, _shared(inputs, problem.shared)]
                 ]
                 if "bias" in node.parameters:
-                    parts.append(state[node.parameters["bias"]].detach().double()[:k, None])
-                rows.append(torch.cat([part.flatten(1) for part in parts], 1))
+                    columns.append(state[node.parameters["bias"]].detach().double()[:k, None])
+                rows.append(torch.cat([own.flatten(1) for own in columns], 1))
             squared = squared + torch.cdist(*rows).square().cpu()
     return squared.sqrt().expand(k, k)
 
@@ -74,24 +74,14 @@ def _shared(layout, shared) -> Tensor:
 
 
 def transport(cost: np.ndarray, regularisation: float = 0.0) -> np.ndarray:
-    """The plan (n, m) of least cost between n and m units that weigh 1/n and 1/m; rows and columns add up to that."""
-    from scipy.optimize import linear_sum_assignment, linprog  # here: slow to import
-    from scipy.sparse import coo_array, vstack
+    """The plan of least cost (k, k) between k and k units that weigh 1/k each: rows and columns add up to that."""
+    from scipy.optimize import linear_sum_assignment  # here: slow to import
 
-    n, m = cost.shape
     if regularisation > 0:
         return _sinkhorn(cost / max(cost.max(), 1e-300), regularisation)
-    if n == m:
-        plan = np.zeros((n, n))
-        plan[linear_sum_assignment(cost)] = 1 / n
-        return plan
-    rows, columns = np.divmod(np.arange(n * m), m)
-    ones = np.ones(n * m)
-    constraints = vstack(
-        [coo_array((ones, (rows, np.arange(n * m)))), coo_array((ones, (columns, np.arange(n * m))))]
-    )
-    marginals = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
-    return linprog(cost.ravel(), A_eq=constraints, b_eq=marginals).x.reshape(n, m)
+    plan = np.zeros_like(cost)
+    plan[linear_sum_assignment(cost)] = 1 / len(cost)
+    return plan
 
 
 def _sinkhorn(
@@ -100,17 +90,17 @@ def _sinkhorn(
     """Sinkhorn's iteration on logarithms, then rounded to the exact marginals (Altschuler et al. 2017, algorithm 2)."""
     from scipy.special import logsumexp  # here: slow to import
 
-    n, m = cost.shape
-    K, u, v = -cost / regularisation, np.zeros(n), np.zeros(m)
+    k = len(cost)
+    K, u, v = -cost / regularisation, np.zeros(k), np.zeros(k)
     for _ in range(steps):
-        u = -np.log(n) - logsumexp(K + v, axis=1)
-        v = -np.log(m) - logsumexp(K + u[:, None], axis=0)
-        if np.abs(np.exp(u + logsumexp(K + v, axis=1)) * n - 1).max() < tolerance:
+        u = -np.log(k) - logsumexp(K + v, axis=1)
+        v = -np.log(k) - logsumexp(K + u[:, None], axis=0)
+        if np.abs(np.exp(u + logsumexp(K + v, axis=1)) * k - 1).max() < tolerance:
             break
     plan = np.exp(K + u[:, None] + v)
-    plan *= np.minimum(1 / n / plan.sum(1), 1)[:, None]
-    plan *= np.minimum(1 / m / plan.sum(0), 1)
-    missing = np.maximum(1 / n - plan.sum(1), 0), np.maximum(1 / m - plan.sum(0), 0)
+    plan *= np.minimum(1 / k / plan.sum(1), 1)[:, None]
+    plan *= np.minimum(1 / k / plan.sum(0), 1)
+    missing = np.maximum(1 / k - plan.sum(1), 0), np.maximum(1 / k - plan.sum(0), 0)
     if missing[0].sum() > 0:
         plan += np.outer(*missing) / missing[0].sum()
     return plan

@@ -40,9 +40,9 @@ class Index:
     total: int
 
 
-def recipe(version: int, **parts: Any) -> Path:
-    """The folder of everything decoded from ``parts`` (JSON values) by one version of the code."""
-    text = json.dumps([version, parts], sort_keys=True)
+def recipe(version: int, **values: Any) -> Path:
+    """The folder of everything decoded from ``values`` (JSON values) by one version of the code."""
+    text = json.dumps([version, values], sort_keys=True)
     return cache_folder() / "decoded" / hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
@@ -89,6 +89,8 @@ def _write(
 ) -> None:
     """Write the array aside and move it into place; then smaller ones of the same recipe are not needed."""
     smaller = _counts(folder)
+    for left in folder.glob("making-*"):  # by a process that was killed: this one holds the folder alone
+        shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder))
     try:
         with open(aside / "images.npy", "wb") as file:

@@ -66,9 +66,9 @@ class Piece:
     stop: int
 
 
-def pieces_of(parts: Arrangement) -> list[Piece]:
+def pieces_of(arrangement: Arrangement) -> list[Piece]:
     """A value cut where the owner changes."""
-    owners, counts = torch.unique_consecutive(parts.owner, return_counts=True)
+    owners, counts = torch.unique_consecutive(arrangement.owner, return_counts=True)
     stops = counts.cumsum(0).tolist()
     return [
         Piece(owner, stop - count, stop)
@@ -76,11 +76,11 @@ def pieces_of(parts: Arrangement) -> list[Piece]:
     ]
 
 
-def held_pieces(parts: Arrangement) -> list[Piece]:
+def held_pieces(arrangement: Arrangement) -> list[Piece]:
     """The pieces in which a value is held while the network runs.
 
     Where nothing is shared, each network's entries stay apart, and the networks run as they would alone. Elsewhere
     the value is one tensor: most rows read all of it.
     """
-    whole = bool((parts.owner < 0).any())
-    return [Piece(-1, 0, parts.width)] if whole else pieces_of(parts)
+    whole = bool((arrangement.owner < 0).any())
+    return [Piece(-1, 0, arrangement.width)] if whole else pieces_of(arrangement)

@@ -76,13 +76,13 @@ class BlockMap(nn.Module):
         for piece, rows in self._plan:
             if owner not in (None, piece.owner):
                 continue
-            parts = []
+            mapped = []
             for i, start, stop, needed in rows:
                 x = self._read(pieces[0], i, dim) if len(pieces) == 1 else _side_by_side(pieces, needed, dim)
                 first = self.blocks[i].start
                 bias = None if self.bias is None else self.bias[start:stop]
-                parts.append(self._map(x, self.weights[i][start - first : stop - first], bias))
-            outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim))
+                mapped.append(self._map(x, self.weights[i][start - first : stop - first], bias))
+            outputs.append(mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim))
         return outputs
 
     def _planned(self) -> Iterator[tuple["Piece", list[tuple[int, int, int, tuple[int, ...]]]]]:

@@ -1,6 +1,6 @@
 """What a merged network costs, counted two ways: from the split alone, and from the network that was built.
 
-A linear map with merged input parts i and output parts o has k_o rows that read all k_i + N s_i inputs and N s_o
+A linear map with merged inputs i and outputs o has k_o rows that read all k_i + N s_i inputs and N s_o
 rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention) costs the same per entry of
 the merged output as of the source's. The heads of separate label spaces are outside the budget: they are there at
 any size.
@@ -12,10 +12,7 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import arrange
 from stages.core.merged.network import MergedNetwork
-from stages.core.runtime.errors import InputError
 from stages.core.units.groups import State
-
-KINDS = ("macs", "parameters")
 
 
 def counted_nodes(trace: Trace, labels: str) -> list[Node]:
@@ -93,4 +90,4 @@ def check_built(network: MergedNetwork, kind: str, promised: int) -> None:
     """Gate: the built network's counted cost is what allocation said."""
     found = built_cost(network, kind)
     if found != promised:
-        raise InputError(f"the built network has {found} {kind}, allocation said {promised}")
+        raise AssertionError(f"the built network has {found} {kind}, allocation said {promised}")

@@ -54,6 +54,7 @@ class MergedNetwork(nn.Module):
         self.shared = {name: int(shared[name]) for name in trace.spec.free}
         self.units = dict(units or {})
         self.about = dict(about or {})
+        self._arrangements: dict[str, Arrangement] = {}
         self._last = trace.graph.last_uses()
         output = trace.graph.output
         if labels == "separate" and output.operation != "linear":
@@ -64,8 +65,8 @@ class MergedNetwork(nn.Module):
         for node in trace.graph.nodes:
             if node.linear:
                 kernel = trace.parameters[node.parameters["weight"]][2:]
-                parts = self.arrangement(node.inputs[0]), self.arrangement(node.name)
-                self.maps[_key(node)] = BlockMap(node, *parts, kernel, "bias" in node.parameters)
+                ends = self.arrangement(node.inputs[0]), self.arrangement(node.name)
+                self.maps[_key(node)] = BlockMap(node, *ends, kernel, "bias" in node.parameters)
             elif node.operation == "batch_norm":
                 norm = nn.BatchNorm2d if len(trace.shapes[node.name]) == 4 else nn.BatchNorm1d
                 affine = "weight" in node.parameters
@@ -92,6 +93,11 @@ class MergedNetwork(nn.Module):
 
     def arrangement(self, value: str) -> Arrangement:
         """How the sources' entries lie in the named value."""
+        if value not in self._arrangements:
+            self._arrangements[value] = self._arrange(value)
+        return self._arrangements[value]
+
+    def _arrange(self, value: str) -> Arrangement:
         if self.labels == "separate" and value == self.trace.graph.output.name:
             return arrange_heads([len(task.classes) for task in self.tasks])
         return arrange(self.trace.layouts[value], self.shared, self.networks)

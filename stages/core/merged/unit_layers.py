@@ -18,16 +18,16 @@ from stages.core.merged.blocks import Block
 class MergedLayer(nn.Module):
     """A norm, a grouped convolution or a lone parameter: parameters by role, as wide as the merged value."""
 
-    def __init__(self, node: Node, trace: Trace, parts: Arrangement) -> None:
+    def __init__(self, node: Node, trace: Trace, arrangement: Arrangement) -> None:
         super().__init__()
-        self.node, self.outputs = node, parts
+        self.node, self.outputs = node, arrangement
         self.attributes = dict(node.attributes)
         if node.attributes.get("groups", 1) > 1:  # as many channels in each as in a source
-            self.attributes["groups"] *= parts.width
+            self.attributes["groups"] *= arrangement.width
             self.attributes["groups"] //= trace.layouts[node.name].width
         for role, name in node.parameters.items():
             shape = list(trace.parameters[name])
-            shape[trace.unit_dim(node, role)] = parts.width
+            shape[trace.unit_dim(node, role)] = arrangement.width
             self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ class ViewNorm(MergedLayer):
     mean of theirs. Where nothing is separate the views are one, and where nothing is shared they are the sources'.
     """
 
-    def __init__(self, node: Node, trace: Trace, parts: Arrangement) -> None:
-        super().__init__(node, trace, parts)
-        self.count = len(parts.positions)
-        whole = all(len(own) == parts.width for own in parts.positions)
+    def __init__(self, node: Node, trace: Trace, arrangement: Arrangement) -> None:
+        super().__init__(node, trace, arrangement)
+        self.count = len(arrangement.positions)
+        whole = all(len(own) == arrangement.width for own in arrangement.positions)
         self.spatial = node.operation == "group_norm"
-        for m, own in enumerate(parts.positions):
+        for m, own in enumerate(arrangement.positions):
             self.register_buffer(f"view{m}", None if whole else torch.sort(own).values, persistent=False)
-        share = torch.full((self.count, parts.width), 1 / self.count)
+        share = torch.full((self.count, arrangement.width), 1 / self.count)
         for m in range(self.count):
-            share[:, parts.owner == m] = 0.0
-            share[m, parts.owner == m] = 1.0
+            share[:, arrangement.owner == m] = 0.0
+            share[m, arrangement.owner == m] = 1.0
         self.register_buffer("share", share, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

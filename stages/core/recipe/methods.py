@@ -1,5 +1,6 @@
 """The rows of the result table as params.yaml has them: `match`, `methods` and `full`."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -32,9 +33,7 @@ class MatchSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "MatchSettings":
-        allowed = ["by", "data", "allocate", *MATCHING_KEYS.get(self.by, ())]
-        for key in self.model_fields_set - set(allowed):
-            raise ValueError(f"{key}: not a setting of by: {self.by}; allowed: {', '.join(allowed)}")
+        _check_used(self, "by", ("data", "allocate", *MATCHING_KEYS.get(self.by, ())))
         return self
 
 
@@ -51,7 +50,8 @@ MATCHING_KEYS = {  # beside those of every matching
 class Fit(Section):
     """How the merged layers come to be.
 
-    ``solver``: average is no fit, exact the closed form, adam the published iteration of PLeaS, regmean RegMean.
+    ``solver``: average is no fit, exact the closed form, adam the published iteration of PLeaS, regmean RegMean, which
+    has inputs: source and targets: own by definition. Only exact has an intercept to fold a batch norm into.
     """
 
     solver: Literal["average", "exact", "adam", "regmean"] = "exact"
@@ -66,15 +66,26 @@ class Fit(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Fit":
-        if self.solver in ("adam", "regmean") and self.norm == "fold":
-            raise ValueError(
-                f"norm: found fold with solver {self.solver}, which has no intercept to fold; allowed: average"
-            )
-        if self.solver == "regmean" and {"inputs", "targets"} & self.model_fields_set:
-            raise ValueError(
-                "solver regmean: has inputs: source and targets: own by definition; allowed: neither key"
-            )
+        _check_used(self, "solver", FIT_KEYS[self.solver])
         return self
+
+
+FIT_KEYS = {
+    "average": (),
+    "exact": ("inputs", "targets", "norm", "ridge"),
+    "adam": ("inputs", "targets", "steps", "learning_rate", "batch_size"),
+    "regmean": ("ridge", "off_diagonal"),
+}
+
+
+def _check_used(settings: Section, choice: str, used: Sequence[str]) -> None:
+    """Refuse a setting that was given although what ``choice`` says does not use it."""
+    for key in type(settings).model_fields:
+        if key in settings.model_fields_set and key not in (choice, *used):
+            allowed = ", ".join((choice, *used))
+            raise ValueError(
+                f"{key}: not a setting of {choice}: {getattr(settings, choice)}; allowed: {allowed}"
+            )
 
 
 class Method(Section):

@@ -6,6 +6,7 @@ again."""
 from pydantic import ValidationError, model_validator
 
 from stages.core.recipe.methods import MatchSettings, Method
+from stages.core.recipe.names import now_called
 from stages.core.recipe.sections import (
     AllocateSection,
     FitSection,
@@ -37,6 +38,13 @@ class Recipe(Section):
     def _check(self) -> "Recipe":
         if not self.methods:
             raise ValueError("methods: found none; allowed: one or more rows of the result table")
+        former = [now_called(f"match.{name}", "matching", name) for name in self.match]
+        for section in ("methods", "full"):
+            for name, method in getattr(self, section).items():
+                former.append(now_called(f"{section}.{name}", "row", name))
+                former.append(now_called(f"{section}.{name}.match", "matching", method.match))
+        if any(former):
+            raise ValueError(next(line for line in former if line))
         for name, method in {**self.full, **self.methods}.items():
             if method.match not in self.match:
                 raise ValueError(
@@ -53,7 +61,10 @@ class Recipe(Section):
         return {name: matching for name, matching in self.match.items() if name in used}
 
     def method(self, name: str) -> Method:
-        """A row by name. Raises InputError when there is none."""
+        """A row by name. Raises InputError when there is none, with the present name where it is a former one."""
+        former = now_called(f"methods.{name}", "row", name)
+        if former:
+            raise InputError(former)
         if name not in self.methods:
             raise InputError(f"method: found {name!r}; allowed: {', '.join(self.methods)}")
         return self.methods[name]

@@ -8,6 +8,8 @@ from stages.core.settings.sections import Count, NonNegative, Positive, Section
 
 Spending = Literal["measured", "uniform", "prefix"]
 
+RIDGE = 1e-3  # of a fit, relative to the mean diagonal of its Gram matrix
+
 
 class StatisticsSection(Section):
     images: Count  # per task
@@ -29,7 +31,7 @@ class AllocateSection(Section):
 class FitSection(Section):
     images: Count  # per task
     batch_size: Count = 100
-    ridge: NonNegative = 1e-3
+    ridge: NonNegative = RIDGE
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     memory: Positive | None = None

@@ -1,18 +1,19 @@
 """params.yaml as checked, typed values. Every key is known, every value has its type; anything else is one line."""
 
 import math
+import re
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from stages.core.runtime.errors import InputError
-from stages.core.settings.places import OWN
+from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN
 from stages.core.settings.profiles import Place, Profile
-from stages.core.settings.sections import Count, Name, Positive, Section
+from stages.core.settings.sections import Count, Name, Positive, Section, Whole
 
 PROFILE_FILES = ("params.yaml", "published.yaml")
 
@@ -20,10 +21,19 @@ PROFILE_FILES = ("params.yaml", "published.yaml")
 Raw = dict[str, Any]
 
 
+def _check_bucket(name: str) -> str:
+    if not re.fullmatch(BUCKET, name) or re.search(r"\.\.|\.-|-\.|^[0-9.]+$|^xn--", name):
+        raise ValueError(f"found {_short(name)}; allowed: {BUCKET_RULE}")
+    return name
+
+
+BucketName = Annotated[str, AfterValidator(_check_bucket)]
+
+
 class ArtifactsSection(Section):
     """The artifact bucket; ``cache`` null means the user's cache folder."""
 
-    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    bucket: BucketName
     prefix: str = ""
     endpoint: str | None = None
     region: str = "us-east-1"
@@ -50,7 +60,7 @@ class Params(Section):
     source: Literal["embedded", "s3", "local"]
     own: str = str(OWN)  # the folder that `source: local` takes files from
     budget: Annotated[float, Field(allow_inf_nan=False)]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Whole
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     threads: Count
     artifacts: ArtifactsSection
@@ -154,8 +164,14 @@ def first_line(error: ValidationError, section: type[Section] = Params, name: st
         return f"{where}: unknown key; allowed: {', '.join(_siblings(section, first['loc']))}"
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     value = first["input"]
-    found = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
+    found = "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
     return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
+
+
+def _short(value: Any) -> str:
+    """``repr`` without the middle of a long one. Python refuses to write a whole number of thousands of digits."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number beyond 10**60"
+    return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"
 
 
 def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:

@@ -1,32 +1,22 @@
 """What a sweep holds in memory, before it runs."""
 
 import math
-from collections.abc import Sequence
 
 import psutil
 import torch
 
-from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
-from stages.core.sweep.batches import Batch, bounded
-from stages.core.sweep.sweep import Merged, Visitor
+from stages.core.sweep.sweep import Sweep, Visitor
 
 GIB = 2**30
 
 
-def peak_bytes(
-    trace: Trace,
-    networks: int,
-    batches: Sequence[Batch],
-    visitor: Visitor,
-    merged: Merged | None = None,
-    storage: torch.dtype | None = None,
-) -> int:
+def peak_bytes(sweep: Sweep, visitor: Visitor) -> int:
     """What a sweep holds at most: values of all images at the worst node, and what the visitor holds there."""
-    images = sum(len(batch.images) for batch in batches)
-    batch = max(len(batch.images) for batch in bounded(batches, trace))
-    own = batches[0].images.element_size()
-    itemsize = (storage or batches[0].images.dtype).itemsize
+    trace, merged, networks = sweep.trace, sweep.merged, len(sweep.sources)
+    images = sum(len(batch.images) for batch in sweep.batches)
+    batch = max(len(batch.images) for batch in sweep.batches)
+    own, itemsize = sweep.dtype.itemsize, sweep.storage.itemsize
     own_entries = {name: networks * shape.numel() for name, shape in trace.shapes.items()}
     entries = {
         name: count + (0 if merged is None else merged.entries(name)) for name, count in own_entries.items()

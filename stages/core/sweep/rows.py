@@ -1,7 +1,7 @@
 """Linear and Conv2d seen as one thing: a matrix W that maps rows of d_in entries to rows of d_out entries.
 
 - Linear: x (n, ..., c) -> rows (n * ..., c); W is the weight, (d_out, c).
-- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per place the kernel is put (im2col);
+- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per position of the kernel (im2col);
   W is the weight (d_out, c, kh, kw) flattened from dimension 1. Entry ``channel * kh * kw + offset`` of a row
   belongs to ``channel``, so the columns that a channel owns are ``taps`` entries side by side.
 """

@@ -46,7 +46,7 @@ class Visitor(Protocol):
 
 
 class Sweep:
-    """One pass of all batches, large ones in parts. The merged network is optional; it runs with the weights it
+    """One pass of all batches, large ones in slices. The merged network is optional; it runs with the weights it
     has at that moment."""
 
     def __init__(
@@ -56,11 +56,11 @@ class Sweep:
         merged: Merged | None = None,
         storage: torch.dtype | None = None,
     ) -> None:
-        trace = sources[0].trace if sources else merged.trace
+        self.trace = trace = sources[0].trace if sources else merged.trace
         self.sources, self.merged, self.graph = sources, merged, trace.graph
         self.batches = batches = bounded(batches, trace)
         return_freed_memory()
-        self.dtype = batches[0].images.dtype
+        self.dtype, self.device = batches[0].images.dtype, batches[0].images.device
         self.storage = storage or self.dtype
         self.weights = task_weights(batches)
         self._actors = [*sources, *([] if merged is None else [merged])]

@@ -90,8 +90,8 @@ class PermutationSpec:
         """
         group = self.groups[name]
         inside = tuple(inner for inner in self.inner.values() if inner.outer == name)
-        places = {(span.axis, span.start) for inner in inside for span in inner.spans}
-        whole = tuple(span for span in group.spans if (span.axis, span.start) not in places)
+        within = {(span.axis, span.start) for inner in inside for span in inner.spans}
+        whole = tuple(span for span in group.spans if (span.axis, span.start) not in within)
         if group.fixed or (inside and not whole):
             return inside
         return (*inside, Inner(name, name, group.size, 1, whole))

@@ -17,25 +17,26 @@ from stages.core.merged.copies import exact_entries
 from stages.core.merged.cost import built_cost, source_cost
 from stages.core.merged.file import load_merged
 from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import images_to_batches
 from stages.core.tracing.trace import trace
 from stages.core.units.matching import full_split
 from stages.core.units.moments import pool
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate
 from stages.statistics.moments import gather
 
 WAYS = {
-    "zip": MatchSettings(by="zip", alpha=0.5, beta=0.3),
-    "cca": MatchSettings(by="cca", ridge=0.1),
-    "transport": MatchSettings(by="transport"),
-    "transport_weights": MatchSettings(by="transport", features="weights"),
-    "sinkhorn": MatchSettings(by="transport", regularisation=0.05),
-    "dual": MatchSettings(by="dual"),
+    "zipit": MatchSettings(by="zip", alpha=0.5, beta=0.3),
+    "cca_merge": MatchSettings(by="cca", ridge=0.1),
+    "ot_fusion": MatchSettings(by="transport"),
+    "ot_fusion_weights": MatchSettings(by="transport", features="weights"),
+    "ot_fusion_sinkhorn": MatchSettings(by="transport", regularisation=0.05),
+    "mudsc": MatchSettings(by="dual"),
 }
 COPIES = {
-    "zip": MatchSettings(by="zip", alpha=1.0, beta=0.3)
+    "zipit": MatchSettings(by="zip", alpha=1.0, beta=0.3)
 }  # a third copy is worth as much as a second one
 AVERAGE = Fit(solver="average")
 PROGRESSIVE = Fit(inputs="merged", targets="own", norm="fold")
@@ -91,7 +92,7 @@ def problem(small, images, sources, calibrate):
 
 
 @pytest.mark.parametrize("networks", [2, 3])
-@pytest.mark.parametrize("way", [name for name in WAYS if name != "sinkhorn"])
+@pytest.mark.parametrize("way", [name for name in WAYS if name != "ot_fusion_sinkhorn"])
 def test_a_permuted_copy_gives_the_network_back(way, networks, small, images, sources, copies, calibrate):
     original = small(0, bias=True)
     original.hidden.bias.data += 2  # a unit that never fires could be any other
@@ -154,7 +155,7 @@ def test_an_aligned_network_without_non_linearities_is_the_same_function(
     networks = [calibrate(randomise(Straight(), m), tasks[m]) for m in (0, 1)]
     found = Problem(sources(networks, tasks[0]), tasks)
     kept = kept and kept(found.spec)
-    matching, splits, alignment = found.aligned(WAYS["cca"], kept)
+    matching, splits, alignment = found.aligned(WAYS["cca_merge"], kept)
     aligned = align(found.sources, matching, splits)
     shared = {name: len(split.shared) for name, split in splits.items()}
     view = alignment.groups["first"].views[1]
@@ -170,7 +171,7 @@ def test_a_folded_norm_says_how_far_the_mixed_units_deviate(randomise, images, s
     x = images(500)
     networks = [calibrate(randomise(Straight(), m), x) for m in (0, 1)]
     found = Problem(sources(networks, x), [x, x])
-    matching, splits, alignment = found.aligned(WAYS["cca"])
+    matching, splits, alignment = found.aligned(WAYS["cca_merge"])
     aligned = align(found.sources, matching, splits)
     shared = {name: len(split.shared) for name, split in splits.items()}
     states = view_states(aligned, alignment, shared)
@@ -182,12 +183,17 @@ def test_a_folded_norm_says_how_far_the_mixed_units_deviate(randomise, images, s
         torch.testing.assert_close(given_off.std(1), state["norm.weight"].abs(), rtol=0.02, atol=0.0)
 
 
+def merge_matrix(group, network):
+    """M_m of ZipIt!: (k, k_m)."""
+    return group.weights[network][:, None] * group.views[network]
+
+
 def test_a_merged_unit_is_the_sum_of_the_merge_matrices(problem, images):
     """views, weights and unmerges of ZipIt!: column-normalised cluster indicators and the indicators themselves."""
     found = problem()
-    _, _, alignment = found.aligned(WAYS["zip"])
+    _, _, alignment = found.aligned(WAYS["zipit"])
     for group in alignment.groups.values():
-        whole = torch.cat([group.merge(m) for m in range(2)], 1)  # (k, 2 k)
+        whole = torch.cat([merge_matrix(group, m) for m in range(2)], 1)  # (k, 2 k)
         indicator = torch.cat(group.unmerges, 0)  # (2 k, k)
         assert set(indicator.unique().tolist()) == {0.0, 1.0}
         assert (indicator.sum(1) == 1).all()
@@ -216,7 +222,7 @@ def test_averaging_is_the_sum_of_merge_weight_unmerge(images, sources):
         identity = [torch.eye(k).double()] * 2
         groups = alignment.groups
         merges = {
-            g: [groups[g].merge(m) for m in range(2)] if g in groups else [i / 2 for i in identity]
+            g: [merge_matrix(groups[g], m) for m in range(2)] if g in groups else [i / 2 for i in identity]
             for g in "ab"
         }
         unmerges = {g: groups[g].unmerges if g in groups else identity for g in "ab"}
@@ -228,7 +234,28 @@ def test_averaging_is_the_sum_of_merge_weight_unmerge(images, sources):
         torch.testing.assert_close(merged.map_of(node).bias.data, bias)
 
 
-def test_norm_layers_that_mixing_cannot_pass_are_refused(images, sources):
+@pytest.mark.parametrize("way", ["zipit", "cca_merge", "ot_fusion"])
+@pytest.mark.parametrize(
+    ("inside", "operation"),
+    [
+        (lambda: nn.GroupNorm(1, 4), "group_norm"),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), "conv2d"),
+        (lambda: nn.InstanceNorm2d(4, affine=True), "group_norm"),
+    ],
+)
+def test_layers_that_mixing_cannot_pass_are_refused(way, inside, operation, images, sources, randomise):
+    tasks = [images(16, m) for m in range(2)]
+    own = [
+        nn.Sequential(nn.Conv2d(2, 4, 3), inside(), nn.ReLU(), nn.Conv2d(4, 3, 6), nn.Flatten())
+        for _ in tasks
+    ]
+    found = Problem(sources([randomise(n, m) for m, n in enumerate(own)], tasks[0]), tasks)
+    message = f"{operation} works on single units of group .*; allowed: a matching that is a permutation"
+    with pytest.raises(InputError, match=message):
+        found.merge(WAYS[way], AVERAGE)
+
+
+def test_an_alignment_of_nothing_leaves_values_as_they_are():
     alignment = Alignment(2)
     assert not alignment.groups
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -269,7 +296,7 @@ def source_values(source, x):
 
 
 @pytest.mark.parametrize("kept", [None, half])
-@pytest.mark.parametrize("way", ["zip", "cca", "sinkhorn", "dual"])
+@pytest.mark.parametrize("way", ["zipit", "cca_merge", "ot_fusion_sinkhorn", "mudsc"])
 def test_repair_restores_mean_and_deviation(way, kept, problem):
     found = problem(bias=True)
     merged, aligned, alignment = found.merge(WAYS[way], AVERAGE, kept and kept(found.spec))
@@ -319,7 +346,7 @@ def test_repair_of_a_network_without_norm_layers_is_folded_into_its_weights(imag
 
 
 @pytest.mark.parametrize("labels", ["shared", "separate"])
-@pytest.mark.parametrize("way", ["zip", "dual"])
+@pytest.mark.parametrize("way", ["zipit", "mudsc"])
 def test_tact_gives_each_task_the_statistics_of_its_own_network(
     way, labels, small, images, sources, calibrate, tmp_path
 ):
@@ -370,7 +397,9 @@ def test_recalibration_leaves_everything_separate_alone(seed):
     made = make_sources(networks, [Task(n, ("0", "1")) for n in "ab"], tasks[0], "shared")
     found = Problem(made, tasks)
     for way in ("batchnorm", "repair", "tact"):
-        merged, aligned, alignment = found.merge(WAYS["cca"], AVERAGE, dict.fromkeys(found.spec.free, ()))
+        merged, aligned, alignment = found.merge(
+            WAYS["cca_merge"], AVERAGE, dict.fromkeys(found.spec.free, ())
+        )
         before = merged.features(tasks[0])
         recalibrate(merged, way, found.batches, aligned, alignment)
         after = merged.features(tasks[0], "a") if way == "tact" else merged.features(tasks[0])

@@ -298,19 +298,32 @@ DAMAGE = {
 }
 
 
+UNFIT = "its header and its tensors do not fit together"
+SAID = {  # in brackets behind that
+    "a tensor missing": "Missing key.*maps.conv4_.bias",
+    "a tensor too many": "Unexpected key.*extra",
+    "a tensor of another shape": "size mismatch for maps.conv4_.bias",
+    "a key missing": "labels",
+    "a node missing": "relu",
+    "an unknown operation": "fold",
+    "another split": "",
+    "a group missing": "conv1",
+}
+
+
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_file_is_refused_in_one_line(merged, tmp_path, what):
     merged().save(tmp_path / "whole")
     tensors, metadata = read_tensors(tmp_path / "whole")
     header = json.loads(metadata["merged"])
     DAMAGE[what](tensors, header)
-    write_tensors(tmp_path / "damaged", tensors, {"merged": json.dumps(header)})
-    refused(tmp_path / "damaged", "damaged")
+    write_tensors(tmp_path / "changed", tensors, {"merged": json.dumps(header)})
+    refused(tmp_path / "changed", rf"{UNFIT} \(.*{SAID[what]}")
 
 
 def test_a_damaged_header_is_refused(tmp_path):
-    write_tensors(tmp_path / "damaged", {"weight": torch.ones(2)}, {"merged": '{"format": "merged-'})
-    refused(tmp_path / "damaged", "damaged")
+    write_tensors(tmp_path / "cut", {"weight": torch.ones(2)}, {"merged": '{"format": "merged-'})
+    refused(tmp_path / "cut", f"{UNFIT}.*JSONDecodeError")
 
 
 # -- copies of a source's entries ---------------------------------------------------------------------------------
@@ -332,3 +345,14 @@ def test_entries_are_copies_where_only_copies_are_read(small, images):
     assert some["conv3"].tolist() == [True] * 3 + [False] * 2 + [True] * 3
     assert some["bn1"].all()
     assert not some["conv4"].any()  # reads the two shared units
+
+
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+def test_how_units_lie_in_a_value_is_computed_once(small, images, labels, monkeypatch):
+    traced = trace(small(0), images())
+    shared = {name: group.size // 2 for name, group in traced.spec.free.items()}
+    merged = MergedNetwork(traced, [Task(n, ("0", "1", "2")) for n in "ab"], labels, shared)
+    for function in ("arrange", "arrange_heads"):
+        monkeypatch.setattr(f"stages.core.merged.network.{function}", None)
+    for name in traced.layouts:
+        assert merged.arrangement(name) is merged.arrangement(name)

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params, nearest, parse_params
@@ -71,7 +75,16 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, data, allocate"),
         (["methods", "average", "match"], "luck", "methods.average.match: found 'luck'; allowed: identity"),
         (["methods", "oracle"], {"match": "identity", "fit": {}}, "methods.oracle: this name is taken"),
-        (["methods", "pleas_adam", "fit", "norm"], "fold", "methods.pleas_adam.fit: norm: found fold"),
+        (
+            ["methods", "pleas_adam", "fit", "norm"],
+            "fold",
+            "methods.pleas_adam.fit: norm: not a setting of solver: adam; allowed: solver, inputs, targets, steps",
+        ),
+        (
+            ["full", "zipit", "fit", "inputs"],
+            "source",
+            "full.zipit.fit: inputs: not a setting of solver: average",
+        ),
         ([*DATA, "kind"], "cats", "profiles.digits.tasks.upright.data.kind: found 'cats'"),
         ([*DATA, "sise"], 3, "profiles.digits.tasks.upright.data.sise: unknown key; allowed: kind, key"),
         ([*DATA, "mean"], [0.1, 0.2], "profiles.digits.tasks.upright.data: mean needs 1 or 1 numbers"),
@@ -93,6 +106,33 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize("section", ["match", "methods", "full"])
+@pytest.mark.parametrize(("former", "name"), RENAMED.items())
+def test_a_former_name_of_a_row_or_a_matching_is_refused_with_the_present_one(section, former, name):
+    kind = "matching" if section == "match" else "row"
+    value = {"by": "identity"} if section == "match" else {"match": "identity", "fit": {}}
+    with pytest.raises(InputError) as error:
+        load_recipe(parse_params(changed([section, former], value)))
+    assert str(error.value) == f"params.yaml: {section}.{former}: this {kind} is now called {name}"
+
+
+@pytest.mark.parametrize("section", ["methods", "full"])
+def test_a_row_that_asks_for_a_matching_by_its_former_name_is_told_the_present_one(section):
+    with pytest.raises(InputError, match=rf"{section}\.mine\.match: this matching is now called zipit$"):
+        load_recipe(parse_params(changed([section, "mine"], {"match": "zip", "fit": {}})))
+
+
+def test_a_method_asked_for_by_its_former_name_is_refused_with_the_present_one():
+    with pytest.raises(InputError, match=r"^methods\.zip: this row is now called zipit$"):
+        load_recipe(load_params(ROOT / "params.yaml")).method("zip")
+
+
+def test_no_name_in_use_is_a_former_one():
+    recipe = load_recipe(load_params(ROOT / "params.yaml"))
+    assert not {*recipe.match, *recipe.methods, *recipe.full} & {*RENAMED}
+    assert {*RENAMED.values()} <= {*recipe.match, *recipe.full}
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="method: found 'x'; allowed: average"):
         load_recipe(load_params(ROOT / "params.yaml")).method("x")
@@ -107,10 +147,6 @@ def test_an_unknown_method_is_named():
             "a proxy has no owner",
         ),
         ({"match": "activations", "fit": {}, "data": "proxy", "recalibrate": "tact"}, "which is per task"),
-        (
-            {"match": "zip", "fit": {"solver": "regmean", "norm": "fold"}},
-            "norm: found fold with solver regmean",
-        ),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(row, message):
@@ -120,6 +156,36 @@ def test_combinations_that_mean_nothing_are_refused(row, message):
     else:
         with pytest.raises(InputError, match=f"methods.mine.*{message}"):
             load_recipe(params)
+
+
+FIT = {
+    "inputs": "merged", "targets": "own", "norm": "fold", "ridge": 0.1, "steps": 3, "learning_rate": 0.1,
+    "batch_size": 4, "off_diagonal": 0.5,
+}  # fmt: skip
+USED = {
+    "average": set(),
+    "exact": {"inputs", "targets", "norm", "ridge"},
+    "adam": {"inputs", "targets", "steps", "learning_rate", "batch_size"},
+    "regmean": {"ridge", "off_diagonal"},
+}
+
+
+@pytest.mark.parametrize("solver", USED)
+def test_a_fit_takes_what_its_solver_uses_and_nothing_else(solver):
+    assert {"solver", *FIT} == set(Fit.model_fields)
+    for key, value in FIT.items():
+        if key in USED[solver]:
+            assert getattr(Fit.model_validate({"solver": solver, key: value}), key) == value
+        else:
+            with pytest.raises(
+                ValueError, match=f"{key}: not a setting of solver: {solver}; allowed: solver"
+            ):
+                Fit.model_validate({"solver": solver, key: value})
+
+
+def test_a_matching_takes_what_its_way_uses_and_nothing_else():
+    with pytest.raises(ValueError, match="rho: not a setting of by: identity; allowed: by, data, allocate"):
+        MatchSettings.model_validate({"by": "identity", "rho": 0.5})
 
 
 def test_a_proxy_that_is_not_there_is_named():
@@ -163,3 +229,76 @@ def test_of_many_names_the_nearest_are_said_and_how_many_more():
     assert said.startswith("pair_rn18, ")
     assert said.endswith(", and 38 more")
     assert len(said.split(", ")) == 6
+
+
+def refused(path, value):
+    with pytest.raises(InputError) as caught:
+        parse_params(changed(path, value))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) <= 300
+    return line
+
+
+def whole_numbers(found, path=()):
+    """Paths of all whole numbers of params.yaml that training reads."""
+    if isinstance(found, dict):
+        return [p for key, value in found.items() for p in whole_numbers(value, (*path, key))]
+    return [path] if isinstance(found, int) and not isinstance(found, bool) else []
+
+
+LATER = ("statistics", "match", "allocate", "fit", "recalibrate", "probe", "methods", "full", "budget")
+NUMBERS = [path for path in whole_numbers(GIVEN) if path[0] not in LATER]
+
+
+@given(st.sampled_from(NUMBERS), st.integers(2**31, 2**70) | st.just(10**5000))
+@settings(max_examples=60, deadline=None)
+def test_whole_numbers_that_no_kernel_can_index_are_refused(path, value):
+    assert str(path[-1]) in refused(list(path), value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("channels", True, "channels: found True (bool); allowed: 1 or 3"),
+        ("classes", ["1", "2", "1"], "classes: found 1 twice; allowed: each name once"),
+        ("classes", "12", "classes: found '12' (str); allowed: list"),
+        ("classes", [1, 2], "classes.0: found 1 (int); allowed: string"),
+        ("classes", ["1"], "at least two names"),
+        ("classes", [str(i % 40) for i in range(80)], "found 0, 1, 2, 3, ... (40) twice"),
+        ("limits", {"pixels": 0}, "limits.pixels: found 0"),
+        ("limits", {"unfold": 0.5}, "limits.unfold: found 0.5"),
+        ("limits", {"files": 1}, "limits.files: unknown key; allowed: pixels, entries, unfold"),
+    ],
+)
+def test_data_that_cannot_be_meant_are_refused(key, value, message):
+    assert message in refused([*DATA, key], value)
+
+
+@pytest.mark.parametrize("name", ["a", "A-b", "a..b", "a.-b", "1.2.3.4", "xn--abc", "a_b", "-ab", "a" * 64])
+def test_a_bucket_name_is_refused_with_the_rule(name):
+    line = refused(["artifacts", "bucket"], name)
+    assert "artifacts.bucket: found" in line
+    assert "allowed: 3 to 63 small letters" in line
+
+
+def test_named_classes_of_shared_labels_are_the_same_in_the_same_order():
+    found = copy.deepcopy(GIVEN)
+    for classes, name in ((["3", "5", "7"], "upright"), (["3", "7", "5"], "rotated")):
+        found["profiles"]["digits"]["tasks"][name]["data"]["classes"] = classes
+    with pytest.raises(
+        InputError, match=r"task rotated: data\.classes: found '7' where task upright has '5'"
+    ):
+        parse_params(found)
+    found["profiles"]["digits"]["labels"] = "separate"
+    parse_params(found)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".th", ".tar", ".pth.tar", ".ckpt", ".bin", ".pkl", ".pth", ".pt", ".safetensors", ""]
+)
+@pytest.mark.parametrize("place", ["a/net{}", "./net{}", "s3://bucket/net{}"])
+def test_a_checkpoint_has_any_suffix(place, suffix):
+    found = copy.deepcopy(GIVEN)
+    found["profiles"]["digits"]["tasks"]["upright"]["checkpoint"] = place.format(suffix)
+    parse_params(found)

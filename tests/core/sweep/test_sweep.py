@@ -13,13 +13,15 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.networks.architectures import build
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.errors import InputError
+from stages.core.sweep import sweep as engine
 from stages.core.sweep.batches import Batch, images_to_batches, task_weights
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
-from stages.fit.layerwise import Fitter
-from stages.fit.merge import fit_network
+from stages.fit.network import fit_network
+from stages.fit.setup import Setup
+from stages.fit.visitor import FitVisitor
 from stages.statistics.moments import gather
 
 
@@ -158,7 +160,7 @@ def measured(sources, batches, merged, looker, storage):
 
 def predicted(sources, batches, merged, looker, itemsize):
     storage = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
-    return peak_bytes(sources[0].trace, len(sources), batches, looker, merged, storage)
+    return peak_bytes(Sweep(sources, batches, merged, storage), looker)
 
 
 @pytest.mark.parametrize("watched", [(), ("conv2d", "linear"), ("batch_norm",), ("add", "concatenate")])
@@ -207,13 +209,13 @@ def test_images_are_counted_in_their_own_type(randomise, sources, storage):
     ],
 )
 def test_a_fit_holds_no_more_than_was_predicted(small, images, sources, splits, fit, monkeypatch):
-    monkeypatch.setattr("stages.fit.memory.ROW_ENTRIES", 2**12)
+    monkeypatch.setattr("stages.fit.layer.ROW_ENTRIES", 2**12)
     made = sources([small(0).float(), small(1).float()], images().float())
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
     network = average_network(made, shared)
     merged = network if fit.inputs == "merged" else None
     batches = images_to_batches([images(100, task).float() for task in (0, 1)], 10)
-    fitter = Fitter(network, made, fit, 1e-3)
+    fitter = FitVisitor(Setup(network, made, fit))
     found = measured(made, batches, merged, fitter, torch.float32)
     promised = predicted(made, batches, merged, fitter, 4)
     assert found <= promised * (1 + 2 / len(batches))
@@ -280,6 +282,18 @@ def test_batches_hold_every_image_once_each_of_one_task(sizes, size):
     weights = task_weights(batches)
     totals = [weights[task] * n for task, n in enumerate(sizes)]
     assert totals == pytest.approx([sum(sizes) / len(sizes)] * len(sizes))
+
+
+@pytest.mark.parametrize("inputs", ["source", "merged"])
+def test_batches_are_bounded_once_for_the_prediction_and_the_sweep(pair, images, monkeypatch, inputs):
+    spec, calls = pair[0].trace.spec, []
+    bound = engine.bounded
+    monkeypatch.setattr(engine, "bounded", lambda *arguments: calls.append(1) or bound(*arguments))
+    batches = images_to_batches([images(6, 0), images(6, 1)], 4)
+    fit_network(
+        pair, identity_matching(spec, 2), full_split(spec), batches, Fit(inputs=inputs), labels="shared"
+    )
+    assert len(calls) == 1
 
 
 def test_what_does_not_fit_is_refused_in_one_line():

@@ -46,7 +46,7 @@ def _read(
         raise InputError(f"{archive.path}: {top}{meta}: found no list {names.decode()}; allowed: {title}")
     classes = tuple(name.decode("utf-8", "replace") for name in found)
     arrays: dict[str, np.ndarray] = {}
-    parts = [_entries(archive, top, part, labels, len(classes), arrays) for part in (train, test)]
+    splits = [_entries(archive, top, part, labels, len(classes), arrays) for part in (train, test)]
 
     def image(name: str) -> "Image":
         from PIL import Image
@@ -54,7 +54,7 @@ def _read(
         batch, row = name.split("#")
         return Image.fromarray(arrays[batch][int(row)].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0))
 
-    return Listing(classes, *parts, image)
+    return Listing(classes, *splits, image)
 
 
 def _entries(

@@ -11,7 +11,7 @@ def read(archive: Archive, title: str) -> Listing:
     """Classes in the order of the lists' numbers, named as the folders (`n02085620-Chihuahua`). Raises InputError."""
     images = folder_of(archive, "Images/", title)
     names: dict[int, str] = {}
-    parts = []
+    splits = []
     for part in ("train", "test"):
         source = folder_of(archive, f"{part}_list.mat", title) + f"{part}_list.mat"
         rows = _rows(archive, source)
@@ -23,10 +23,10 @@ def read(archive: Archive, title: str) -> Listing:
                 )
         found = [(f"{images}Images/{file}", label) for file, label in rows]
         check_present(archive, (name for name, _ in found), source, title)
-        parts.append(found)
+        splits.append(found)
     labels = sorted(names)  # the lists count from 1
     index = {label: position for position, label in enumerate(labels)}
-    train, test = ([(name, index[label]) for name, label in rows] for rows in parts)
+    train, test = ([(name, index[label]) for name, label in rows] for rows in splits)
     classes = tuple(names[label] for label in labels)
     return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))
 

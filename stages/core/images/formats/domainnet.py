@@ -10,7 +10,7 @@ from stages.core.runtime.errors import InputError
 def read(archive: Archive, domain: str, title: str) -> Listing:
     """Classes in the order of the lists' numbers, named as the folders. Raises InputError."""
     names: dict[int, str] = {}
-    parts: list[Entries] = []
+    splits: list[Entries] = []
     for part in ("train", "test"):
         source = f"{domain}_{part}.txt"
         source = folder_of(archive, source, title) + source
@@ -21,9 +21,9 @@ def read(archive: Archive, domain: str, title: str) -> Listing:
             if names.setdefault(label, name) != name:
                 raise InputError(f"{archive.path}: {source}: class {label} is both {names[label]} and {name}")
             rows.append((file, label))
-        parts.append(rows)
+        splits.append(rows)
     images = folder_of(archive, f"{domain}/", title)
     index = {label: position for position, label in enumerate(sorted(names))}
-    train, test = ([(images + file, index[label]) for file, label in rows] for rows in parts)
+    train, test = ([(images + file, index[label]) for file, label in rows] for rows in splits)
     check_present(archive, (name for name, _ in [*train, *test]), f"{domain}_*.txt", title)
     return Listing(tuple(names[label] for label in sorted(names)), train, test)

@@ -6,23 +6,23 @@ from stages.core.runtime.errors import InputError
 
 
 def read(archive: Archive) -> Listing:
-    """Classes are sorted by name and the same in both parts; files that are not images are passed over.
+    """Classes are sorted by name and the same in both splits; files that are not images are passed over.
 
     Raises InputError for any other folder.
     """
     found: dict[str, dict[str, list[str]]] = {}
     tops = set()
     for name in archive.names:
-        parts = name.split("/")
-        depth = next((d for d in (0, 1) if parts[d : d + 1] in (["train"], ["test"])), None)
+        levels = name.split("/")
+        depth = next((d for d in (0, 1) if levels[d : d + 1] in (["train"], ["test"])), None)
         if depth is None or not is_image(name):
             continue
-        if len(parts) < depth + 3:
+        if len(levels) < depth + 3:
             raise InputError(
-                f"{archive.path}: image {name!r} is in no class folder; allowed: {parts[depth]}/<class>/..."
+                f"{archive.path}: image {name!r} is in no class folder; allowed: {levels[depth]}/<class>/..."
             )
-        tops.add("/".join(parts[:depth]))
-        found.setdefault(parts[depth], {}).setdefault(parts[depth + 1], []).append(name)
+        tops.add("/".join(levels[:depth]))
+        found.setdefault(levels[depth], {}).setdefault(levels[depth + 1], []).append(name)
     _check(archive, found, tops)
     classes = tuple(sorted(found["train"]))
     train, test = (

@@ -10,7 +10,7 @@ def read(archive: Archive, title: str) -> Listing:
     lists = folder_of(archive, "annotations/trainval.txt", title)
     images = folder_of(archive, "images/", title)
     names: dict[int, str] = {}
-    parts = []
+    splits = []
     for part in ("trainval", "test"):
         source = f"{lists}annotations/{part}.txt"
         if source not in archive:
@@ -25,9 +25,9 @@ def read(archive: Archive, title: str) -> Listing:
                 )
             rows.append((f"{images}images/{image}.jpg", label))
         check_present(archive, (name for name, _ in rows), source, title)
-        parts.append(rows)
+        splits.append(rows)
     labels = sorted(names)  # the lists count from 1
     index = {label: position for position, label in enumerate(labels)}
-    train, test = ([(name, index[label]) for name, label in rows] for rows in parts)
+    train, test = ([(name, index[label]) for name, label in rows] for rows in splits)
     classes = tuple(names[label] for label in labels)
     return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))

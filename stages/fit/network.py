@@ -12,14 +12,14 @@ from stages.core.graph.source import Source
 from stages.core.merged.cost import check_built, split_cost
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
-from stages.core.runtime.errors import InputError
+from stages.core.recipe.sections import RIDGE
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
-from stages.fit.layerwise import Fitter, LayerFit
-from stages.fit.regmean import RegMean
+from stages.fit.setup import Setup
+from stages.fit.visitor import FitVisitor, LayerFit
 
 
 def fit_network(
@@ -31,7 +31,7 @@ def fit_network(
     *,
     labels: str,
     alignment: Alignment | None = None,
-    ridge: float = 1e-3,
+    ridge: float = RIDGE,
     positions: float = 1.0,
     storage: torch.dtype = torch.float32,
     memory: float | None = None,
@@ -42,35 +42,61 @@ def fit_network(
     """Merge ``sources`` with a matching and a split of its units.
 
     batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
-    shared units beyond pairing them. ridge: see stages.fit.normal. storage: type in which values are kept. memory:
-    GiB, None for what is free. Returns the network and each layer's residual. Raises InputError when it would not
-    fit in memory, or when a gate fails.
+    shared units beyond pairing them. ridge: see stages.fit.equations.solve. storage: type in which values are kept.
+    memory: GiB, None for what is free. Returns the network and each layer's residual. Raises InputError when it would
+    not fit in memory, AssertionError when a gate fails.
     """
     aligned, alignment = align(sources, matching, splits), alignment or Alignment(len(sources))
-    shared = {name: len(split.shared) for name, split in splits.items()}
-    trace = aligned[0].trace
-    tasks, units = [s.task for s in aligned], merged_units(matching, splits)
-    hashes = {s.task.name: s.about["sha256"] for s in aligned if "sha256" in s.about}
-    about = {**(about or {}), "sources": hashes}
-    network = MergedNetwork(trace, tasks, labels, shared, units, about)
-    example = next(iter(aligned[0].state.values()))
-    network.to(device=example.device, dtype=example.dtype)
+    network = build(aligned, matching, splits, labels, about or {})
     fill_average(network, aligned, alignment)
     record: list[LayerFit] = []
     if fit.solver != "average":
         owned = all(batch.task >= 0 for batch in batches)
-        kind = RegMean if fit.solver == "regmean" else Fitter
-        ridge = ridge if fit.ridge is None else fit.ridge
-        fitter = kind(network, aligned, fit, ridge, positions, generator, alignment, owned)
-        running = network if fit.inputs == "merged" else None
-        needed = peak_bytes(trace, len(aligned), batches, fitter, running, storage)
-        check_memory(needed, memory, example.device, "fit")
-        Sweep(aligned, batches, running, storage).run(fitter, progress)
-        record = fitter.record
+        setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
+        record = fit_layers(setup, batches, storage, memory, progress)
+    trace, shared = network.trace, network.shared
     for kind in ("macs", "parameters"):
         check_built(network, kind, split_cost(trace, aligned[0].state, labels, kind, shared, len(aligned)))
     check_separate(network, aligned, batches[0].images)
     return network, record
+
+
+def build(
+    aligned: Sequence[Source],
+    matching: Matching,
+    splits: Mapping[str, UnitSplit],
+    labels: str,
+    about: Mapping[str, Any],
+) -> MergedNetwork:
+    """The merged network, all weights zero, on the sources' device and of their type."""
+    shared = {name: len(split.shared) for name, split in splits.items()}
+    hashes = {s.task.name: s.about["sha256"] for s in aligned if "sha256" in s.about}
+    network = MergedNetwork(
+        aligned[0].trace,
+        [s.task for s in aligned],
+        labels,
+        shared,
+        merged_units(matching, splits),
+        {**about, "sources": hashes},
+    )
+    example = next(iter(aligned[0].state.values()))
+    return network.to(device=example.device, dtype=example.dtype)
+
+
+def fit_layers(
+    setup: Setup,
+    batches: Sequence[Batch],
+    storage: torch.dtype | None = None,
+    memory: float | None = None,
+    progress: str | None = None,
+) -> list[LayerFit]:
+    """Fit every layer of the setup's network, in place, in one sweep over the images."""
+    visitor = FitVisitor(setup)
+    running = setup.network if setup.fit.inputs == "merged" else None
+    sweep = Sweep(setup.sources, batches, running, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "fit")
+    sweep.run(visitor, progress)
+    return visitor.record
 
 
 @torch.no_grad()
@@ -86,6 +112,6 @@ def check_separate(network: MergedNetwork, aligned: Sequence[Source], images: Te
         tolerance = 1e-4 if expected.dtype == torch.float32 else 1e-9
         if (found - expected).abs().max() > tolerance * (1 + expected.abs().max()):
             group = network.trace.layouts[name].segments[0].group
-            raise InputError(
+            raise AssertionError(
                 f"group {group}: everything is separate, but task {source.task.name}'s features changed"
             )

@@ -14,9 +14,10 @@ from stages.core.recipe.methods import Fit
 from stages.core.sweep.batches import Batch, images_to_batches
 from stages.core.sweep.rows import input_rows, kernel_of
 from stages.core.units.matching import full_split, identity_matching
-from stages.fit.layerwise import Fitter
-from stages.fit.merge import fit_network
-from stages.fit.normal import NormalEquations
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.network import fit_network
+from stages.fit.setup import Setup
+from stages.fit.visitor import FitVisitor
 from stages.recalibrate.batchnorm import recompute_statistics
 
 CHOICES = list(itertools.product(["source", "merged"], ["ensemble", "own"]))
@@ -67,24 +68,6 @@ def test_a_network_merged_with_permuted_copies_is_given_back(copied, images, fit
         if node.linear and fit.norm == "average":
             weight = network.state_dict()[node.parameters["weight"]]
             close(merged.map_of(node).weights[0], weight, 1e-7)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("inputs", "targets"), CHOICES)
-@pytest.mark.parametrize(
-    "norm",
-    ["average", "fold"],
-)
-def test_adam_moves_a_copy_no_further_than_its_steps(copied, images, inputs, targets, norm):
-    network, made, matching, batches = copied
-    try:
-        fit = Fit(solver="adam", inputs=inputs, targets=targets, steps=4, norm=norm)
-    except ValueError:  # the published iteration has no intercept to fold
-        assert norm == "fold"
-        return
-    merged, record = merge(made, matching, full_split(made[0].trace.spec), batches, fit)
-    close(merged(images(9, seed=9)), network(images(9, seed=9)), 0.05)
-    assert all(line.residual < 1e-3 for line in record)
 
 
 @torch.no_grad()
@@ -453,25 +436,7 @@ def test_batch_norm_without_weights_of_its_own_is_merged_too(
     close(merged(images(9, seed=9)), network(images(9, seed=9)), 1e-7)
 
 
-# -- Adam ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("inputs", "targets"), CHOICES)
-def test_adam_comes_between_the_average_and_the_closed_form(small, images, sources, splits, inputs, targets):
-    made = sources([small(0), small(1)], images())
-    spec = made[0].trace.spec
-    batches = images_to_batches([images(30, 0), images(30, 1)], 20)
-    shared = {"inputs": inputs, "targets": targets}
-    fits = [Fit(**shared), Fit(solver="adam", steps=200, learning_rate=0.02, **shared),
-            Fit(solver="adam", steps=1, learning_rate=1e-12, **shared)]  # fmt: skip
-    left = [
-        merge(made, identity_matching(spec, 2), full_split(spec), batches, fit)[1][0].residual for fit in fits
-    ]
-    if targets == "own":
-        assert left[0] < left[1] < left[2]
-    else:  # what the images alone lead to is averaged exactly
-        assert max(left) < 1e-9
+# -- the record and the visitor ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fit", EXACT + ADAM, ids=name)
@@ -483,10 +448,10 @@ def test_every_layer_is_recorded_once_in_order(small, images, sources, fit):
     assert [line.layer for line in record] == [n.name for n in made[0].graph.nodes if n.linear]
 
 
-def test_a_fitter_changes_nothing_before_it_visits(small, images, sources):
+def test_a_visitor_changes_nothing_before_it_visits(small, images, sources):
     made = sources([small(0), small(1)], images())
     shared = {n: g.size for n, g in made[0].trace.spec.free.items()}
     merged = MergedNetwork(made[0].trace, [s.task for s in made], "shared", shared).double()
     before = {k: v.clone() for k, v in merged.state_dict().items()}
-    Fitter(merged, made, Fit(), 1e-3)
+    FitVisitor(Setup(merged, made, Fit()))
     assert all(torch.equal(v, before[k]) for k, v in merged.state_dict().items())

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from stages.core.graph.source import Task
-from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.recipe.methods import Fit
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.matching import full_split, identity_matching
-from stages.fit.merge import fit_network
-from stages.fit.regmean import regression_mean
+from stages.fit.network import fit_network
+from stages.fit.solvers.regmean import regression_mean
 
 
 def random(*shape, seed=0):
@@ -22,19 +22,19 @@ def test_it_is_the_least_squares_solution_over_every_network_on_its_own_rows(net
     """min_W sum_t |X_t W - X_t W_t|^2, stacked."""
     X = [random(30, 5, seed=t) for t in range(networks)]
     W = [random(4, 5, seed=10 + t) for t in range(networks)]
-    found, left, energy = regression_mean([x.T @ x for x in X], W, 0.0)
+    found = regression_mean([x.T @ x for x in X], W, 0.0)
     targets = torch.cat([x @ w.T for x, w in zip(X, W, strict=True)])
     expected = torch.linalg.lstsq(torch.cat(X), targets).solution.T
-    torch.testing.assert_close(found, expected)
-    assert left == pytest.approx(float((torch.cat(X) @ expected.T - targets).square().sum()))
-    assert energy == pytest.approx(float(targets.square().sum()))
+    torch.testing.assert_close(found.weight, expected)
+    torch.testing.assert_close(found.residual, (torch.cat(X) @ expected.T - targets).square().sum(0))
+    torch.testing.assert_close(found.energy, targets.square().sum(0))
 
 
 def test_what_no_image_tells_stays_the_mean():
     G = torch.diag(torch.tensor([1.0, 0.0, 2.0]).double())
     W = [random(2, 3, seed=t) for t in range(2)]
-    found, _, _ = regression_mean([G, G], W, 0.0)
-    torch.testing.assert_close(found, (W[0] + W[1]) / 2)
+    found = regression_mean([G, G], W, 0.0)
+    torch.testing.assert_close(found.weight, (W[0] + W[1]) / 2)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.9, 0.0])
@@ -60,9 +60,9 @@ def test_a_network_is_merged_by_the_normal_equations_layer_by_layer(scale):
     assert [line.layer for line in record] == ["0", "2"]
 
 
-def test_settings_that_it_has_by_definition_are_refused():
-    for key, value in (("inputs", "merged"), ("targets", "ensemble")):
-        with pytest.raises(ValueError, match="by definition"):
-            Fit.model_validate({"solver": "regmean", key: value})
-    with pytest.raises(ValueError, match="not a setting of by: identity"):
-        MatchSettings.model_validate({"by": "identity", "rho": 0.5})
+@pytest.mark.parametrize(("key", "value"), [("inputs", "source"), ("targets", "own"), ("norm", "average")])
+def test_settings_that_it_has_by_definition_are_refused(key, value):
+    with pytest.raises(
+        ValueError, match=f"{key}: not a setting of solver: regmean; allowed: solver, ridge, off"
+    ):
+        Fit.model_validate({"solver": "regmean", key: value})

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.runtime.errors import InputError
-from stages.fit.normal import NormalEquations
-from stages.fit.rows import RowEquations
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.rows import RowEquations
+from stages.fit.equations.solve import solve
 
 
 def both(rows, d_in, d_out, intercept, seed, dtype=torch.float64):
@@ -13,7 +14,7 @@ def both(rows, d_in, d_out, intercept, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     z, y = (draw(rows, d_in) @ draw(d_in, d_in) + 2).to(dtype), (draw(rows, d_out) - 3).to(dtype)
-    few = RowEquations(rows + 3, d_in, d_out, intercept, dtype, z.device)  # room that is not needed
+    few = RowEquations(rows + 3, d_in, d_out, intercept, dtype, z.device, "fc")  # room that is not needed
     sums = NormalEquations(d_in, d_out, intercept, z.device)
     for equations in (few, sums):
         for i, part in enumerate(torch.arange(rows).tensor_split(3)):
@@ -32,7 +33,7 @@ def test_the_solution_is_that_of_the_normal_equations(sizes, ridge, intercept, d
     few, sums, start = both(*sizes, intercept, data.draw(st.integers(0, 100)))
     columns = torch.tensor(sorted(data.draw(st.sets(st.integers(0, sizes[1] - 1), min_size=1))))
     rows = torch.tensor(sorted(data.draw(st.sets(st.integers(0, sizes[2] - 1), min_size=1))))
-    one, other = (e.solve(rows, columns, start[rows][:, columns], ridge) for e in (few, sums))
+    one, other = (solve(e.block(rows, columns), start[rows][:, columns], ridge) for e in (few, sums))
     for name in ("weight", "bias", "residual", "energy", "moments"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6)
 
@@ -41,29 +42,29 @@ def test_the_solution_is_that_of_the_normal_equations(sizes, ridge, intercept, d
 def test_without_a_ridge_what_the_rows_leave_open_stays_at_the_start(intercept):
     few, sums, start = both(6, 20, 3, intercept, 0)
     every, inputs = torch.arange(3), torch.arange(20)
-    one, other = (e.solve(every, inputs, start, 0.0) for e in (few, sums))
+    one, other = (solve(e.block(every, inputs), start, 0.0) for e in (few, sums))
     torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-6)
     assert (one.residual < 1e-18 * one.energy).all()
 
 
 def test_rows_in_single_precision_are_solved_in_double():
     few, _, start = both(40, 300, 5, True, 0, torch.float32)
-    found = few.solve(torch.arange(5), torch.arange(300), start, 1e-3)
+    found = solve(few.block(torch.arange(5), torch.arange(300)), start, 1e-3)
     exact = RowEquations(40, 300, 5, True, torch.float64, start.device)
     exact.z, exact.y, exact.weights, exact.count = few.z.double(), few.y.double(), few.weights, few.count
-    expected = exact.solve(torch.arange(5), torch.arange(300), start.double(), 1e-3)
+    expected = solve(exact.block(torch.arange(5), torch.arange(300)), start.double(), 1e-3)
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_no_numbers_are_refused_with_the_layer(value):
-    few, _, start = both(6, 20, 3, True, 0)
+    few, _, _ = both(6, 20, 3, True, 0)
     few.z[2, 4] = value
     with pytest.raises(InputError, match="fc: its inputs or targets hold NaN or infinite values"):
-        few.solve(torch.arange(3), torch.arange(20), start, 1e-3, "fc")
+        few.block(torch.arange(3), torch.arange(20))
 
 
 def test_no_rows_at_all_are_refused_with_the_layer():
-    few = RowEquations(4, 20, 3, True, torch.float64, torch.device("cpu"))
+    few = RowEquations(4, 20, 3, True, torch.float64, torch.device("cpu"), "fc")
     with pytest.raises(InputError, match="fc: no rows to fit it to"):
-        few.solve(torch.arange(3), torch.arange(20), torch.zeros(3, 20), 1e-3, "fc")
+        few.block(torch.arange(3), torch.arange(20))

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.runtime.errors import InputError
-from stages.fit.normal import NormalEquations, solve_symmetric
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.solve import solve
 
 
 def problem(rows, d_in, d_out, seed=0, dtype=torch.float64):
@@ -17,8 +18,8 @@ def problem(rows, d_in, d_out, seed=0, dtype=torch.float64):
     return z.to(dtype), y.to(dtype), start.to(dtype)
 
 
-def accumulate(z, y, intercept, weights=None, batches=4):
-    equations = NormalEquations(z.shape[1], y.shape[1], intercept, z.device)
+def accumulate(z, y, intercept, weights=None, batches=4, name=""):
+    equations = NormalEquations(z.shape[1], y.shape[1], intercept, z.device, name)
     parts = zip(z.tensor_split(batches), y.tensor_split(batches), strict=True)
     for (z_part, y_part), weight in zip(parts, weights or [1.0] * batches, strict=True):
         equations.add(z_part, y_part, weight)
@@ -59,7 +60,7 @@ def by_lstsq(z, y, start, ridge, intercept, w=None):
 def test_the_solution_is_that_of_lstsq(sizes, ridge, intercept, weights, seed):
     z, y, start = problem(60, *sizes, seed)
     w = row_weights(60, weights)
-    solution = accumulate(z, y, intercept, weights).solve(every(y), every(z), start, ridge)
+    solution = solve(accumulate(z, y, intercept, weights).block(every(y), every(z)), start, ridge)
     weight, bias = by_lstsq(z, y, start, ridge, intercept, w)
     torch.testing.assert_close(solution.weight, weight, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(solution.bias, bias, rtol=1e-7, atol=1e-7)
@@ -77,7 +78,7 @@ def test_a_block_is_solved_from_the_inputs_it_may_see(data, intercept, ridge):
     columns = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 6), min_size=1))))
     rows = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 4), min_size=1))))
     start = start[rows][:, columns]
-    solution = accumulate(z, y, intercept).solve(rows, columns, start, ridge)
+    solution = solve(accumulate(z, y, intercept).block(rows, columns), start, ridge)
     weight, bias = by_lstsq(z[:, columns], y[:, rows], start, ridge, intercept)
     torch.testing.assert_close(solution.weight, weight, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(solution.bias, bias, rtol=1e-7, atol=1e-7)
@@ -90,7 +91,7 @@ def test_what_the_data_does_not_determine_stays_at_the_start(dtype, rank, interc
     z, y, start = problem(40, 6, 3, seed)
     mix = torch.randn(40, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     z = (mix @ z[:rank]).to(dtype)
-    solution = accumulate(z, y.to(dtype), intercept).solve(every(y), every(z), start.to(dtype), 0.0)
+    solution = solve(accumulate(z, y.to(dtype), intercept).block(every(y), every(z)), start.to(dtype), 0.0)
     z, y, start = z.double(), y.to(dtype).double(), start.to(dtype).double()
     if intercept:
         z, y = z - z.mean(0), y - y.mean(0)
@@ -105,7 +106,7 @@ def test_what_the_data_does_not_determine_stays_at_the_start(dtype, rank, interc
 def test_inputs_that_are_always_zero_keep_their_start(ridge, intercept):
     z, y, start = problem(50, 6, 3)
     z[:, [1, 4]] = 0.0
-    solution = accumulate(z, y, intercept).solve(every(y), every(z), start, ridge)
+    solution = solve(accumulate(z, y, intercept).block(every(y), every(z)), start, ridge)
     torch.testing.assert_close(solution.weight[:, [1, 4]], start[:, [1, 4]], rtol=1e-12, atol=1e-12)
     assert torch.isfinite(solution.weight).all()
 
@@ -114,9 +115,8 @@ def test_inputs_that_are_always_zero_keep_their_start(ridge, intercept):
 @pytest.mark.parametrize("intercept", [False, True])
 def test_inputs_that_are_all_zero_give_the_start_back(ridge, intercept):
     _, y, start = problem(50, 6, 3)
-    solution = accumulate(torch.zeros(50, 6).double(), y, intercept).solve(
-        every(y), torch.arange(6), start, ridge
-    )
+    z = torch.zeros(50, 6).double()
+    solution = solve(accumulate(z, y, intercept).block(every(y), every(z)), start, ridge)
     torch.testing.assert_close(solution.weight, start)
     torch.testing.assert_close(solution.bias, y.mean(0) if intercept else torch.zeros(3).double())
 
@@ -124,7 +124,7 @@ def test_inputs_that_are_all_zero_give_the_start_back(ridge, intercept):
 def test_a_constant_output_is_left_to_the_intercept():
     z, y, _ = problem(50, 6, 3)
     y[:, 1] = 7.0
-    solution = accumulate(z, y, True).solve(every(y), every(z), torch.zeros(3, 6).double(), 0.0)
+    solution = solve(accumulate(z, y, True).block(every(y), every(z)), torch.zeros(3, 6).double(), 0.0)
     torch.testing.assert_close(solution.weight[1], torch.zeros(6).double(), rtol=0, atol=1e-10)
     assert solution.bias[1] == pytest.approx(7.0)
     assert solution.energy[1] == pytest.approx(0.0, abs=1e-9)
@@ -136,7 +136,7 @@ def test_a_target_the_start_reaches_keeps_the_start(intercept):
     z, _, start = problem(50, 6, 3)
     y = z @ start.T + (5.0 if intercept else 0.0)
     for ridge in (0.0, 1e-3, 10.0):
-        solution = accumulate(z, y, intercept).solve(torch.arange(3), every(z), start, ridge)
+        solution = solve(accumulate(z, y, intercept).block(torch.arange(3), every(z)), start, ridge)
         torch.testing.assert_close(solution.weight, start, rtol=1e-9, atol=1e-9)
         assert (solution.residual <= 1e-12 * solution.energy).all()
 
@@ -145,8 +145,8 @@ def test_a_target_the_start_reaches_keeps_the_start(intercept):
 @settings(max_examples=10, deadline=None, derandomize=True)
 def test_how_rows_are_split_into_batches_does_not_matter(batches, intercept):
     z, y, start = problem(60, 5, 2)
-    one = accumulate(z, y, intercept, batches=1).solve(every(y), every(z), start, 1e-3)
-    some = accumulate(z, y, intercept, batches=batches).solve(every(y), every(z), start, 1e-3)
+    one = solve(accumulate(z, y, intercept, batches=1).block(every(y), every(z)), start, 1e-3)
+    some = solve(accumulate(z, y, intercept, batches=batches).block(every(y), every(z)), start, 1e-3)
     torch.testing.assert_close(some.weight, one.weight, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(some.bias, one.bias, rtol=1e-9, atol=1e-9)
 
@@ -154,8 +154,10 @@ def test_how_rows_are_split_into_batches_does_not_matter(batches, intercept):
 def test_weighting_rows_is_repeating_them():
     z, y, start = problem(40, 5, 2)
     repeated = torch.arange(40).repeat_interleave(torch.tensor([1] * 10 + [2] * 10 + [1] * 10 + [4] * 10))
-    weighted = accumulate(z, y, True, [1.0, 2.0, 1.0, 4.0]).solve(every(y), every(z), start, 1e-2)
-    plain = accumulate(z[repeated], y[repeated], True, batches=1).solve(every(y), every(z), start, 1e-2)
+    weighted = solve(accumulate(z, y, True, [1.0, 2.0, 1.0, 4.0]).block(every(y), every(z)), start, 1e-2)
+    plain = solve(
+        accumulate(z[repeated], y[repeated], True, batches=1).block(every(y), every(z)), start, 1e-2
+    )
     torch.testing.assert_close(weighted.weight, plain.weight, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(weighted.residual, plain.residual, rtol=1e-7, atol=1e-7)
 
@@ -164,7 +166,9 @@ def test_weighting_rows_is_repeating_them():
 def test_float32_rows_come_close_to_float64(offset):
     z, y, start = problem(4000, 12, 3)
     z, y = (z / z.std() + offset).float(), y.float()
-    solution = accumulate(z, y, True, batches=20, weights=[1.0] * 20).solve(every(y), every(z), start, 1e-6)
+    solution = solve(
+        accumulate(z, y, True, batches=20, weights=[1.0] * 20).block(every(y), every(z)), start, 1e-6
+    )
     weight, bias = by_lstsq(z.double(), y.double(), start, 1e-6, True)
     error = (z.double() @ (solution.weight - weight).T + solution.bias - bias).square().mean().sqrt()
     assert error < 1e-4 * y.std()
@@ -176,7 +180,7 @@ def test_the_moments_of_the_output_are_those_of_the_rows():
     z, y, start = problem(60, 5, 3)
     weights = [0.5, 1.0, 2.0, 1.0]
     columns, w = torch.tensor([0, 2, 3]), row_weights(60, weights)[:, None]
-    found = accumulate(z, y, True, weights).solve(every(y), columns, start[:, columns], 1e-3)
+    found = solve(accumulate(z, y, True, weights).block(every(y), columns), start[:, columns], 1e-3)
     mean, variance = found.moments
     out = z[:, columns] @ found.weight.T
     expected = (w * out).sum(0) / w.sum()
@@ -184,40 +188,27 @@ def test_the_moments_of_the_output_are_those_of_the_rows():
     torch.testing.assert_close(variance, (w * (out - expected).square()).sum(0) / w.sum())
 
 
-@pytest.mark.parametrize("kind", ["definite", "singular", "indefinite by rounding"])
-def test_symmetric_systems_of_every_kind_are_solved(kind):
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q
-    values = {"definite": [3.0, 2.0, 1.0, 0.5, 0.1], "singular": [3.0, 2.0, 1.0, 0.0, 0.0],
-              "indefinite by rounding": [3.0, 2.0, 1.0, 1e-17, -1e-17]}[kind]  # fmt: skip
-    G = basis @ torch.diag(torch.tensor(values).double()) @ basis.T
-    right = G @ torch.randn(5, 2, generator=generator, dtype=torch.float64)
-    for penalty in (0.0, 0.1):
-        expected = torch.linalg.pinv(G + penalty * torch.eye(5), rtol=1e-12) @ right
-        torch.testing.assert_close(solve_symmetric((G + G.T) / 2, penalty, right), expected)
-
-
-def test_a_failed_factorisation_is_named_and_solved_otherwise(caplog):
-    G = torch.diag(torch.tensor([1.0, -1e-3]).double())
-    with caplog.at_level("WARNING"):
-        found = solve_symmetric(G, 1e-6, torch.ones(2, 1).double(), "layer3.conv1")
-    assert "layer3.conv1: Cholesky failed at pivot 2 of 2" in caplog.text
-    torch.testing.assert_close(found, torch.tensor([[1 / (1 + 1e-6)], [0.0]]).double())
+def test_no_rows_are_added_once_a_block_is_solved():
+    z, y, _ = problem(40, 5, 2)
+    equations = accumulate(z, y, True, name="conv1")
+    equations.block(every(y), every(z))
+    with pytest.raises(AssertionError, match="conv1: rows are added before"):
+        equations.add(z, y)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("intercept", [False, True])
 def test_values_that_are_no_numbers_are_refused_with_the_layer(value, intercept):
-    z, y, start = problem(40, 5, 2)
+    z, y, _ = problem(40, 5, 2)
     z[13, 2] = value
     with pytest.raises(InputError, match="conv1: its inputs or targets hold NaN or infinite values"):
-        accumulate(z, y, intercept).solve(every(y), every(z), start, 1e-3, "conv1")
+        accumulate(z, y, intercept, name="conv1").block(every(y), every(z))
 
 
 def test_no_rows_at_all_are_refused_with_the_layer():
-    equations = NormalEquations(5, 2, True, torch.device("cpu"))
+    equations = NormalEquations(5, 2, True, torch.device("cpu"), "fc")
     with pytest.raises(InputError, match="fc: no rows to fit it to"):
-        equations.solve(torch.arange(2), torch.arange(5), torch.zeros(2, 5), 1e-3, "fc")
+        equations.block(torch.arange(2), torch.arange(5))
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -227,7 +218,7 @@ def test_the_solution_is_the_same_whatever_is_worked_on_at_a_time(intercept, mon
     found = []
     for block in (512, 3):
         monkeypatch.setattr("stages.core.sweep.gram.BLOCK", block)
-        found.append(accumulate(z, y, intercept).solve(every(y), columns, start[:, columns], 1e-3))
+        found.append(solve(accumulate(z, y, intercept).block(every(y), columns), start[:, columns], 1e-3))
     for name in ("weight", "bias", "residual", "energy", "moments"):
         one, other = (getattr(solution, name) for solution in found)
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9)

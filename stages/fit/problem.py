@@ -1,0 +1,79 @@
+"""What a layer's fit is given: inputs and targets over all images, as maps or as rows, and what they count for."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.core.sweep.rows import input_rows, kernel_of, output_rows
+from stages.core.sweep.sweep import Sweep
+from stages.fit.features import inputs_of, targets_of
+from stages.fit.layer import Layer
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """What is left of a layer's targets, and their energy; where the fit has one, the intercept that it asks for.
+
+    bias: (d_out,). moments: (2, d_out), mean and variance of what the weights alone give. float64, zero for rows that
+    were not fitted.
+    """
+
+    residual: float
+    energy: float
+    bias: Tensor | None = None
+    moments: Tensor | None = None
+
+
+class LayerProblem:
+    """A ``layer`` with its data: every batch of a sweep."""
+
+    def __init__(self, layer: Layer, sweep: Sweep) -> None:
+        self.layer, self.setup, self.node = layer, layer.setup, layer.node
+        self._sweep = sweep
+        self.dtype = sweep.dtype
+
+    def batches(self) -> Iterator[tuple[int, int, float]]:
+        """Index, task and weight of every batch; its images weigh alike."""
+        for index, batch in enumerate(self._sweep.batches):
+            yield index, batch.task, self._sweep.weights[batch.task]
+
+    def images(self, task: int | None = None) -> int:
+        """How many there are, of one task or in all."""
+        return sum(len(batch.images) for batch in self._sweep.batches if task in (None, batch.task))
+
+    def inputs(self, index: int) -> Tensor:
+        """z of one batch, in the merged network's entries."""
+        return inputs_of(self.setup, self.node, self._sweep, index)
+
+    def targets(self, index: int) -> Tensor:
+        """y of one batch, in the merged network's entries."""
+        return targets_of(self.setup, self.node, self._sweep, index)
+
+    def counted(self, task: int) -> Tensor:
+        """Which outputs an image of ``task`` counts for: bool (1, d_out)."""
+        owner = self.layer.module.outputs.owner
+        counted = owner == task if self.layer.own_rows else torch.ones_like(owner, dtype=torch.bool)
+        return counted[None].to(self.layer.device)
+
+    def each_rows(self, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
+        """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
+        z, y = self.inputs(index), self.targets(index)
+        step, kernel = self.layer.images_by_row, kernel_of(self.layer.module.weights[0])
+        for z_some, y_some in zip(z.split(step), y.split(step), strict=True):
+            use(*self._drawn(input_rows(self.node, z_some, kernel), output_rows(self.node, y_some)))
+
+    def each_input_rows(self, index: int, use: Callable[[Tensor], None]) -> None:
+        """The same of z alone."""
+        kernel = kernel_of(self.layer.module.weights[0])
+        for z_some in self.inputs(index).split(self.layer.images_by_row):
+            use(*self._drawn(input_rows(self.node, z_some, kernel)))
+
+    def _drawn(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows at the drawn positions of some images."""
+        if self.setup.positions == 1 or self.node.operation != "conv2d" or self.layer.places == 1:
+            return rows
+        count = max(1, round(self.setup.positions * len(rows[0])))
+        kept = torch.randperm(len(rows[0]), generator=self.setup.generator)[:count].to(rows[0].device)
+        return tuple(own[kept] for own in rows)

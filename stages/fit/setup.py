@@ -1,0 +1,81 @@
+"""What all layers of one merge have in common: the networks, how they are aligned, and the settings of the fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stages.core.align.alignment import Alignment
+from stages.core.graph.folding import exclusive_norms
+from stages.core.graph.nodes import Node
+from stages.core.graph.source import Source
+from stages.core.merged.copies import exact_entries
+from stages.core.merged.network import MergedNetwork
+from stages.core.recipe.methods import Fit
+from stages.core.recipe.sections import RIDGE
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A merged ``network`` and the ``sources`` it is fitted to, units in merged order, seen through ``alignment``.
+
+    ridge: relative to the mean diagonal of G; a ridge of ``fit`` comes first. positions: share of a feature map's
+    positions that is used, drawn with ``generator``. owned: whether every image has a task.
+    """
+
+    network: MergedNetwork
+    sources: Sequence[Source]
+    fit: Fit
+    ridge: float = RIDGE
+    positions: float = 1.0
+    generator: torch.Generator | None = None
+    alignment: Alignment | None = None
+    owned: bool = True
+
+    def __post_init__(self) -> None:
+        fixed = {
+            "generator": self.generator or torch.Generator().manual_seed(0),
+            "alignment": self.alignment or Alignment(len(self.sources)),
+        }
+        if self.fit.ridge is not None:
+            fixed["ridge"] = self.fit.ridge
+        if self.fit.solver == "regmean":  # by definition
+            fixed["fit"] = self.fit.model_copy(update={"inputs": "source", "targets": "own"})
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        """For each value which entries are copies of a source's, to be left alone: bool (merged width,)."""
+        return exact_entries(self.network)
+
+    @cached_property
+    def norms(self) -> dict[str, Node]:
+        """{linear node: the batch norm that alone reads it}."""
+        return exclusive_norms(self.network.trace.graph)
+
+    @cached_property
+    def folded(self) -> dict[str, Node]:
+        """Of those, where the layer is fitted to what the batch norm behind it gives."""
+        return {
+            name: norm
+            for name, norm in self.norms.items()
+            if self.fit.norm == "fold" and "weight" in norm.parameters
+        }
+
+    @cached_property
+    def scaled(self) -> dict[str, Node]:
+        """Of those, where the alignment mixes units, which then have the scale that the batch norm gives them."""
+        layouts = self.network.trace.layouts
+        return {
+            name: norm
+            for name, norm in self.norms.items()
+            if self.alignment.touches(layouts[name]) and "weight" in norm.parameters
+        }
+
+    def own_rows(self, node: Node) -> bool:
+        """Heads of separate label spaces are fitted on their own task's rows, where images have a task."""
+        separate = self.network.labels == "separate" and node is self.network.trace.graph.output
+        return separate and self.owned

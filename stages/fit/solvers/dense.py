@@ -1,0 +1,78 @@
+"""The closed form for layers whose outputs read every input: ridge regression, one block of the layer at a time."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.core.sweep.rows import weight_matrix
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.rows import RowEquations
+from stages.fit.equations.solve import Solution, solve
+from stages.fit.layer import Layer
+from stages.fit.problem import LayerProblem, LayerSolution
+from stages.fit.start import starts
+
+
+class Dense:
+    """Holds sums of products of a layer's inputs, or the rows themselves where those are few; then solves them."""
+
+    def bytes(self, layer: Layer, images: int, batch: int) -> int:
+        sizes, blocks, count = (layer.d_in, layer.d_out), layer.block_sizes, layer.few_rows(images)
+        adding = layer.rows_bytes(batch)
+        if count is not None:
+            held = RowEquations.bytes(count, *sizes, layer.module.weights[0].element_size())
+            return held + max(adding, *(RowEquations.solve_bytes(count, *block) for block in blocks))
+        equations = len(layer.setup.sources) if layer.own_rows else 1
+        adding += NormalEquations.add_bytes(*sizes)
+        solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in blocks]
+        return equations * NormalEquations.bytes(*sizes) + max(adding, *solving)
+
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
+        layer, module = problem.layer, problem.layer.module
+        equations = self._equations(problem)
+        for index, task, weight in problem.batches():
+            into = equations[task if layer.own_rows else 0]
+            problem.each_rows(index, partial(into.add, weight=weight))
+        start = starts(layer)
+        bias, mean, variance = torch.zeros(3, layer.d_out, dtype=torch.float64, device=layer.device)
+        residual = energy = 0.0
+        for i, block in enumerate(module.blocks):
+            for rows in layer.row_sets(block):
+                these = equations[int(module.outputs.owner[rows[0]]) if layer.own_rows else 0]
+                found = self._solve(problem, these, i, rows, start[i])
+                bias[rows] = found.bias
+                if layer.intercept:
+                    mean[rows], variance[rows] = found.moments
+                residual += float(found.residual.sum())
+                energy += float(found.energy.sum())
+                del found  # before the next block's is made beside it
+        if not layer.fitted.any():
+            return None
+        return LayerSolution(residual, energy, bias, torch.stack([mean, variance]))
+
+    def _equations(self, problem: LayerProblem) -> list[NormalEquations | RowEquations]:
+        """One for all tasks, or one for each where a task has a head of its own."""
+        layer = problem.layer
+        sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
+        tasks = range(len(layer.setup.sources)) if layer.own_rows else [None]
+        if layer.few_rows(problem.images()) is None:
+            return [NormalEquations(*sizes, *what) for _ in tasks]
+        counts = [layer.few_rows(problem.images(task)) for task in tasks]
+        return [RowEquations(count, *sizes, problem.dtype, *what) for count in counts]
+
+    def _solve(
+        self,
+        problem: LayerProblem,
+        equations: NormalEquations | RowEquations,
+        i: int,
+        rows: Tensor,
+        start: Tensor,
+    ) -> Solution:
+        """Solve and install some rows of block i. start: (rows of the block, columns, ...)."""
+        layer, block = problem.layer, problem.layer.module.blocks[i]
+        weight, local = layer.module.weights[i], rows - block.start
+        system = equations.block(rows.to(layer.device), layer.columns(block))
+        found = solve(system, weight_matrix(start[local]).double(), problem.setup.ridge)
+        weight[local] = found.weight.to(weight.dtype).view_as(weight[local])
+        return found

@@ -1,0 +1,121 @@
+"""RegMean (Jin et al. 2023): W = (sum_t G_t)^-1 sum_t G_t W_t^T, layer by layer.
+
+G_t is the Gram matrix of network t's inputs on its own task's images, W_t its weights; off-diagonal entries are
+scaled, which keeps the solution near the sources. What is not a linear map, biases included, is averaged. After an
+alignment, both are those of the network as seen through it; with separate units, of all the inputs a block reads.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.core.align.alignment import view_states
+from stages.core.merged.blocks import Block
+from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restricted
+from stages.fit.average import average_block
+from stages.fit.equations.solve import Solution, solve
+from stages.fit.layer import Layer
+from stages.fit.problem import LayerProblem, LayerSolution
+from stages.fit.setup import Setup
+
+
+class RegMean:
+    """Holds every task's Gram matrix, then those restricted to a block's inputs."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.states = view_states(setup.sources, setup.alignment, setup.network.shared)
+
+    def bytes(self, layer: Layer, images: int, batch: int) -> int:
+        networks = len(self.states)
+        solving = [
+            8 * columns * ((networks + 2) * columns + (2 * networks + 3) * rows)
+            for columns, rows in layer.block_sizes
+        ]
+        return 8 * networks * layer.d_in**2 + max(layer.rows_bytes(batch) + gram_bytes(layer.d_in), *solving)
+
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
+        layer, module = problem.layer, problem.layer.module
+        merged = module.outputs.owner < 0  # separate units keep their network's weights
+        if not merged.any():
+            return None
+        grams, residual, energy = self._grams(problem), 0.0, 0.0
+        for block, weight in zip(module.blocks, module.weights, strict=True):
+            rows = merged[block.start : block.stop].nonzero().flatten().to(weight.device)
+            if len(rows):
+                columns = layer.columns(block)
+                found = regression_mean(
+                    [restricted(G, columns) for G in grams],
+                    [own[rows].flatten(1).double() for own in self._networks(layer, block)],
+                    problem.setup.ridge,
+                    layer.node.name,
+                )
+                weight[rows] = found.weight.to(weight.dtype).view_as(weight[rows])
+                residual += float(found.residual.sum())
+                energy += float(found.energy.sum())
+        return LayerSolution(residual, energy)
+
+    def _grams(self, problem: LayerProblem) -> list[Tensor]:
+        """G_t of every task, off-diagonal entries scaled: (d_in, d_in) each."""
+        layer = problem.layer
+        options = {"dtype": torch.float64, "device": layer.device}
+        grams = [torch.zeros(layer.d_in, layer.d_in, **options) for _ in self.states]
+        for index, task, weight in problem.batches():
+            problem.each_input_rows(index, partial(add_gram, grams[task], weight=weight))
+        for G in grams:
+            complete_gram(G)
+            diagonal = G.diagonal().clone()
+            G.mul_(problem.setup.fit.off_diagonal).diagonal().copy_(diagonal)
+        return grams
+
+    def _networks(self, layer: Layer, block: Block) -> list[Tensor]:
+        """W_t of a block: what each network alone would put there, zero where it has nothing."""
+        own = [state[layer.node.parameters["weight"]] for state in self.states]
+        whole = [weight.new_ones(len(weight)) for weight in own]
+        return [
+            average_block(
+                [weight if n == m else torch.zeros_like(weight) for n, weight in enumerate(own)],
+                block,
+                layer.module.inputs,
+                layer.module.outputs,
+                whole,
+            )
+            for m in range(len(own))
+        ]
+
+
+@dataclass(frozen=True)
+class RegressionMean:
+    """min sum_t tr (W - W_t) G_t (W - W_t)^T as a ``System``. grams: (d_in, d_in) each, weights: (d_out, d_in) each."""
+
+    grams: list[Tensor]
+    weights: list[Tensor]
+    name: str = ""
+    weight: float = 1.0
+    eps: float = torch.finfo(torch.float32).eps
+    means: None = None
+
+    def matrix(self) -> Tensor:
+        return sum(self.grams)
+
+    def mean_diagonal(self, matrix: Tensor) -> float:
+        return float(matrix.diagonal().mean())
+
+    def left_by(self, start: Tensor, matrix: Tensor) -> Tensor:
+        return sum(G @ (W - start).T for G, W in zip(self.grams, self.weights, strict=True))
+
+    def moved(self, start: Tensor, solved: Tensor) -> Tensor:
+        return start + solved.T
+
+    def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given, residual, energy = (
+            sum(((V @ G) * V).sum(1) for G, V in zip(self.grams, own, strict=True))
+            for own in ([W] * len(self.grams), [W - own for own in self.weights], self.weights)
+        )
+        return given, residual, energy
+
+
+def regression_mean(grams: list[Tensor], weights: list[Tensor], ridge: float, name: str = "") -> Solution:
+    """Float64. The ridge is towards the mean of the weights, so that what no image tells stays there."""
+    return solve(RegressionMean(grams, weights, name), sum(weights) / len(weights), ridge)

@@ -1,0 +1,84 @@
+"""Layer-wise fitting inside a sweep: PLeaS, RegMean and progressive as settings of one least-squares problem.
+
+At every Linear and Conv2d the merged layer is fitted on all images, installed, and the sweep goes on, so that a
+later layer sees what the earlier ones really give (``inputs: merged``) or what the sources give (``inputs: source``).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from stages.core.graph.nodes import Node
+from stages.core.sweep.norms import moments_bytes
+from stages.core.sweep.sweep import Sweep
+from stages.fit.intercepts import Intercepts
+from stages.fit.layer import Layer
+from stages.fit.problem import LayerProblem, LayerSolution
+from stages.fit.setup import Setup
+from stages.fit.solvers.adam import Adam
+from stages.fit.solvers.dense import Dense
+from stages.fit.solvers.grouped import Grouped
+from stages.fit.solvers.regmean import RegMean
+
+
+@dataclass
+class LayerFit:
+    """One line of the record: relative residual energy of a layer's fit."""
+
+    layer: str
+    residual: float
+
+
+class Solver(Protocol):
+    """How one layer is fitted."""
+
+    def bytes(self, layer: Layer, images: int, batch: int) -> int:
+        """What it holds, beside the values that the sweep keeps; ``batch``: the most images that are worked with."""
+        ...
+
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
+        """Fit the layer and install its weights; None where there is nothing to fit."""
+        ...
+
+
+class FitVisitor:
+    """Fits each layer of a merged network. After the sweep ``record`` has one entry per fitted layer."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.record: list[LayerFit] = []
+        self._intercepts = Intercepts(setup)
+        self._solvers = solvers(setup)
+
+    def wants(self, node: Node) -> bool:
+        if node.fitted:
+            return self._solver(node) is not None
+        return node.operation == "batch_norm" and self.setup.fit.inputs == "merged"
+
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        if not node.fitted:
+            return moments_bytes(self.setup.network, node, batch)
+        return self._solver(node).bytes(Layer(self.setup, node), images, batch)
+
+    def visit(self, node: Node, sweep: Sweep) -> None:
+        if not node.fitted:
+            self._intercepts.set_statistics(node, sweep)
+            return
+        layer = Layer(self.setup, node)
+        found = self._solver(node).fit(LayerProblem(layer, sweep))
+        if found is not None:
+            self._intercepts.install(layer, found)
+            self.record.append(
+                LayerFit(layer.name, found.residual / found.energy if found.energy > 0 else 0.0)
+            )
+
+    def _solver(self, node: Node) -> Solver | None:
+        return self._solvers[node.grouped]
+
+
+def solvers(setup: Setup) -> dict[bool, Solver | None]:
+    """For layers whose outputs read all inputs (False) and for grouped ones (True); None: they stay the average."""
+    if setup.fit.solver == "regmean":
+        return {False: RegMean(setup), True: None}
+    if setup.fit.solver == "adam":
+        return {False: Adam(), True: Adam()}
+    return {False: Dense(), True: Grouped()}
