@@ -81,7 +81,7 @@ def _check_zip(path: Path) -> None:
             raise InputError(f"{path}: refused: a TorchScript file, which holds code; {ALLOWED}")
         if len(entries) > MOST_ENTRIES or len(names) != len(entries):
             raise InputError(
-                f"{path}: found {len(entries)} entries of {len(names)} names; allowed: one of each, up to {MOST_ENTRIES}"
+                f"{path}: found {len(entries)} entries of {len(names)} names; allowed: one each, up to {MOST_ENTRIES}"
             )
         if any(info.compress_type != zipfile.ZIP_STORED for info in entries):
             raise InputError(f"{path}: found compressed entries; {ALLOWED}, which compresses nothing")

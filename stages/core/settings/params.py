@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -182,4 +183,6 @@ def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:
             annotation = annotation.model_fields[part].annotation
         else:  # dict[Name, Section]: the part is a name of the user's choice
             annotation = annotation.__args__[-1]
+        if isinstance(annotation, UnionType):  # a section or null
+            annotation = next(each for each in annotation.__args__ if each is not type(None))
     return list(annotation.model_fields)

@@ -32,6 +32,8 @@ class Merged(Protocol):
 
     def entries(self, value: str) -> int: ...
 
+    def map_of(self, node: Node) -> torch.nn.Module: ...
+
 
 class Visitor(Protocol):
     """Looks at the nodes it wants, after the sources ran them and before the merged network does."""

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.recipe.methods import Fit, MatchSettings, Refine
 from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
@@ -46,6 +46,7 @@ def test_the_default_methods_are_there():
         "pleas",
         "pleas_adam",
         "progressive",
+        "progressive_refined",
     ]
 
 
@@ -160,13 +161,13 @@ def test_combinations_that_mean_nothing_are_refused(row, message):
 
 FIT = {
     "inputs": "merged", "targets": "own", "norm": "fold", "ridge": 0.1, "steps": 3, "learning_rate": 0.1,
-    "batch_size": 4, "off_diagonal": 0.5,
+    "batch_size": 4, "off_diagonal": 0.5, "refine": Refine(steps=7),
 }  # fmt: skip
 USED = {
-    "average": set(),
-    "exact": {"inputs", "targets", "norm", "ridge"},
-    "adam": {"inputs", "targets", "steps", "learning_rate", "batch_size"},
-    "regmean": {"ridge", "off_diagonal"},
+    "average": {"refine"},
+    "exact": {"inputs", "targets", "norm", "ridge", "refine"},
+    "adam": {"inputs", "targets", "steps", "learning_rate", "batch_size", "refine"},
+    "regmean": {"ridge", "off_diagonal", "refine"},
 }
 
 
