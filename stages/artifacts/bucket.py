@@ -27,6 +27,7 @@ from stages.artifacts.listing import closest
 from stages.core.runtime.cache import alone, cache_folder
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import FULL, replacing, sha256
+from stages.core.runtime.progress import Bar
 from stages.core.settings.params import ArtifactsSection
 from stages.core.settings.places import split_url
 
@@ -36,7 +37,6 @@ ATTEMPTS = 4  # failed in a row
 PAUSE = 0.2  # seconds after the first of them, then twice as long each time
 LEAST = 1 << 13  # bytes a second; a slower connection counts as cut
 VERSIONS = 3  # of an object that changes while it is read
-BAR = {"unit": "B", "unit_scale": True, "disable": None}  # None: shown on a terminal alone
 
 log = logging.getLogger(__name__)
 
@@ -150,11 +150,11 @@ class Bucket:
             kept = target.tell()
             log.info("%s: downloading %s, %s of it kept from before", name, _size(version.size), _size(kept))
             _room(folder, version.size - kept)
-            with tqdm(total=version.size, initial=kept, desc=key, **BAR) as bar:
+            with Bar(total=version.size, initial=kept, desc=key, unit="B", unit_scale=True) as bar:
                 self._fill(key, version, target, bar)
         return self._checked(key, part, version)
 
-    def _fill(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+    def _fill(self, key: str, version: Version, target: BinaryIO, bar: Bar) -> None:
         """Ask for what is missing until nothing is; give up after ATTEMPTS cuts in a row."""
         name, failed = self.store.name(key), 0
         while target.tell() < version.size:
@@ -188,7 +188,7 @@ class Bucket:
             log.info("%s: cut at %s (%s); resuming", name, _size(have), why)
             time.sleep(PAUSE * 2 ** max(failed - 1, 0))
 
-    def _stream(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+    def _stream(self, key: str, version: Version, target: BinaryIO, bar: Bar) -> None:
         """Append one answer's bytes to ``target``, a chunk at a time."""
         start = target.tell()
         answer = self.store.read(key, version, start)
