@@ -22,10 +22,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tqdm import tqdm
 
 from stages.artifacts.checks import Version, difference
-from stages.artifacts.client import BUSY, UNREADABLE, Store, reason, refusal, status, within
+from stages.artifacts.client import BUSY, UNREADABLE, MissingError, Store, reason, refusal, status, within
+from stages.artifacts.listing import closest
 from stages.core.runtime.cache import alone, cache_folder
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import FULL, replacing, sha256
+from stages.core.runtime.progress import Bar
 from stages.core.settings.params import ArtifactsSection
 from stages.core.settings.places import split_url
 
@@ -35,7 +37,6 @@ ATTEMPTS = 4  # failed in a row
 PAUSE = 0.2  # seconds after the first of them, then twice as long each time
 LEAST = 1 << 13  # bytes a second; a slower connection counts as cut
 VERSIONS = 3  # of an object that changes while it is read
-BAR = {"unit": "B", "unit_scale": True, "disable": None}  # None: shown on a terminal alone
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,10 @@ class Bucket:
         """The file of the object's present version, whatever the cache holds of it."""
         name = self.store.name(key)
         for _ in range(VERSIONS):
-            version = self.store.look(key)
+            try:
+                version = self.store.look(key)
+            except MissingError as error:
+                raise InputError(f"{name}: no such object; {closest(self.store, key)}") from error
             if whole := _whole(folder, f"{_stem(version)}.{'?' * 64}"):
                 return whole, version
             try:
@@ -146,11 +150,11 @@ class Bucket:
             kept = target.tell()
             log.info("%s: downloading %s, %s of it kept from before", name, _size(version.size), _size(kept))
             _room(folder, version.size - kept)
-            with tqdm(total=version.size, initial=kept, desc=key, **BAR) as bar:
+            with Bar(total=version.size, initial=kept, desc=key, unit="B", unit_scale=True) as bar:
                 self._fill(key, version, target, bar)
         return self._checked(key, part, version)
 
-    def _fill(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+    def _fill(self, key: str, version: Version, target: BinaryIO, bar: Bar) -> None:
         """Ask for what is missing until nothing is; give up after ATTEMPTS cuts in a row."""
         name, failed = self.store.name(key), 0
         while target.tell() < version.size:
@@ -184,7 +188,7 @@ class Bucket:
             log.info("%s: cut at %s (%s); resuming", name, _size(have), why)
             time.sleep(PAUSE * 2 ** max(failed - 1, 0))
 
-    def _stream(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+    def _stream(self, key: str, version: Version, target: BinaryIO, bar: Bar) -> None:
         """Append one answer's bytes to ``target``, a chunk at a time."""
         start = target.tell()
         answer = self.store.read(key, version, start)

@@ -64,6 +64,10 @@ logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)  # a traceb
 REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 
 
+class MissingError(InputError):
+    """The bucket answers, and has no such object."""
+
+
 class Store:
     """One bucket at one endpoint; ``key`` is always without ``artifacts.prefix``."""
 
@@ -126,24 +130,28 @@ class Store:
 
     def _asked(self, key: str, **more: Any) -> dict[str, Any]:
         """The answer to HEAD, or why there is none as InputError."""
+        return self.ask(lambda: self._head(key, **more), self.name(key))
+
+    def ask(self, call: Callable[[], Any], name: str) -> Any:
+        """What a short request about ``name`` gives, or why it gives nothing as InputError: as ``look``."""
         for attempt in range(TRIES_WHEN_BUSY):
             try:
-                return within(self.timeout * DEADLINE, lambda: self._head(key, **more))
+                return within(self.timeout * DEADLINE, call)
             except TimeoutError as error:
                 raise self._unreachable(f"nothing within {self.timeout * DEADLINE:g} s") from error
             except (HTTPClientError, BotoConnectionError) as error:
                 if "header value" in str(error):
                     raise InputError(
-                        f"{self.name(key)}: the AWS credentials of this machine hold a character that no header may "
+                        f"{name}: the AWS credentials of this machine hold a character that no header may "
                         f"have, often a newline at the end; {CREDENTIALS}"
                     ) from None  # the cause would show them
                 raise self._unreachable(reason(error)) from error
             except ClientError as error:
                 if status(error) not in BUSY or attempt + 1 == TRIES_WHEN_BUSY:
-                    raise refusal(error, self.name(key)) from error
+                    raise refusal(error, name) from error
                 time.sleep(BUSY_PAUSE * 2**attempt)
             except (BotoCoreError, *UNREADABLE) as error:
-                raise refusal(error, self.name(key)) from error
+                raise refusal(error, name) from error
             except OSError as error:  # boto3 reads what the environment names
                 raise InputError(
                     f"{error.filename}: cannot be read ({error.strerror}), and the AWS settings of this machine "
@@ -218,7 +226,7 @@ def refusal(error: Exception, name: str) -> InputError:
             f"{bucket}: is in another region ({code}); set artifacts.region to the bucket's own"
         )
     if status(error) == 404:
-        return InputError(f"{name}: no such object; check the key, artifacts.prefix and artifacts.endpoint")
+        return MissingError(f"{name}: no such object; check the key, artifacts.prefix and artifacts.endpoint")
     if status(error) in (401, 403):
         return InputError(
             f"{name}: access denied; a bucket says so of a private object and, where it may not be listed, "

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stages.core.align.alignment import Alignment
 from stages.core.graph.source import Source
@@ -28,6 +27,7 @@ from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Refine
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.progress import Bar
 from stages.core.runtime.schedule import cycle
 from stages.core.sweep.memory import check_memory
 from stages.core.sweep.norms import statistics_bytes
@@ -206,9 +206,8 @@ class _Run:
             memory_format=torch.channels_last
         )
 
-    def _bar(self, progress: str | None) -> tqdm:
-        hidden = None if progress else True
-        return tqdm(total=self.settings.steps, desc=progress, unit="step", leave=False, disable=hidden)
+    def _bar(self, progress: str | None) -> Bar:
+        return Bar(total=self.settings.steps, desc=progress, unit="step", shown=bool(progress))
 
     def _counts(self) -> dict[str, dict[str, int]]:
         """How many images of what were seen, of each task."""

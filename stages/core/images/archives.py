@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, Self
 
-from tqdm import tqdm
-
 from stages.core.images.allowance import Allowance
 from stages.core.images.windows import Window, Zip
 from stages.core.runtime.cache import identity, kept_file
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import FULL
+from stages.core.runtime.progress import Bar
 from stages.core.settings.profiles import Limits
 
 Container = Window | Zip
@@ -214,9 +213,7 @@ class Archive:
 
     def _gunzip(self, window: Window, target: Path, name: str) -> None:
         window.seek(0)
-        bar = tqdm(
-            total=window.size, unit="B", unit_scale=True, desc=f"unpacking {name}", delay=3, leave=False
-        )
+        bar = Bar(total=window.size, unit="B", unit_scale=True, desc=f"unpacking {name}")
         try:
             with bar, gzip.open(io.BufferedReader(window)) as source, open(target, "wb") as out:
                 while piece := source.read(_PIECE):

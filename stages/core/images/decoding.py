@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.progress import Bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,14 +77,7 @@ class Decoder:
         starts = iter(range(0, len(names), IMAGES_AT_A_TIME))
         ahead: deque[Future[Tensor]] = deque()
         pool = ThreadPoolExecutor(threads)
-        bar = tqdm(
-            total=len(names),
-            desc=f"reading {self.where}",
-            unit="image",
-            delay=3,
-            leave=False,
-            disable=None if show else True,  # None: shown on a terminal alone
-        )
+        bar = Bar(total=len(names), desc=f"reading {self.where}", unit="image", shown=show)
         try:
             with bar:
                 for start in starts:
@@ -152,7 +145,7 @@ def ahead(images: "Tensor | Stream", batches: Sequence[Tensor]) -> Iterator[tupl
             yield chosen, found
 
 
-def _counted(future: "Future[Tensor]", bar: tqdm) -> Tensor:
+def _counted(future: "Future[Tensor]", bar: Bar) -> Tensor:
     found = future.result()
     bar.update(len(found))
     return found

@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing, write_text
+from stages.core.runtime.progress import Bar
 
 UNUSED = 30 * 24 * 3600  # seconds after which an unpacked file goes
 SETTLED = 2.0  # seconds; clocks of file systems are coarser than two writes are apart
@@ -80,7 +79,7 @@ def identity(path: Path) -> str:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     size = path.stat().st_size
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {path.name}", delay=3, leave=False)
+    bar = Bar(total=size, unit="B", unit_scale=True, desc=f"hashing {path.name}")
     with bar, open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

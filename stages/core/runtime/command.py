@@ -5,7 +5,6 @@ Ctrl-C, 143 the DVC that had started the stage is gone.
 """
 
 import itertools
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.messages import start_logging
 
 OURS = 70  # EX_SOFTWARE of sysexits.h
 PERIOD = 0.5  # seconds between two looks at the parent
@@ -26,13 +26,14 @@ SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 def command(main: Callable[..., None], *arguments: str) -> None:
     """Call ``main`` with the words of the command line and exit with its status.
 
-    ``arguments`` names the words that must be there; a last one of "..." allows more. An
-    InputError becomes one line on stderr and status 1;
-    Ctrl-C becomes status 130.
+    ``arguments`` names the words that must be there; a last one of "..." allows more. ``-v`` shows more: time, place
+    and level of each line, what else is logged, and where an error comes from. An InputError becomes one line on
+    stderr and status 1; Ctrl-C becomes status 130.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
+    start_logging(verbose)
     stage = main.__module__ if main.__module__ != "__main__" else module_name()
-    words = sys.argv[1:]
+    words = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     more = arguments[-1:] == ("...",)
     least = len(arguments) - more
     if len(words) < least or (len(words) > least and not more):
@@ -42,6 +43,8 @@ def command(main: Callable[..., None], *arguments: str) -> None:
     try:
         main(*words)
     except InputError as error:
+        if verbose:
+            traceback.print_exc()
         _say(str(error))
         sys.exit(1)
     except KeyboardInterrupt:

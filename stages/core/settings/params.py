@@ -2,14 +2,16 @@
 
 import math
 import re
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from stages.core.runtime.errors import InputError, some
+from stages.core.runtime.errors import InputError
 from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN
 from stages.core.settings.profiles import Place, Profile
 from stages.core.settings.sections import Count, Name, Positive, Section, Whole
@@ -84,7 +86,9 @@ class Params(Section):
         if self.own != str(OWN) and not Path(self.own).is_absolute():
             raise ValueError(f"own: found {self.own!r}; allowed: {OWN}, or a folder by its absolute path")
         if self.profile not in self.profiles:
-            raise ValueError(f"profile: found {self.profile!r}; allowed: {some(self.profiles)}")
+            raise ValueError(
+                f"profile: found {self.profile!r}; allowed: {nearest(self.profile, self.profiles)}"
+            )
         most = len(self.active.tasks)
         if not 1.0 <= self.budget <= most:
             raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
@@ -101,6 +105,27 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
         found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
     return parse_params(found, str(path))
+
+
+def nearest(name: str, names: Collection[str], count: int = 5) -> str:
+    """The names for an error message: all where they are few, else those most like ``name`` and how many more."""
+    if len(names) <= count:
+        return ", ".join(names)
+    found = get_close_matches(name, names, count, cutoff=0.0)
+    return f"{', '.join(found)}, and {len(names) - count} more"
+
+
+def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
+    """The profiles of every file that has some. Raises InputError in one line, as ``load_params`` does."""
+    found = {}
+    for name in PROFILE_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                found[name] = TypeAdapter(dict[str, Profile]).validate_python(_read(path)["profiles"])
+            except (ValidationError, TypeError, KeyError) as error:
+                raise InputError(f"{path}: profiles: {' '.join(str(error).split())}") from error
+    return found
 
 
 def _read(path: Path) -> Any:

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.runtime.device import return_freed_memory
+from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import Batch, bounded, task_weights
 
 
@@ -88,7 +88,7 @@ class Sweep:
         """Pass all batches through all nodes. ``progress``: the title of a progress bar."""
         last = self.graph.last_uses()
         nodes = self.graph.nodes[1:]
-        for node in tqdm(nodes, desc=progress, unit="node", leave=False, disable=None if progress else True):
+        for node in Bar(nodes, desc=progress, unit="node", shown=bool(progress)):
             done = last[node.name]
             watched = visitor.wants(node)
             count = len(self.sources)

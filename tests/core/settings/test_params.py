@@ -12,7 +12,7 @@ from stages.core.recipe.methods import Fit, MatchSettings, Refine
 from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
-from stages.core.settings.params import load_params, parse_params
+from stages.core.settings.params import load_params, nearest, parse_params
 
 ROOT = Path(__file__).parents[3]
 GIVEN = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -65,7 +65,9 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["budget"], 0.9, "budget: found 0.9; allowed: a number from 1 to 2"),
         (["budget"], 2.01, "budget: found 2.01; allowed: a number from 1 to 2"),
         (["budget"], True, "budget: found True (bool); allowed: number"),
-        (["profile"], "cats", "profile: found 'cats'; allowed: digits, digits_inverted, digits_split"),
+        (["profile"], "digits_splt", "profile: found 'digits_splt'; allowed: digits_split, digits, "),
+        (["profile"], "cats", "profile: found 'cats'; allowed: "),
+        (["methods"], {}, "methods: found none; allowed: one or more rows"),
         (["profil"], "digits", "profil: unknown key; allowed: profile, profiles_from, source, own"),
         (["source"], "web", "source: found 'web' (str); allowed: 'embedded', 's3' or 'local'"),
         (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
@@ -219,6 +221,15 @@ def test_published_profiles_are_found_where_the_parameter_says():
     published = changed(["profiles_from"], "elsewhere.yaml")
     with pytest.raises(InputError, match=r"profiles_from: found 'elsewhere.yaml'"):
         parse_params(published)
+
+
+def test_of_many_names_the_nearest_are_said_and_how_many_more():
+    assert nearest("b", ["a", "b", "c"]) == "a, b, c"
+    names = [f"pair_rn{depth}" for depth in (18, 50, 101)] + [f"other{index}" for index in range(40)]
+    said = nearest("pair_rn19", names)
+    assert said.startswith("pair_rn18, ")
+    assert said.endswith(", and 38 more")
+    assert len(said.split(", ")) == 6
 
 
 def refused(path, value):
