@@ -60,6 +60,7 @@ CALLED_BY_OTHERS = {  # methods of interfaces that are not ours
     "stages/core/images/windows.py: readable",
     "stages/core/images/windows.py: seekable",
     "stages/core/images/windows.py: readinto",
+    "stages/core/runtime/progress.py: display",
     "stages/core/images/formats/cifar.py: find_class",
 }
 

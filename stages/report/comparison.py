@@ -14,7 +14,7 @@ from stages.report.tables import REFERENCES
 
 MATCHINGS = ("identity", "weights", "activations", "mudsc", "zipit", "cca_merge", "ot_fusion")
 FITS = ("average", "regmean", "source, ensemble", "source, own, folded", "merged, own, folded")
-NAMES = {
+FIT_NAMES = {
     "source, ensemble": "PLeaS",
     "merged, own, folded": "progressive",
     "source, own, folded": "source, own",
@@ -117,7 +117,7 @@ def ablation(runs: pd.DataFrame) -> Figure:
                 column, row, shown, ha="center", va="center", color="black" if value > 60 else "white", size=9
             )
         axes.set_xticks(
-            range(len(columns)), [NAMES.get(name, name) for name in columns], rotation=30, ha="right"
+            range(len(columns)), [FIT_NAMES.get(name, name) for name in columns], rotation=30, ha="right"
         )
         axes.set(title=profile)
         axes.grid(visible=False)

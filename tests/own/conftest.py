@@ -12,12 +12,12 @@ from stages.core.images.batches import normalise
 from stages.core.networks.architectures import build
 
 MEAN, STD = [0.8], [0.1]  # of the training: no usual ones
-PIXELS = 12
+TRIED_PIXELS = 12
 
 
 def pictures(seed: int, label: int, count: int, draw: torch.Generator) -> torch.Tensor:
     colour = torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(100 * seed + label)) * 200
-    return (colour + 50 * torch.rand(count, 3, PIXELS, PIXELS, generator=draw)).to(torch.uint8)
+    return (colour + 50 * torch.rand(count, 3, TRIED_PIXELS, TRIED_PIXELS, generator=draw)).to(torch.uint8)
 
 
 def make(top: Path, name: str, seed: int, classes: int) -> None:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.folding import exclusive_norms, fold
-from stages.core.graph.layouts import Layout, Segment
+from stages.core.graph.layouts import Layout, Segment, shared_units
 from stages.core.graph.nodes import oriented
 from stages.core.graph.source import Source
-from stages.core.merged.arrangement import shared_units
 from stages.core.runtime.errors import InputError
 
 

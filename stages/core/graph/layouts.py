@@ -55,3 +55,9 @@ class Layout:
                 home |= {s.first + i: row for i, row in enumerate(rows)}
             start += s.entries
         return [torch.cat([own[i] for i in range(size)]) for own in found if len(own) == size]
+
+
+def shared_units(segment: Segment, shared: Mapping[str, int]) -> int:
+    """How many units of a segment are shared: those of its group's first ``shared`` that are in it."""
+    k = shared.get(segment.group, segment.first + segment.size)
+    return min(max(k - segment.first, 0), segment.size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.graph.layouts import Layout, Segment
+from stages.core.graph.layouts import Layout, shared_units
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,6 @@ class Arrangement:
     def view(self, network: int) -> Tensor:
         """The entries one network reads, ascending."""
         return torch.sort(self.positions[network]).values
-
-
-def shared_units(segment: Segment, shared: Mapping[str, int]) -> int:
-    """How many units of a segment are shared: those of its group's first ``shared`` that are in it."""
-    k = shared.get(segment.group, segment.first + segment.size)
-    return min(max(k - segment.first, 0), segment.size)
 
 
 def unit_keys(layout: Layout, shared: Mapping[str, int], networks: int, numbers: dict[str, int]) -> Tensor:

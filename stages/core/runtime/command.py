@@ -17,8 +17,8 @@ from types import TracebackType
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.messages import start_logging
 
-OURS = 70  # EX_SOFTWARE of sysexits.h
-PERIOD = 0.5  # seconds between two looks at the parent
+OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
+LOOKS = 0.5  # seconds between two looks at the parent
 GRACE = 2.0  # seconds to leave after it is gone
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 
@@ -52,7 +52,7 @@ def command(main: Callable[..., None], *arguments: str) -> None:
         sys.exit(130)
     except Exception:  # noqa: BLE001 (printed as Python would, but with a status of its own)
         traceback.print_exc()
-        sys.exit(OURS)
+        sys.exit(OUR_FAULT)
 
 
 INTERRUPTED = "{}: interrupted; run the same command again"
@@ -93,7 +93,7 @@ def _chain() -> list[int]:
 
 def _watch(chain: list[int]) -> None:
     while all(_parent(child) == parent for child, parent in itertools.pairwise(chain)):
-        time.sleep(PERIOD)
+        time.sleep(LOOKS)
     _say(f"{module_name()}: the dvc that started it is gone; run the same command again")
     os.kill(os.getpid(), signal.SIGINT)  # removes what is half written
     time.sleep(GRACE)
