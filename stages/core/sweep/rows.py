@@ -1,7 +1,7 @@
 """Linear and Conv2d seen as one thing: a matrix W that maps rows of d_in entries to rows of d_out entries.
 
 - Linear: x (n, ..., c) -> rows (n * ..., c); W is the weight, (d_out, c).
-- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per position of the kernel (im2col);
+- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per place the kernel is put (im2col);
   W is the weight (d_out, c, kh, kw) flattened from dimension 1. Entry ``channel * kh * kw + offset`` of a row
   belongs to ``channel``, so the columns that a channel owns are ``taps`` entries side by side.
 """
@@ -20,7 +20,7 @@ def input_rows(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     if node.operation == "linear":
         return x.reshape(-1, x.shape[-1])
     a = node.attributes
-    padding = _explicit_padding(a["padding"], kernel, a["dilation"])
+    padding = explicit_padding(node, kernel)
     if any(padding):
         x = F.pad(x, padding)
     if tuple(kernel) == (1, 1):
@@ -61,10 +61,9 @@ def tap_columns(channels: Tensor, taps: int) -> Tensor:
     return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).reshape(-1)
 
 
-def _explicit_padding(
-    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Padding as F.pad wants it: left, right, top, bottom."""
+def explicit_padding(node: Node, kernel: Sequence[int]) -> list[int]:
+    """A Conv2d's padding as F.pad wants it: left, right, top, bottom."""
+    padding, dilation = node.attributes["padding"], node.attributes["dilation"]
     if padding == "valid":
         return [0, 0, 0, 0]
     if padding == "same":  # torch puts the odd one behind
