@@ -46,7 +46,7 @@ class Visitor(Protocol):
 
 
 class Sweep:
-    """One pass of all batches, large ones in parts. The merged network is optional; it runs with the weights it
+    """One pass of all batches, large ones in slices. The merged network is optional; it runs with the weights it
     has at that moment."""
 
     def __init__(

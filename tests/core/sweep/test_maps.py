@@ -104,7 +104,8 @@ def test_no_targets_are_needed():
     sums.add(z, weight=0.5)
     found, rows = sums.finish(), input_rows(node, z, (3, 3))
     torch.testing.assert_close(found.G, 0.5 * rows.T @ rows)
-    assert found.C is None and found.yy is None
+    assert found.C is None
+    assert found.yy is None
 
 
 @pytest.mark.parametrize("offset", [1.0, 100.0, 10_000.0])
