@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
-from stages.core.sweep.gram import BLOCK, blocks
 from stages.core.sweep.rows import explicit_padding, input_rows
 from stages.core.sweep.shifted import Plan, plan, weight_gradient
 
 ENTRIES = 2**22  # of the maps that are worked with at a time, unless a single image has more
+SEEN = 2**20  # entries of the rows of one image that are worked with at a time
 LINES = 2**8  # of them, at most: their products are summed in the maps' own type
 
 
@@ -20,7 +20,8 @@ LINES = 2**8  # of them, at most: their products are summed in the maps' own typ
 class RowSums:
     """Sums over rows z (d_in) and y (d_out), weighted, float64; about their means where there is an intercept.
 
-    weight: the sum of the rows' weights. means: of z and of y; None without an intercept. C (d_in, d_out), yy (d_out,).
+    weight: the sum of the rows' weights. G: (d_in, d_in). C: (d_in, d_out). yy: (d_out,). means: of z and of y; None
+    without an intercept. What tells of targets is None where there are none.
     """
 
     weight: float
@@ -31,7 +32,7 @@ class RowSums:
 
 
 class MapSums:
-    """Maps z (n, c, h, w) and, where they are given, y (n, d_out, ...), as they come.
+    """Maps z (n, c, h, w) and, where they are given, y (n, d_out, ...), as they come; entries of rows tap by tap.
 
     Products are taken in the type of the maps, some images at a time, the sums of these in float64. With an intercept
     a channel's first mean is taken from it, so that the products lose no digits to a common offset.
@@ -65,7 +66,7 @@ class MapSums:
     def finish_bytes(plan: Plan, c: int, d_out: int) -> int:
         """Memory of the finished sums, beside those they are made from."""
         d_in = plan.taps * c
-        return 8 * d_in * (d_in + 3 * min(BLOCK, d_in) + d_out)
+        return 8 * (d_in * (d_in + 5 * plan.taps + 4) + 2 * max(SEEN, plan.taps * plan.places))
 
     def add(self, z: Tensor, y: Tensor | None = None, weight: float = 1.0) -> None:
         """Some images, all of one weight."""
@@ -98,18 +99,18 @@ class MapSums:
         self.eps = torch.finfo(z.dtype).eps
         for own in self.plan.correlations:
             extents = (stop - start for start, stop in own.shifts)
-            self.products.append(torch.zeros(c, c, *extents, **options))
+            self.products.append(_channels_last(torch.zeros(c, c, *extents, **options)))
         if y is not None:
             self.shift_y = y.mean((0, 2, 3)) * on
             self.sum_y = torch.zeros(*y.shape[2:], y.shape[1], **options)
             self.yy = torch.zeros(y.shape[1], **options)
-            self.C = torch.zeros(y.shape[1], c, *self.kernel, **options)
+            self.C = _channels_last(torch.zeros(y.shape[1], c, *self.kernel, **options))
 
     def _phase(self, z: Tensor, phase: tuple[int, int]) -> Tensor:
         down, on = (own.stride for own in self.plan.lines)
         if (down, on) == (1, 1):
             return z
-        return z[:, :, phase[0] :: down, phase[1] :: on].contiguous(memory_format=torch.channels_last)
+        return _channels_last(z[:, :, phase[0] :: down, phase[1] :: on])
 
     def _cross(self, z: Tensor, y: Tensor) -> Tensor:
         """(d_out, c, kh, kw)."""
@@ -124,58 +125,55 @@ class MapSums:
 
     def finish(self) -> RowSums:
         """What the rows of all images give; nothing can be added after it."""
-        seen = input_rows(self.node, self._unshifted(torch.ones_like(self.sum_z[..., :1])), self.kernel).T
-        U = input_rows(
-            self.node, self._unshifted(self.sum_z), self.kernel
-        )  # (places, d_in), summed over images
-        shift, taps = self.shift_z.double(), self.plan.taps
-        offset = shift[:, None] * seen.sum(1) * self.images  # (c, taps)
-        sum_z = U.sum(0) + offset.flatten()
-        G = self._gram()
-        self.products.clear()
-        # with z = z' + shift seen: what the products of z' are short of
-        across = shift[:, None, None] * (seen @ U)  # (c, taps, d_in)
-        both = shift[:, None, None] * (self.images * seen @ seen.T)  # (c, taps, taps)
-        for block in blocks(len(G)):
-            rows = G[block]
-            rows += across.flatten(0, 1)[block]
-            rows += across.flatten(0, 1).T[block]
-            rows.unflatten(1, (-1, taps)).add_(both.flatten(0, 1)[block][:, None] * shift[:, None])
-            if self.intercept:
-                rows -= torch.outer(sum_z[block] / self.weight, sum_z)
-        return RowSums(self.weight, G, *self._targets(seen, sum_z))
+        seen = input_rows(self.node, self.sum_z.new_ones(1, 1, *self.size), self.kernel).T  # (taps, places)
+        across, sum_z = self._seen_sums(seen)
+        offset = torch.kron(torch.eye(len(seen)).to(seen), self.shift_z.double()[:, None])  # (d_in, taps)
+        sum_z += offset @ seen.sum(1) * self.images
+        # with z = z' + offset seen: what the products of z' are short of, and the product of the means
+        across += (0.5 * self.images) * (seen @ seen.T) @ offset.T
+        left, right = [offset, across.T], [across, offset.T]
+        if self.intercept:
+            left.append(sum_z[:, None] / -self.weight)
+            right.append(sum_z[None])
+        G = self._gram().addmm_(torch.cat(left, 1), torch.cat(right))
+        if self.C is None:
+            return RowSums(self.weight, G, None, None, None)
+        return RowSums(self.weight, G, *self._targets(seen, offset, sum_z))
+
+    def _seen_sums(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of z' summed over images: products with ``seen`` (taps, d_in), and the sum over places (d_in,)."""
+        rows_of, taps = torch.cat([seen, seen.new_ones(1, seen.shape[1])]), len(seen)
+        found = [
+            (rows_of @ input_rows(self.node, own[None], self.kernel)).view(taps + 1, -1, taps)
+            for own in self.sum_z.permute(2, 0, 1).split(max(1, SEEN // seen.numel()))
+        ]
+        sums = torch.cat(found, 1).transpose(1, 2).reshape(taps + 1, -1)
+        return sums[:taps], sums[taps]
 
     def _targets(
-        self, seen: Tensor, sum_z: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """C, yy and the means. seen: (taps, places)."""
-        mean_z = sum_z / self.weight
-        if self.C is None:
-            return None, None, None
-        C = self.C.flatten(1).T  # (d_in, d_out)
+        self, seen: Tensor, offset: Tensor, sum_z: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """C, yy and the means."""
         by_place = self.sum_y.flatten(0, 1)  # (places, d_out)
-        C += (self.shift_z.double()[:, None, None] * (seen @ by_place)).flatten(0, 1)
+        C = self.C.permute(2, 3, 1, 0).flatten(0, 2).addmm_(offset, seen @ by_place)
         if not self.intercept:
             return C, self.yy, None
         mean_y = by_place.sum(0) / self.weight
         C -= torch.outer(sum_z, mean_y)
-        return C, self.yy - self.weight * mean_y.square(), (mean_z, mean_y + self.shift_y.double())
+        yy = self.yy - self.weight * mean_y.square()
+        return C, yy, (sum_z / self.weight, mean_y + self.shift_y.double())
 
     def _gram(self) -> Tensor:
-        """Of z without its offset: entry (channel, tap), (d_in, d_in)."""
+        """Of z', (d_in, d_in). The products are gone after it."""
         taps, c = self.plan.taps, len(self.shift_z)
-        G = self.sum_z.new_zeros(c, taps, c, taps)
+        G = self.sum_z.new_zeros(taps, c, taps, c)
         for (i, j), terms in self.plan.blocks.items():
-            own = G[:, i, :, j]
             for sign, index, (down, on) in terms:
-                own.add_(self.products[index][:, :, down, on], alpha=sign)
+                G[i, :, j].add_(self.products[index][:, :, down, on], alpha=sign)
             if i != j:
-                G[:, j, :, i] = own.T
-        return G.view(c * taps, c * taps)
-
-    def _unshifted(self, by_place: Tensor) -> Tensor:
-        """(h, w, c) as one image."""
-        return by_place.permute(2, 0, 1)[None]
+                G[j, :, i] = G[i, :, j].T
+        self.products.clear()
+        return G.view(taps * c, taps * c)
 
 
 def images_at_once(plan: Plan, c: int, d_out: int) -> int:
@@ -184,9 +182,13 @@ def images_at_once(plan: Plan, c: int, d_out: int) -> int:
     return max(1, min(ENTRIES // entries, LINES // plan.lines[0].size))
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _without(x: Tensor, shift: Tensor) -> Tensor:
     """Maps less a number for each channel, channels last."""
-    return torch.sub(x.contiguous(memory_format=torch.channels_last), shift.view(-1, 1, 1))
+    return _channels_last(x) - shift.view(-1, 1, 1)
 
 
 def _over_images(x: Tensor) -> Tensor:
