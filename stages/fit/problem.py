@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.sweep.rows import input_rows, kernel_of, output_rows
+from stages.core.sweep.rows import input_rows, output_rows
 from stages.core.sweep.sweep import Sweep
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.layer import Layer
@@ -60,13 +60,13 @@ class LayerProblem:
     def each_rows(self, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
         """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
         z, y = self.inputs(index), self.targets(index)
-        step, kernel = self.layer.images_by_row, kernel_of(self.layer.module.weights[0])
+        step, kernel = self.layer.images_by_row, self.layer.kernel
         for z_some, y_some in zip(z.split(step), y.split(step), strict=True):
             use(*self._drawn(input_rows(self.node, z_some, kernel), output_rows(self.node, y_some)))
 
     def each_input_rows(self, index: int, use: Callable[[Tensor], None]) -> None:
         """The same of z alone."""
-        kernel = kernel_of(self.layer.module.weights[0])
+        kernel = self.layer.kernel
         for z_some in self.inputs(index).split(self.layer.images_by_row):
             use(*self._drawn(input_rows(self.node, z_some, kernel)))
 

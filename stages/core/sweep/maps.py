@@ -63,10 +63,15 @@ class MapSums:
         return itemsize * images * maps + (2 * itemsize + 8) * most
 
     @staticmethod
+    def finished_bytes(plan: Plan, c: int, d_out: int) -> int:
+        """Memory of the finished sums."""
+        return 8 * plan.taps * c * (plan.taps * c + d_out)
+
+    @staticmethod
     def finish_bytes(plan: Plan, c: int, d_out: int) -> int:
-        """Memory of the finished sums, beside those they are made from."""
-        d_in = plan.taps * c
-        return 8 * (d_in * (d_in + 5 * plan.taps + 4) + 2 * max(SEEN, plan.taps * plan.places))
+        """What finishing them takes beside both."""
+        d_in, seen = plan.taps * c, plan.taps * plan.places
+        return 8 * (d_in * (7 * plan.taps + d_out) + 2 * min(max(SEEN, seen), c * seen))
 
     def add(self, z: Tensor, y: Tensor | None = None, weight: float = 1.0) -> None:
         """Some images, all of one weight."""
@@ -174,6 +179,20 @@ class MapSums:
                 G[j, :, i] = G[i, :, j].T
         self.products.clear()
         return G.view(taps * c, taps * c)
+
+
+def map_entries(columns: Tensor, taps: int, c: int) -> Tensor:
+    """Where ``RowSums`` has entries of rows (stages.core.sweep.rows): there channel by channel, here tap by tap."""
+    return columns % taps * c + columns // taps
+
+
+def worthwhile(plan: Plan, c: int) -> bool:
+    """Whether maps are faster than rows, as measured on one thread of a CPU.
+
+    They are where they take less than half of the products: kernels whose taps overlap. Rows of a few entries, as
+    those of a 3x3 kernel that reads images, take no time.
+    """
+    return plan.taps * c >= 64 and 2 * plan.products < plan.places * plan.taps**2
 
 
 def images_at_once(plan: Plan, c: int, d_out: int) -> int:

@@ -18,6 +18,7 @@ none: it is taken from the map, and put back into the sums by what each tap sees
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import torch
@@ -132,9 +133,13 @@ def plan(node: Node, kernel: Sequence[int], size: Sequence[int]) -> Plan:
     """Of a Conv2d whose kernel and maps have the given height and width."""
     left, right, top, bottom = explicit_padding(node, kernel)
     edges, a = ((top, bottom), (left, right)), node.attributes
-    lines = tuple(line(size[i], kernel[i], a["stride"][i], a["dilation"][i], edges[i]) for i in (0, 1))
+    return _plan(*(line(size[i], kernel[i], a["stride"][i], a["dilation"][i], edges[i]) for i in (0, 1)))
+
+
+@cache
+def _plan(*lines: Line) -> Plan:
     wanted: dict[tuple, list[tuple]] = {}  # (phase, phase', box) -> (sign, tap, tap', shift)
-    taps = list(product(range(kernel[0]), range(kernel[1])))
+    taps = list(product(*(range(len(own.taps)) for own in lines)))
     for (i, t), (j, u) in product(enumerate(taps), repeat=2):
         phase, q = _tap(lines, t)
         other, p = _tap(lines, u)
