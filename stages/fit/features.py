@@ -43,9 +43,7 @@ def assemble(setup: Setup, values: Sequence[Tensor], name: str, task: int) -> Te
     network, alignment = setup.network, setup.alignment
     layout, parts = network.trace.layouts[name], network.arrangement(name)
     values = [alignment.view(value, layout, layout.dim, network.shared, m) for m, value in enumerate(values)]
-    shape = list(values[0].shape)
-    shape[layout.dim] = parts.width
-    result = values[0].new_zeros(shape)
+    result = _zeros(values[0], layout.dim, parts.width)
     shares = entry_shares(network, alignment, name, values[0])
     for m, (value, share, positions) in enumerate(zip(values, shares, parts.positions, strict=True)):
         if setup.fit.targets == "own":
@@ -53,9 +51,32 @@ def assemble(setup: Setup, values: Sequence[Tensor], name: str, task: int) -> Te
             if decided.any():
                 decided &= shares[task] > 0
             share = torch.where(decided, float(m == task), share)
-        counted = share.nonzero().flatten()
-        part = value if len(counted) == len(share) else value.index_select(layout.dim, counted)
-        if (share[counted] != 1).any():
-            part = part * share[counted].view(*[-1 if d == layout.dim else 1 for d in range(part.dim())])
-        result.index_add_(layout.dim, positions.to(result.device)[counted], part)
+        for start, stop in _runs(positions, share.tolist()):
+            into = result.narrow(layout.dim, int(positions[start]), stop - start)
+            part, own = value.narrow(layout.dim, start, stop - start), share[start:stop]
+            if bool((own == 1).all()):
+                into.add_(part)
+            else:
+                into.addcmul_(part, own.view(*[-1 if d == layout.dim else 1 for d in range(part.dim())]))
     return result
+
+
+def _zeros(like: Tensor, dim: int, width: int) -> Tensor:
+    """Of another width along ``dim``, in the same order in memory."""
+    shape = [width if d == dim else size for d, size in enumerate(like.shape)]
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return torch.zeros_like(like.new_empty(1).expand(shape), memory_format=torch.channels_last)
+    return like.new_zeros(shape)
+
+
+def _runs(positions: Tensor, share: Sequence[float]) -> list[tuple[int, int]]:
+    """Stretches of entries that count and lie side by side: those from ``start`` to ``stop``."""
+    runs, places = [], positions.tolist()
+    for entry, (place, counts) in enumerate(zip(places, share, strict=True)):
+        if counts == 0:
+            continue
+        if runs and runs[-1][1] == entry and places[entry - 1] + 1 == place:
+            runs[-1][1] = entry + 1
+        else:
+            runs.append([entry, entry + 1])
+    return [(start, stop) for start, stop in runs]

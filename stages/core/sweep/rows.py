@@ -61,6 +61,32 @@ def tap_columns(channels: Tensor, taps: int) -> Tensor:
     return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).reshape(-1)
 
 
+def draw_places(images: int, places: int, share: float, generator: torch.Generator) -> Tensor:
+    """A share of each image's places, at least one, as many of every image: int64 (images, drawn)."""
+    count = max(1, round(share * places))
+    return torch.rand(images, places, generator=generator).argsort(1)[:, :count]
+
+
+def place_rows(drawn: Tensor, places: int) -> Tensor:
+    """Which rows the drawn places of images are, (images, drawn) -> (images * drawn,)."""
+    return (torch.arange(len(drawn))[:, None] * places + drawn).flatten()
+
+
+def drawn_rows(node: Node, x: Tensor, kernel: Sequence[int], drawn: Tensor) -> Tensor:
+    """``input_rows`` of a Conv2d at the drawn places alone, without those of the others."""
+    a, (left, right, top, bottom) = node.attributes, explicit_padding(node, kernel)
+    x = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1)  # (n, h, w, c)
+    n, h, w, c = x.shape
+    down, on = (torch.arange(k, device=x.device) * d for k, d in zip(kernel, a["dilation"], strict=True))
+    taps = (down[:, None] * w + on).flatten()
+    across = (w - int(on[-1]) - 1) // a["stride"][1] + 1  # places of a line
+    drawn = drawn.to(x.device)
+    first = drawn // across * a["stride"][0] * w + drawn % across * a["stride"][1]
+    first = first + torch.arange(n, device=x.device)[:, None] * h * w
+    rows = x.reshape(-1, c)[(first.flatten()[:, None] + taps).flatten()]
+    return rows.view(-1, len(taps), c).transpose(1, 2).reshape(len(first.flatten()), -1)
+
+
 def explicit_padding(node: Node, kernel: Sequence[int]) -> list[int]:
     """A Conv2d's padding as F.pad wants it: left, right, top, bottom."""
     padding, dilation = node.attributes["padding"], node.attributes["dilation"]
