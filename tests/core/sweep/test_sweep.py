@@ -204,11 +204,14 @@ def test_images_are_counted_in_their_own_type(randomise, sources, storage):
     [
         Fit(),
         Fit(inputs="merged", norm="fold"),
+        Fit(solver="regmean"),
         Fit(solver="adam", steps=2),
         Fit(solver="adam", inputs="merged", steps=2),
     ],
 )
-def test_a_fit_holds_no_more_than_was_predicted(small, images, sources, splits, fit, monkeypatch):
+@pytest.mark.parametrize("maps", [True, False])
+def test_a_fit_holds_no_more_than_was_predicted(small, images, sources, splits, fit, maps, monkeypatch):
+    monkeypatch.setattr("stages.fit.layer.worthwhile", lambda plan, c: maps)
     monkeypatch.setattr("stages.fit.layer.ROW_ENTRIES", 2**12)
     made = sources([small(0).float(), small(1).float()], images().float())
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
