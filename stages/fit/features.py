@@ -1,6 +1,6 @@
 """The sources' values as the merged network's: what a layer reads and what it is fitted to, batch by batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,46 +16,88 @@ def inputs_of(setup: Setup, node: Node, sweep: Sweep, index: int) -> Tensor:
     """z of one batch, in the merged network's entries."""
     if setup.fit.inputs == "merged":
         return sweep.of_merged(node.inputs[0], index)
-    values = [sweep.source(m, node.inputs[0], index) for m in range(len(setup.sources))]
-    return assemble(setup, values, node.inputs[0], sweep.batches[index].task)
+    return assemble(
+        setup, lambda m: sweep.source(m, node.inputs[0], index), node.inputs[0], sweep.batches[index].task
+    )
 
 
 def targets_of(setup: Setup, node: Node, sweep: Sweep, index: int) -> Tensor:
     """y of one batch, in the merged network's entries."""
-    values = [sweep.source(m, node.name, index) for m in range(len(setup.sources))]
-    if node.name in setup.folded:
-        norm = setup.folded[node.name]
-        values = [s.run_node(norm, [v]) for s, v in zip(setup.sources, values, strict=True)]
-    elif node.name in setup.scaled:  # what is mixed has the scale that the batch norm behind gives it
-        norm, dim = setup.scaled[node.name], setup.network.trace.layouts[node.name].dim
-        shape = [-1 if d == dim else 1 for d in range(values[0].dim())]
-        scales = [norm_scale(norm, source.state).view(shape) for source in setup.sources]
-        values = [v * scale for v, scale in zip(values, scales, strict=True)]
-    return assemble(setup, values, node.name, sweep.batches[index].task)
+
+    def value(m: int) -> Tensor:
+        y, source = sweep.source(m, node.name, index), setup.sources[m]
+        if node.name in setup.folded:
+            return source.run_node(setup.folded[node.name], [y])
+        if node.name in setup.scaled:  # what is mixed has the scale that the batch norm behind gives it
+            dim, scale = (
+                setup.network.trace.layouts[node.name].dim,
+                norm_scale(setup.scaled[node.name], source.state),
+            )
+            return y * scale.view([-1 if d == dim else 1 for d in range(y.dim())])
+        return y
+
+    return assemble(setup, value, node.name, sweep.batches[index].task)
 
 
-def assemble(setup: Setup, values: Sequence[Tensor], name: str, task: int) -> Tensor:
+def assemble(setup: Setup, value: Callable[[int], Tensor], name: str, task: int) -> Tensor:
     """Separate entries: their own network's. Shared ones: the mean (ensemble) or the owner's (own).
 
-    values: each source's own, of the node ``name``. Where the owner has no part in a merged unit, its value is that of
-    the others.
+    value: makes a source's own, of the node ``name``; asked of those alone that count. Where the owner has no part in
+    a merged unit, its value is that of the others. What is returned may be the value itself.
     """
     network, alignment = setup.network, setup.alignment
     layout, parts = network.trace.layouts[name], network.arrangement(name)
-    values = [alignment.view(value, layout, layout.dim, network.shared, m) for m, value in enumerate(values)]
-    shape = list(values[0].shape)
-    shape[layout.dim] = parts.width
-    result = values[0].new_zeros(shape)
-    shares = entry_shares(network, alignment, name, values[0])
-    for m, (value, share, positions) in enumerate(zip(values, shares, parts.positions, strict=True)):
-        if setup.fit.targets == "own":
-            decided = (parts.owner[positions] < 0).to(share.device)
-            if decided.any():
-                decided &= shares[task] > 0
-            share = torch.where(decided, float(m == task), share)
-        counted = share.nonzero().flatten()
-        part = value if len(counted) == len(share) else value.index_select(layout.dim, counted)
-        if (share[counted] != 1).any():
-            part = part * share[counted].view(*[-1 if d == layout.dim else 1 for d in range(part.dim())])
-        result.index_add_(layout.dim, positions.to(result.device)[counted], part)
+    shares = _shares(setup, name, task)
+    runs = [_runs(*own) for own in zip(parts.positions, (s.tolist() for s in shares), strict=True)]
+    counted, result = [m for m, own in enumerate(runs) if own] or [0], None
+    for m in counted:
+        own, share = alignment.view(value(m), layout, layout.dim, network.shared, m), shares[m]
+        if len(counted) == 1 and runs[m] == [(0, parts.width, 0)] and bool((share == 1).all()):
+            return own
+        if result is None:
+            result = _zeros(own, layout.dim, parts.width)
+        for start, stop, place in runs[m]:
+            into = result.narrow(layout.dim, place, stop - start)
+            part, counts = own.narrow(layout.dim, start, stop - start), share[start:stop]
+            if bool((counts == 1).all()):
+                into.add_(part)
+            else:
+                into.addcmul_(part, counts.view([-1 if d == layout.dim else 1 for d in range(part.dim())]))
     return result
+
+
+def _shares(setup: Setup, name: str, task: int) -> list[Tensor]:
+    """What each network counts for in its own entries of a value, for images of a task: (d,) each."""
+    network, alignment = setup.network, setup.alignment
+    parts, like = network.arrangement(name), next(network.parameters())
+    shares = entry_shares(network, alignment, name, like)
+    if setup.fit.targets != "own":
+        return shares
+    found = []
+    for m, (share, positions) in enumerate(zip(shares, parts.positions, strict=True)):
+        decided = (parts.owner[positions] < 0).to(share.device)
+        if decided.any():
+            decided &= shares[task] > 0
+        found.append(torch.where(decided, float(m == task), share))
+    return found
+
+
+def _zeros(like: Tensor, dim: int, width: int) -> Tensor:
+    """Of another width along ``dim``, in the same order in memory."""
+    shape = [width if d == dim else size for d, size in enumerate(like.shape)]
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return torch.zeros_like(like.new_empty(1).expand(shape), memory_format=torch.channels_last)
+    return like.new_zeros(shape)
+
+
+def _runs(positions: Tensor, share: Sequence[float]) -> list[tuple[int, int, int]]:
+    """Stretches of entries that count and lie side by side: from, to, and the place of the first."""
+    runs: list[tuple[int, int, int]] = []
+    for entry, (place, counts) in enumerate(zip(positions.tolist(), share, strict=True)):
+        if counts == 0:
+            continue
+        if runs and runs[-1][1] == entry and runs[-1][2] + entry - runs[-1][0] == place:
+            runs[-1] = (runs[-1][0], entry + 1, runs[-1][2])
+        else:
+            runs.append((entry, entry + 1, place))
+    return runs

@@ -3,12 +3,16 @@
 A batch's inputs and targets are assembled in the merged network's entries and made into rows some images at a time.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import Block
-from stages.core.sweep.rows import tap_columns
+from stages.core.sweep.maps import MapSums, worthwhile
+from stages.core.sweep.rows import kernel_of, tap_columns
+from stages.core.sweep.shifted import Plan, plan
 from stages.fit.setup import Setup
 
 ROW_ENTRIES = 2**24  # entries of one im2col matrix, unless a single image has more
@@ -84,6 +88,24 @@ class Layer:
         return self.entries[1] // self.d_out
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """(kh, kw) of a convolution, () of a Linear."""
+        return kernel_of(self.module.weights[0])
+
+    @property
+    def map_size(self) -> tuple[int, ...]:
+        """(h, w) of a convolution's inputs."""
+        return tuple(self.setup.network.trace.shapes[self.node.inputs[0]][2:])
+
+    @cached_property
+    def maps(self) -> Plan | None:
+        """How sums over its rows are made without them, where that is faster: when all positions are used."""
+        if self.node.operation != "conv2d" or self.node.grouped or self.setup.positions < 1:
+            return None
+        found = plan(self.node, self.kernel, self.map_size)
+        return found if worthwhile(found, self.module.inputs.width) else None
+
+    @property
     def images_by_row(self) -> int:
         """How many images are made into rows of inputs at a time."""
         return max(1, ROW_ENTRIES // (self.places * self.d_in))
@@ -93,16 +115,29 @@ class Layer:
         count = images * self.places
         return count if 2 * count <= self.d_in else None
 
-    def rows_bytes(self, batch: int) -> int:
-        """What the inputs and targets of a batch take, assembled and then row by row."""
+    def batch_bytes(self, batch: int) -> tuple[int, int]:
+        """What the inputs and targets of a batch take while they are assembled, and then."""
         shapes = self.setup.network.trace.shapes
         own_z, own_y = (shapes[name].numel() for name in (self.node.inputs[0], self.node.name))
         z, y = self.entries
         kept = 0 if self.setup.fit.inputs == "merged" else z
         seen = 2 + (len(self.setup.sources) if self.folded else 0)
         assembling = kept + max(2 * own_z if kept else 0, y + seen * own_y)
+        each = batch * self.module.weights[0].element_size()
+        return each * assembling, each * (kept + y)
+
+    def rows_bytes(self, batch: int) -> int:
+        """What the inputs and targets of a batch take, assembled and then row by row."""
+        z, y = self.entries
+        assembling, assembled = self.batch_bytes(batch)
         copies = 1 if self.node.operation == "linear" else 2  # what is seen row by row, and that shifted
         by_row = copies * (self.places * self.d_in + y) + (z if self.taps > 1 else 0)
         at_a_time = min(batch, self.images_by_row)
-        entries = max(batch * assembling, batch * (kept + y) + at_a_time * by_row)
-        return entries * self.module.weights[0].element_size()
+        return max(assembling, assembled + at_a_time * by_row * self.module.weights[0].element_size())
+
+    def maps_bytes(self, batch: int, targets: bool = True) -> int:
+        """What they take, assembled and then summed as maps."""
+        assembling, assembled = self.batch_bytes(batch)
+        d_out, itemsize = self.d_out if targets else 0, self.module.weights[0].element_size()
+        adding = MapSums.add_bytes(self.maps, self.module.inputs.width, d_out, batch, itemsize)
+        return max(assembling, assembled + adding)

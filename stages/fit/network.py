@@ -14,6 +14,7 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
 from stages.core.recipe.sections import RIDGE
 from stages.core.sweep.batches import Batch
+from stages.core.sweep.exact import fingerprint
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
@@ -124,6 +125,8 @@ def fit_layers(
     sweep = Sweep(setup.sources, batches, running, storage)
     check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "fit")
     sweep.run(visitor, progress)
+    if running is not None:  # batch norms have the exact statistics of these images
+        running.about["exact"] = fingerprint(running, batches, storage)
     return visitor.record
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.sweep.rows import input_rows, kernel_of, output_rows
+from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
 from stages.core.sweep.sweep import Sweep
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.layer import Layer
@@ -60,20 +60,29 @@ class LayerProblem:
     def each_rows(self, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
         """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
         z, y = self.inputs(index), self.targets(index)
-        step, kernel = self.layer.images_by_row, kernel_of(self.layer.module.weights[0])
+        step = self.layer.images_by_row
         for z_some, y_some in zip(z.split(step), y.split(step), strict=True):
-            use(*self._drawn(input_rows(self.node, z_some, kernel), output_rows(self.node, y_some)))
+            drawn, y_rows = self._drawn(len(z_some)), output_rows(self.node, y_some)
+            if drawn is not None:
+                y_rows = y_rows[place_rows(drawn, self.layer.places).to(y_rows.device)]
+            use(self._input_rows(z_some, drawn), y_rows)
 
     def each_input_rows(self, index: int, use: Callable[[Tensor], None]) -> None:
         """The same of z alone."""
-        kernel = kernel_of(self.layer.module.weights[0])
         for z_some in self.inputs(index).split(self.layer.images_by_row):
-            use(*self._drawn(input_rows(self.node, z_some, kernel)))
+            use(self._input_rows(z_some, self._drawn(len(z_some))))
 
-    def _drawn(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """The rows at the drawn positions of some images."""
+    def _input_rows(self, z: Tensor, drawn: Tensor | None) -> Tensor:
+        """Of some images, at the drawn places or at all."""
+        if drawn is None:
+            return input_rows(self.node, z, self.layer.kernel)
+        if self.node.operation == "conv2d":
+            return drawn_rows(self.node, z, self.layer.kernel, drawn)
+        every = input_rows(self.node, z, self.layer.kernel)
+        return every[place_rows(drawn, self.layer.places).to(every.device)]
+
+    def _drawn(self, images: int) -> Tensor | None:
+        """The places of each image whose rows are used, where that is not all of them."""
         if self.setup.positions == 1 or self.node.operation == "linear" or self.layer.places == 1:
-            return rows
-        count = max(1, round(self.setup.positions * len(rows[0])))
-        kept = torch.randperm(len(rows[0]), generator=self.setup.generator)[:count].to(rows[0].device)
-        return tuple(own[kept] for own in rows)
+            return None
+        return draw_places(images, self.layer.places, self.setup.positions, self.setup.generator)

@@ -20,6 +20,7 @@ from torch import Tensor
 from stages.core.units.groups import Axis, Inner, PermutationSpec, Span, State, reorder_inside, span_index
 from stages.core.units.matching import inside_order
 from stages.match.assign import assign, assign_inside, gained, part_pairs
+from stages.match.gains import Gains
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TURNS = 50  # at most, inside one pair of parts; each gains, and few are needed
@@ -56,14 +57,28 @@ def _ascend(
     sweeps: int,
     tolerance: float,
 ) -> list[float]:
-    """Improve the order of some networks in place, group by group in random order, until a sweep gains nothing."""
-    names = list(problem.spec.ordered)
-    objectives = [problem.objective(units)]
+    """Improve the order of some networks in place, group by group in random order, until a sweep gains nothing.
+
+    A group is left out while nothing has moved that its gains depend on: it would stay as it is.
+    """
+    names, coupled = list(problem.spec.ordered), problem.coupled()
+    objectives, clock = [problem.objective(units)], 0
+    visited, moved = dict[tuple[str, int], int](), dict[tuple[str, int], int]()
     for _ in range(sweeps):
+        whole = 0.0
         for m in networks:
-            for index in torch.randperm(len(names), generator=generator).tolist():
-                problem.improve(units, names[index], m)
-        objectives.append(problem.objective(units))
+            for name in (names[i] for i in torch.randperm(len(names), generator=generator).tolist()):
+                clock += 1
+                seen = [(o, n) for o in coupled[name] for n in networks if (o, n) != (name, m)]
+                seen += [(name, m)] if problem.self_coupled(name) else []
+                last = visited.get((name, m), -1)
+                if last >= 0 and all(moved.get(own, -1) < last for own in seen):
+                    continue
+                visited[name, m] = clock
+                change = problem.improve(units, name, m)
+                if change > 0:
+                    whole, moved[name, m] = whole + change, clock
+        objectives.append(objectives[-1] + whole)
         if objectives[-1] - objectives[-2] <= tolerance * abs(objectives[-1]):
             break
     return objectives
@@ -108,6 +123,7 @@ class WeightProblem:
                         self.on.setdefault(parameter, [])
                         self.inside[parameter] = inner
         self.states = [{p: state[p].detach().cpu().double() for p in self.on} for state in states]
+        self._gains = Gains(self.states, self.on)
 
     def _counts(self, parameter: str, states: Sequence[State]) -> bool:
         shapes = {tuple(state[parameter].shape) if parameter in state else None for state in states}
@@ -153,11 +169,32 @@ class WeightProblem:
         """Where the units' weights are linear in their order."""
         return [s for s in inner.spans if s.axis.parameter in self.on and s.axis.parameter not in self.inside]
 
-    def improve(self, units: Mapping[str, Tensor], name: str, network: int) -> None:
-        """Give one group of one network its best order, also inside its units, if that is better than what it has."""
+    def coupled(self) -> dict[str, set[str]]:
+        """For each group those whose order its gains can depend on: the units of both lie on one tensor."""
+        tensors = {name: self._tensors(name) for name in self.spec.ordered}
+        return {name: {o for o, theirs in tensors.items() if own & theirs} for name, own in tensors.items()}
+
+    def self_coupled(self, name: str) -> bool:
+        """Whether a group's gains can depend on its own order."""
+        contents = self.spec.contents(name)
+        return bool(self._twice(contents)) or any(own in contents for own in self.inside.values())
+
+    def _tensors(self, name: str) -> set[str]:
+        contents = self.spec.contents(name)
+        spans = {span.axis.parameter for inner in contents for span in inner.spans}
+        return (spans | {p for p, inner in self.inside.items() if inner in contents}) & set(self.on)
+
+    def improve(self, units: Mapping[str, Tensor], name: str, network: int) -> float:
+        """Give one group of one network its best order, also inside its units, if that is better than what it has.
+
+        Returns how much better.
+        """
         contents = self.spec.contents(name)
         parts, every = self.spec.groups[name].size, torch.arange(self.spec.groups[name].size)
-        gains = {inner.name: part_pairs(self._gain(units, inner, network), parts) for inner in contents}
+        gains = {
+            inner.name: part_pairs(self._gains.of(units, inner, self._linear(inner), network), parts)
+            for inner in contents
+        }
         kernels = self._kernels(units, contents, network)
         old = units[name][network].clone() if name in units else every
         kept = {i.name: units[i.name][network].clone() for i in contents if i.name != name}
@@ -175,8 +212,9 @@ class WeightProblem:
             worth = sum(gained(gains[what], own) for what, own in orders.items())
             before = sum(gained(gains[what][every, old], own).sum() for what, own in present.items())
         new = assign(worth) if name in units else every
-        if worth[every, new].sum() <= before:
-            return
+        change = float(worth[every, new].sum() - before)
+        if change <= 0:
+            return 0.0
         twice = self._twice(contents)
         value = self._part(units, twice, network)
         _set(
@@ -184,18 +222,12 @@ class WeightProblem:
             network,
             {name: new, **{what: own[every, new] for what, own in orders.items() if what in kept}},
         )
-        if twice and self._part(units, twice, network) <= value:
+        if not twice:
+            return change
+        change = self._part(units, twice, network) - value
+        if change <= 0:
             _set(units, network, {name: old, **kept})
-
-    def _gain(self, units: Mapping[str, Tensor], inner: Inner, network: int) -> Tensor:
-        """What each unit of a network (columns) gives in the place of each of the reference (rows)."""
-        size = inner.parts * inner.size
-        gain = torch.zeros(size, size, dtype=torch.float64)
-        for span in self._linear(inner):
-            parameter = span.axis.parameter
-            rows = _unit_rows(self.reference(units, parameter, network), span, size)
-            gain += rows @ _unit_rows(self.placed(units, parameter, network, span), span, size).T
-        return gain
+        return max(change, 0.0)
 
     def _kernels(
         self, units: Mapping[str, Tensor], contents: Sequence[Inner], network: int

@@ -173,7 +173,9 @@ def _widths(allocations: Mapping[str, pd.DataFrame], networks: int) -> Table:
         for name, table in allocations.items()
     }
     rows = [
-        PageRow([group, f"{units[group]:.0f}", *(_number(own.get(group), "{:.0f}") for own in merged.values())])
+        PageRow(
+            [group, f"{units[group]:.0f}", *(_number(own.get(group), "{:.0f}") for own in merged.values())]
+        )
         for group in groups
     ]
     return Table("widths", "Units by group and matching", _columns(["group", "one source", *merged]), rows)
@@ -182,7 +184,9 @@ def _widths(allocations: Mapping[str, pd.DataFrame], networks: int) -> Table:
 def _residuals(fits: Mapping[str, pd.DataFrame]) -> Table:
     means = {name: table.groupby("layer", sort=False)["residual"].mean() for name, table in fits.items()}
     layers = list(dict.fromkeys(layer for own in means.values() for layer in own.index))
-    rows = [PageRow([layer, *(_number(own.get(layer), "{:.4f}") for own in means.values())]) for layer in layers]
+    rows = [
+        PageRow([layer, *(_number(own.get(layer), "{:.4f}") for own in means.values())]) for layer in layers
+    ]
     return Table("residuals", "Residual by layer and method", _columns(["layer", *means]), rows)
 
 

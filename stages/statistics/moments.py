@@ -20,7 +20,7 @@ from stages.core.graph.trace import Trace
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
 from stages.core.sweep.memory import check_memory, peak_bytes
-from stages.core.sweep.rows import unit_rows
+from stages.core.sweep.rows import draw_places, place_rows, unit_rows
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.groups import Axis, Inner, Span, span_index
 from stages.core.units.moments import POINTS, TaskMoments
@@ -147,9 +147,10 @@ class MomentsVisitor:
         for units in held:
             own = [_chosen(v, dim, units) for v in values]
             rows = torch.cat([unit_rows(v, dim, units.block) for v in own], 1)
-            if self.positions < 1 and len(rows) > len(values[0]):
-                count = max(1, round(self.positions * len(rows)))
-                rows = rows[torch.randperm(len(rows), generator=self.generator)[:count].to(rows.device)]
+            places = len(rows) // len(values[0])
+            if self.positions < 1 and places > 1:
+                drawn = draw_places(len(values[0]), places, self.positions, self.generator)
+                rows = rows[place_rows(drawn, places).to(rows.device)]
             self._sum(sums, units.name, rows, task)
 
     def _sum(self, sums: dict[str, _Sums], group: str, rows: Tensor, task: int) -> None:
@@ -158,7 +159,7 @@ class MomentsVisitor:
         if group not in sums:
             sums[group] = self._zeros(d, rows.device)
         for part in rows.split(max(1, ENTRIES_AT_A_TIME // d)):
-            sums[group].mean[task] += part.sum(0, dtype=torch.float64)
+            sums[group].mean[task] += part.sum(0).double()
             add_gram(sums[group].second[task], part, 1.0)
             sums[group].count[task] += len(part)
 

@@ -8,7 +8,8 @@ from torch import nn
 from stages.core.networks.architectures import build
 from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
-from stages.match.weights import STATISTICS, match_weights
+from stages.match.assign import assign
+from stages.match.weights import STATISTICS, WeightProblem, _ascend, match_weights
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -153,3 +154,47 @@ def test_matching_leaves_the_networks_as_they_were(randomise):
     match(made)
     for network, state in zip(made, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def plain_ascent(spec, states, seed):
+    """Coordinate ascent as it is written in the paper: every group in turn, its gain from all of its weights."""
+    units = {name: torch.arange(group.size).repeat(len(states), 1) for name, group in spec.free.items()}
+    names, generator = list(spec.free), torch.Generator().manual_seed(seed)
+    value = objective(spec, states, units)
+    while True:
+        for m in range(1, len(states)):
+            for index in torch.randperm(len(names), generator=generator).tolist():
+                name, gain = names[index], 0.0
+                for n in (n for n in range(len(states)) if n != m):
+                    theirs = permute(states[n], spec, {g: own[n] for g, own in units.items()})
+                    mine = permute(states[m], spec, {g: own[m] for g, own in units.items() if g != name})
+                    for span in spec.free[name].spans:
+                        if not span.axis.parameter.endswith(STATISTICS):
+                            a, b = (
+                                own[span.axis.parameter].movedim(span.axis.dim, 0) for own in (theirs, mine)
+                            )
+                            gain = gain + a.reshape(len(a), -1) @ b.reshape(len(b), -1).T
+                new, every = assign(gain), torch.arange(spec.free[name].size)
+                if gain[every, new].sum() > gain[every, units[name][m]].sum():
+                    units[name][m] = new
+        before, value = value, objective(spec, states, units)
+        if value - before <= 1e-12 * abs(value):
+            return units, value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("networks", [2, 3])
+def test_what_is_left_out_and_what_is_updated_changes_nothing(kind, networks, randomise, monkeypatch):
+    for seed in range(10):
+        made = [KINDS[kind](randomise, 10 * seed + m).double() for m in range(networks)]
+        spec, states = trace(made[0], X.double()).spec, [network.state_dict() for network in made]
+        problem, everything = WeightProblem(spec, states), torch.Generator().manual_seed(seed)
+        start = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
+        visits, improve = [], WeightProblem.improve
+        monkeypatch.setattr(WeightProblem, "improve", lambda *a, v=visits, i=improve: (v.append(1), i(*a))[1])
+        values = _ascend(problem, start, range(1, networks), everything, 100, 1e-12)
+        monkeypatch.setattr(WeightProblem, "improve", improve)
+        units, value = plain_ascent(spec, states, seed)
+        assert values[-1] == pytest.approx(value, rel=1e-10)
+        assert all(torch.equal(start[name], own) for name, own in units.items())
+        assert len(visits) < (len(values) - 1) * (networks - 1) * len(units)

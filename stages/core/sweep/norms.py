@@ -14,6 +14,7 @@ from stages.core.sweep.sweep import Merged, Sweep
 def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int | None = None) -> Tensor:
     """Mean and variance of each entry along ``dim``, tasks weighing alike: float64 (2, width).
 
+    Entries are summed in their own type within a batch, less the first batch's mean; batches are summed in float64.
     value: a batch's index -> its values. task: only that task's images.
     """
     count, total, squares, shift = 0.0, 0.0, 0.0, None
@@ -23,11 +24,11 @@ def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int
         weight = sweep.weights[batch.task]
         x = value(index)
         dims = [other for other in range(x.dim()) if other != dim]
-        shift = x.mean(dims, keepdim=True, dtype=torch.float64) if shift is None else shift
-        x = x - shift  # in float64
+        shift = x.mean(dims, keepdim=True) if shift is None else shift
+        x = x - shift
         count += weight * x.numel() / x.shape[dim]
-        total = total + weight * x.sum(dims)
-        squares = squares + weight * x.square_().sum(dims)
+        total = total + weight * x.sum(dims).double()
+        squares = squares + weight * x.square_().sum(dims).double()
     mean = total / count
     return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
 

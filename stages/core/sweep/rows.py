@@ -1,7 +1,7 @@
 """Linear and convolutions seen as one thing: a matrix W that maps rows of d_in entries to rows of d_out entries.
 
 - Linear: x (n, ..., c) -> rows (n * ..., c); W is the weight, (d_out, c).
-- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per position of the kernel (im2col);
+- Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per place the kernel is put (im2col);
   W is the weight (d_out, c, kh, kw) flattened from dimension 1. Entry ``channel * kh * kw + offset`` of a row
   belongs to ``channel``, so the columns that a channel owns are ``taps`` entries side by side.
 """
@@ -22,7 +22,7 @@ def input_rows(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     if node.operation != "conv2d":
         return _unfolded(node, x, kernel)
     a = node.attributes
-    padding = _explicit_padding(a["padding"], kernel, a["dilation"])
+    padding = explicit_padding(node, kernel)
     if any(padding):
         x = F.pad(x, padding)
     if tuple(kernel) == (1, 1):
@@ -91,10 +91,35 @@ def _each_side(
     return [(n, n) for n in padding]
 
 
-def _explicit_padding(
-    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Padding as F.pad wants it: left, right, top, bottom."""
+def draw_places(images: int, places: int, share: float, generator: torch.Generator) -> Tensor:
+    """A share of each image's places, at least one, as many of every image: int64 (images, drawn)."""
+    count = max(1, round(share * places))
+    return torch.rand(images, places, generator=generator).argsort(1)[:, :count]
+
+
+def place_rows(drawn: Tensor, places: int) -> Tensor:
+    """Which rows the drawn places of images are, (images, drawn) -> (images * drawn,)."""
+    return (torch.arange(len(drawn))[:, None] * places + drawn).flatten()
+
+
+def drawn_rows(node: Node, x: Tensor, kernel: Sequence[int], drawn: Tensor) -> Tensor:
+    """``input_rows`` of a Conv2d at the drawn places alone, without those of the others."""
+    a, (left, right, top, bottom) = node.attributes, explicit_padding(node, kernel)
+    x = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1)  # (n, h, w, c)
+    n, h, w, c = x.shape
+    down, on = (torch.arange(k, device=x.device) * d for k, d in zip(kernel, a["dilation"], strict=True))
+    taps = (down[:, None] * w + on).flatten()
+    across = (w - int(on[-1]) - 1) // a["stride"][1] + 1  # places of a line
+    drawn = drawn.to(x.device)
+    first = drawn // across * a["stride"][0] * w + drawn % across * a["stride"][1]
+    first = first + torch.arange(n, device=x.device)[:, None] * h * w
+    rows = x.reshape(-1, c)[(first.flatten()[:, None] + taps).flatten()]
+    return rows.view(-1, len(taps), c).transpose(1, 2).reshape(len(first.flatten()), -1)
+
+
+def explicit_padding(node: Node, kernel: Sequence[int]) -> list[int]:
+    """A Conv2d's padding as F.pad wants it: left, right, top, bottom."""
+    padding, dilation = node.attributes["padding"], node.attributes["dilation"]
     if padding == "valid":
         return [0, 0, 0, 0]
     if padding == "same":  # torch puts the odd one behind

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.core.sweep.rows import weight_matrix
+from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import Solution, solve
@@ -13,12 +14,16 @@ from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.start import starts
 
+Equations = MapEquations | NormalEquations | RowEquations
+
 
 class Dense:
     """Holds sums of products of a layer's inputs, or the rows themselves where those are few; then solves them."""
 
     def bytes(self, layer: Layer, images: int, batch: int) -> int:
         sizes, blocks, count = (layer.d_in, layer.d_out), layer.block_sizes, layer.few_rows(images)
+        if count is None and layer.maps is not None:
+            return self._map_bytes(layer, batch)
         adding = layer.rows_bytes(batch)
         if count is not None:
             held = RowEquations.bytes(count, *sizes, layer.module.weights[0].element_size())
@@ -28,12 +33,22 @@ class Dense:
         solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in blocks]
         return equations * NormalEquations.bytes(*sizes) + max(adding, *solving)
 
+    def _map_bytes(self, layer: Layer, batch: int) -> int:
+        solving = max(NormalEquations.solve_bytes(layer.d_in, *block) for block in layer.block_sizes)
+        adding, equations = layer.maps_bytes(batch), len(layer.setup.sources) if layer.own_rows else 1
+        return MapEquations.bytes(
+            layer.maps, layer.module.inputs.width, layer.d_out, equations, adding, solving
+        )
+
     def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer, module = problem.layer, problem.layer.module
         equations = self._equations(problem)
         for index, task, weight in problem.batches():
             into = equations[task if layer.own_rows else 0]
-            problem.each_rows(index, partial(into.add, weight=weight))
+            if isinstance(into, MapEquations):
+                into.add(problem.inputs(index), problem.targets(index), weight)
+            else:
+                problem.each_rows(index, partial(into.add, weight=weight))
         start = starts(layer)
         bias, mean, variance = torch.zeros(3, layer.d_out, dtype=torch.float64, device=layer.device)
         residual = energy = 0.0
@@ -51,11 +66,14 @@ class Dense:
             return None
         return LayerSolution(residual, energy, bias, torch.stack([mean, variance]))
 
-    def _equations(self, problem: LayerProblem) -> list[NormalEquations | RowEquations]:
+    def _equations(self, problem: LayerProblem) -> list[Equations]:
         """One for all tasks, or one for each where a task has a head of its own."""
         layer = problem.layer
         sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
         tasks = range(len(layer.setup.sources)) if layer.own_rows else [None]
+        if layer.few_rows(problem.images()) is None and layer.maps is not None:
+            maps = layer.node, layer.kernel, layer.map_size, layer.intercept, layer.node.name
+            return [MapEquations(*maps) for _ in tasks]
         if layer.few_rows(problem.images()) is None:
             return [NormalEquations(*sizes, *what) for _ in tasks]
         counts = [layer.few_rows(problem.images(task)) for task in tasks]
@@ -64,7 +82,7 @@ class Dense:
     def _solve(
         self,
         problem: LayerProblem,
-        equations: NormalEquations | RowEquations,
+        equations: Equations,
         i: int,
         rows: Tensor,
         start: Tensor,

@@ -14,7 +14,9 @@ from torch import Tensor
 from stages.core.align.alignment import view_states
 from stages.core.merged.blocks import Block
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restricted
+from stages.core.sweep.maps import MapSums, map_entries
 from stages.fit.average import average_block
+from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.solve import Solution, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
@@ -33,7 +35,13 @@ class RegMean:
             8 * columns * ((networks + 2) * columns + (2 * networks + 3) * rows)
             for columns, rows in layer.block_sizes
         ]
-        return 8 * networks * layer.d_in**2 + max(layer.rows_bytes(batch) + gram_bytes(layer.d_in), *solving)
+        if layer.maps is None:
+            return 8 * networks * layer.d_in**2 + max(
+                layer.rows_bytes(batch) + gram_bytes(layer.d_in), *solving
+            )
+        c = layer.module.inputs.width
+        adding, solving = layer.maps_bytes(batch, targets=False), max(solving)
+        return MapEquations.bytes(layer.maps, c, 0, networks, adding, solving)
 
     def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer, module = problem.layer, problem.layer.module
@@ -45,6 +53,8 @@ class RegMean:
             rows = merged[block.start : block.stop].nonzero().flatten().to(weight.device)
             if len(rows):
                 columns = layer.columns(block)
+                if layer.maps is not None:
+                    columns = map_entries(columns, layer.taps, layer.module.inputs.width)
                 found = regression_mean(
                     [restricted(G, columns) for G in grams],
                     [own[rows].flatten(1).double() for own in self._networks(layer, block)],
@@ -58,6 +68,13 @@ class RegMean:
 
     def _grams(self, problem: LayerProblem) -> list[Tensor]:
         """G_t of every task, off-diagonal entries scaled: (d_in, d_in) each."""
+        grams = self._by_rows(problem) if problem.layer.maps is None else self._by_maps(problem)
+        for G in grams:
+            diagonal = G.diagonal().clone()
+            G.mul_(problem.setup.fit.off_diagonal).diagonal().copy_(diagonal)
+        return grams
+
+    def _by_rows(self, problem: LayerProblem) -> list[Tensor]:
         layer = problem.layer
         options = {"dtype": torch.float64, "device": layer.device}
         grams = [torch.zeros(layer.d_in, layer.d_in, **options) for _ in self.states]
@@ -65,9 +82,14 @@ class RegMean:
             problem.each_input_rows(index, partial(add_gram, grams[task], weight=weight))
         for G in grams:
             complete_gram(G)
-            diagonal = G.diagonal().clone()
-            G.mul_(problem.setup.fit.off_diagonal).diagonal().copy_(diagonal)
         return grams
+
+    def _by_maps(self, problem: LayerProblem) -> list[Tensor]:
+        layer = problem.layer
+        sums = [MapSums(layer.node, layer.kernel, layer.map_size, False) for _ in self.states]
+        for index, task, weight in problem.batches():
+            sums[task].add(problem.inputs(index), weight=weight)
+        return [own.finish().G for own in sums]
 
     def _networks(self, layer: Layer, block: Block) -> list[Tensor]:
         """W_t of a block: what each network alone would put there, zero where it has nothing."""
