@@ -11,7 +11,7 @@ from stages.core.graph.nodes import Node
 from stages.core.sweep.rows import explicit_padding, input_rows
 from stages.core.sweep.shifted import Plan, plan, weight_gradient
 
-ENTRIES = 2**22  # of the maps that are worked with at a time, unless a single image has more
+MAP_ENTRIES = 2**22  # of the maps that are worked with at a time, unless a single image has more
 SEEN = 2**20  # entries of the rows of one image that are worked with at a time
 LINES = 2**8  # of them, at most: their products are summed in the maps' own type
 
@@ -198,7 +198,7 @@ def worthwhile(plan: Plan, c: int) -> bool:
 def images_at_once(plan: Plan, c: int, d_out: int) -> int:
     """How many images' products are taken at a time."""
     entries = max(c * plan.lines[0].size * plan.lines[1].size, d_out * plan.places)
-    return max(1, min(ENTRIES // entries, LINES // plan.lines[0].size))
+    return max(1, min(MAP_ENTRIES // entries, LINES // plan.lines[0].size))
 
 
 def _channels_last(x: Tensor) -> Tensor:

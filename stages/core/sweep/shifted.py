@@ -29,49 +29,49 @@ from torch.nn.grad import conv2d_weight
 from stages.core.graph.nodes import Node
 from stages.core.sweep.rows import explicit_padding
 
-Span = tuple[int, int]  # from, to (exclusive)
+Stretch = tuple[int, int]  # from, to (exclusive)
 
 
 @dataclass(frozen=True)
-class Line:
+class Side:
     """One axis of a convolution. ``taps``: (phase, q) of each tap."""
 
     size: int
     places: int
     stride: int
-    taps: tuple[Span, ...]
+    taps: tuple[Stretch, ...]
 
     def length(self, phase: int) -> int:
         """Of the map of a phase."""
         return len(range(phase, self.size, self.stride))
 
-    def left_out(self, tap: int) -> list[Span]:
+    def left_out(self, tap: int) -> list[Stretch]:
         """Stretches of a phase's map that do not count for one of its taps."""
         phase, q = self.taps[tap]
         length = self.length(phase)
         low, high = min(max(q, 0), length), min(max(q + self.places, 0), length)
         return [span for span in ((0, low), (high, length)) if span[0] < span[1]]
 
-    def meet(self, span: Span, phase: int, shift: int) -> bool:
+    def meet(self, span: Stretch, phase: int, shift: int) -> bool:
         """Whether a stretch, shifted, touches the map of a phase."""
         return span[0] + shift < self.length(phase) and span[1] + shift > 0
 
 
-def line(size: int, kernel: int, stride: int, dilation: int, padding: Span) -> Line:
+def line(size: int, kernel: int, stride: int, dilation: int, padding: Stretch) -> Side:
     """padding: before and behind."""
     places = (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
     starts = [dilation * tap - padding[0] for tap in range(kernel)]
-    return Line(size, places, stride, tuple((start % stride, start // stride) for start in starts))
+    return Side(size, places, stride, tuple((start % stride, start // stride) for start in starts))
 
 
 @dataclass(frozen=True)
 class Correlation:
     """sum_v X_left[v] X_right[v + shift]^T for v in a box of X_left and all shifts of a box, (height, width) each."""
 
-    left: Span
-    right: Span
-    box: tuple[Span, Span]
-    shifts: tuple[Span, Span]
+    left: Stretch
+    right: Stretch
+    box: tuple[Stretch, Stretch]
+    shifts: tuple[Stretch, Stretch]
 
     @property
     def count(self) -> int:
@@ -101,7 +101,7 @@ class Plan:
     that are missing are transposes of those of (tap', tap). Taps are counted row by row.
     """
 
-    lines: tuple[Line, Line]
+    lines: tuple[Side, Side]
     correlations: tuple[Correlation, ...]
     blocks: dict[tuple[int, int], tuple[tuple[int, int, tuple[int, int]], ...]]
 
@@ -124,7 +124,7 @@ class Plan:
         return sum(own.count for own in self.correlations)
 
     @property
-    def phases(self) -> list[Span]:
+    def phases(self) -> list[Stretch]:
         """Of the maps that are looked at."""
         return sorted({phase for own in self.correlations for phase in (own.left, own.right)})
 
@@ -137,7 +137,7 @@ def plan(node: Node, kernel: Sequence[int], size: Sequence[int]) -> Plan:
 
 
 @cache
-def _plan(*lines: Line) -> Plan:
+def _plan(*lines: Side) -> Plan:
     wanted: dict[tuple, list[tuple]] = {}  # (phase, phase', box) -> (sign, tap, tap', shift)
     taps = list(product(*(range(len(own.taps)) for own in lines)))
     for (i, t), (j, u) in product(enumerate(taps), repeat=2):
@@ -151,7 +151,7 @@ def _plan(*lines: Line) -> Plan:
     return _planned(lines, wanted, len(taps))
 
 
-def _planned(lines: tuple[Line, Line], wanted: dict[tuple, list[tuple]], taps: int) -> Plan:
+def _planned(lines: tuple[Side, Side], wanted: dict[tuple, list[tuple]], taps: int) -> Plan:
     correlations, blocks = [], {}
     for index, ((left, right, box), terms) in enumerate(wanted.items()):
         shifts = [term[3] for term in terms]
@@ -162,13 +162,15 @@ def _planned(lines: tuple[Line, Line], wanted: dict[tuple, list[tuple]], taps: i
     return Plan(lines, tuple(correlations), {pair: tuple(terms) for pair, terms in blocks.items()})
 
 
-def _tap(lines: tuple[Line, Line], tap: Span) -> tuple[Span, Span]:
+def _tap(lines: tuple[Side, Side], tap: Stretch) -> tuple[Stretch, Stretch]:
     """Phase and q of a tap, (height, width) each."""
     down, on = (own.taps[t] for own, t in zip(lines, tap, strict=True))
     return (down[0], on[0]), (down[1], on[1])
 
 
-def _boxes(lines: tuple[Line, Line], phase: Span, tap: Span) -> Iterator[tuple[int, tuple[Span, Span]]]:
+def _boxes(
+    lines: tuple[Side, Side], phase: Stretch, tap: Stretch
+) -> Iterator[tuple[int, tuple[Stretch, Stretch]]]:
     """What is taken (1) and taken off again (-1): all of the map, strips at its border, what two strips share."""
     down, on = (
         [(1, (0, own.length(phase[k]))), *((-1, span) for span in own.left_out(tap[k]))]
@@ -178,7 +180,7 @@ def _boxes(lines: tuple[Line, Line], phase: Span, tap: Span) -> Iterator[tuple[i
         yield sign * other, (rows, columns)
 
 
-def _extent(span: Span) -> int:
+def _extent(span: Stretch) -> int:
     return span[1] - span[0]
 
 

@@ -98,7 +98,7 @@ def test_the_kernels_of_known_networks(kernel, stride, padding, size, intercept)
 
 @pytest.mark.parametrize("step", [1, 2, 100])
 def test_sums_do_not_depend_on_how_many_images_are_taken_at_a_time(step, monkeypatch):
-    monkeypatch.setattr("stages.core.sweep.maps.ENTRIES", step * 5 * 36)
+    monkeypatch.setattr("stages.core.sweep.maps.MAP_ENTRIES", step * 5 * 36)
     node = conv_node((1, 1), (1, 1), (1, 1))
     z = 1 + random(5, 5, 6, 6)
     check(node, (3, 3), [(z, random(5, 2, 6, 6, seed=1), 1.0)], True)
