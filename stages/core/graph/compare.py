@@ -20,8 +20,9 @@ def check_alike(sources: Sequence[Source], labels: str) -> None:
     heads = {name for node in behind if node is not None for name in node.parameters.values()}
     heads = heads if labels == "separate" else set()
     for source in sources:
-        _check_graph(first, source)
+        _check_length(first, source)
         _check_tensors(first, source, heads)
+        _check_graph(first, source)
         task, width = source.task, source.trace.layouts[source.graph.output.name].width
         if width != len(task.classes):
             raise InputError(f"task {task.name}: {width} logits for {len(task.classes)} classes")
@@ -32,14 +33,17 @@ def check_alike(sources: Sequence[Source], labels: str) -> None:
         )
 
 
-def _check_graph(first: Source, other: Source) -> None:
+def _check_length(first: Source, other: Source) -> None:
     found, expected = other.graph.nodes, first.graph.nodes
     if len(found) != len(expected):
         raise InputError(
             f"task {other.task.name}: {len(found)} operations, the first network has {len(expected)}; "
             "allowed: networks of one architecture"
         )
-    for a, b in zip(expected, found, strict=True):
+
+
+def _check_graph(first: Source, other: Source) -> None:
+    for a, b in zip(first.graph.nodes, other.graph.nodes, strict=True):
         if a != b:
             raise InputError(
                 f"task {other.task.name}: {b.name} is {b.operation} {dict(b.attributes)}, in the first network "
