@@ -3,6 +3,7 @@
 ``inspect`` shows what a network looks like to the merge.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from stages.inspection import inspect
 
 __all__ = ["inspect", "load_merged", "merge"]
+
+if sys.argv[:1] == ["-m"]:  # Python is about to run a stage, which imports for seconds
+    from stages.core.runtime.command import begin
+
+    begin()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from stages.core.align.solve import make_alignment
 from stages.core.graph.source import Source, Task
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
+from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
 from stages.core.recipe.sections import RIDGE, AllocateSection
 from stages.core.runtime.device import generator
@@ -34,8 +35,6 @@ from stages.statistics.moments import gather
 
 __all__ = ["inspect", "load_merged", "merge"]
 
-PROGRESSIVE = {"solver": "exact", "inputs": "merged", "targets": "own", "norm": "fold"}
-ACTIVATIONS = {"by": "activations", "similarity": "distance"}
 ALLOCATE = {"by": "measured", "cost": "macs"}
 
 
@@ -43,12 +42,13 @@ def merge(
     networks: Mapping[str, nn.Module],
     batches: Mapping[str, Iterable[Any]],
     budget: float = 1.0,
+    method: str | Mapping[str, Any] = "progressive",
     *,
     labels: str | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
-    match: Mapping[str, Any] = ACTIVATIONS,
-    fit: Mapping[str, Any] = PROGRESSIVE,
-    recalibrate: str = "batchnorm",
+    match: Mapping[str, Any] | None = None,
+    fit: Mapping[str, Any] | None = None,
+    recalibrate: str | None = None,
     allocate: Mapping[str, Any] = ALLOCATE,
     ridge: float = RIDGE,
     seed: int = 0,
@@ -56,12 +56,13 @@ def merge(
 ) -> MergedNetwork:
     """Merge networks of one architecture that were trained apart, without labels and without training.
 
-    networks: task name -> module; any that torch.fx traces with operations that have a rule. They are left alone.
+    networks: task name -> module; any that torch.export reads as operations that have a rule. They are left alone.
     batches: task name -> unlabelled images of that task as the network takes them: tensors (n, ...), or tuples
-    whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N.
-    labels: shared (one label space), separate (a head each); by default shared when all have as many classes.
-    classes: class names of each task, by default numbers. match, fit, recalibrate, allocate: as in params.yaml; the
-    default is `progressive`. Runs on the device of the first network. Raises InputError in one line.
+    whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N. method: a
+    row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, as a mapping. labels:
+    shared (one label space), separate (a head each); by default shared when all have as many classes. classes: class
+    names of each task, by default numbers. match, fit, recalibrate: what differs from the row. allocate: as in
+    params.yaml. Runs on the device of the first network. Raises InputError in one line.
     """
     names = list(networks)
     if set(batches) != set(names):
@@ -70,11 +71,8 @@ def merge(
         )
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    settings, spending = (
-        _checked(MatchSettings, "match", match),
-        _checked(AllocateSection, "allocate", allocate),
-    )
-    method = _checked(Method, "", {"match": "given", "fit": dict(fit), "recalibrate": recalibrate})
+    row, settings = _row(method, {"match": match, "fit": fit, "recalibrate": recalibrate})
+    spending = _checked(AllocateSection, "allocate", allocate)
     found = _batches(networks, batches)
     sources, labels = _sources(networks, found, labels, classes)
     gathered = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
@@ -88,18 +86,43 @@ def merge(
         matching,
         splits,
         found,
-        method.fit,
+        row.fit,
         labels=labels,
         alignment=alignment,
         ridge=ridge,
         generator=generator(seed),
-        about={"budget": reached, "method": {**method.model_dump(), "match": settings.model_dump()}},
+        about={"budget": reached, "method": {**row.model_dump(), "match": settings.model_dump()}},
         progress="fit" if progress else None,
     )
     bar = "recalibrate" if progress else None
     aligned = align(sources, matching, splits)
-    recalibrate_network(network, method.recalibrate, found, aligned, alignment, progress=bar)
+    recalibrate_network(network, row.recalibrate, found, aligned, alignment, progress=bar)
     return network
+
+
+def _row(
+    method: str | Mapping[str, Any], changes: Mapping[str, Mapping[str, Any] | str | None]
+) -> tuple[Method, MatchSettings]:
+    """A row and its matching: of the full list, or given, with what is given apart instead."""
+    known = known_methods()
+    if isinstance(method, str):
+        if method not in known.methods:
+            raise InputError(f"method: found {method!r}; allowed: {', '.join(known.methods)}, or a mapping")
+        method = known.methods[method].model_dump(exclude_unset=True)
+    elif not isinstance(method, Mapping):
+        raise InputError(f"method: found {method!r}; allowed: a name or a mapping")
+    row = {"match": "activations", **method, **{key: own for key, own in changes.items() if own is not None}}
+    match = row["match"]
+    if isinstance(match, Mapping):
+        settings = _checked(MatchSettings, "match", match)
+    elif match in known.match:
+        settings = known.match[match]
+    else:
+        raise InputError(f"match: found {match!r}; allowed: {', '.join(known.match)}, or a mapping")
+    found = _checked(Method, "", {**row, "match": "given"})
+    if "proxy" in (found.data, settings.data):
+        raise InputError("method: found data: proxy; allowed: own, the images that are given")
+    return found, settings
 
 
 def _checked(section: type, name: str, given: Mapping[str, Any]) -> Any:
@@ -119,7 +142,10 @@ def _batches(networks: Mapping[str, nn.Module], batches: Mapping[str, Iterable[A
         own = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches[name]]
         if not own or not all(isinstance(batch, Tensor) and len(batch) for batch in own):
             raise InputError(f"batches: task {name} has none or an empty one; allowed: tensors of images")
-        found += [Batch(batch.to(tensor.device, tensor.dtype), task) for batch in own]
+        found += [
+            Batch(batch.to(tensor.device, tensor.dtype if batch.is_floating_point() else None), task)
+            for batch in own
+        ]
     return found
 
 

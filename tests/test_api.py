@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from stages import load_merged, merge
+from stages.core.recipe.known import FILE, known_methods
+from stages.core.recipe.methods import Refine
 from stages.core.runtime.errors import InputError
 
 
@@ -86,6 +90,46 @@ def test_a_saved_network_gives_equal_outputs_in_a_fresh_process(tmp_path):
     assert load_merged(paths[0]).about["budget"]["asked"] == 1.4
 
 
+QUICK = {"steps": 4, "every": 2, "batch_size": 4}
+
+
+def test_a_row_of_the_full_list_by_name_is_what_its_parts_make(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no params.yaml here
+    by_name = merge(networks(), batches(), 1.2, "pleas", progress=False)
+    parts = {"match": {"by": "activations"}, "fit": {"inputs": "source", "targets": "ensemble"}}
+    by_parts = merge(networks(), batches(), 1.2, parts, progress=False)
+    changed = merge(networks(), batches(), 1.2, "progressive", fit=parts["fit"], progress=False)
+    for other in (by_parts, changed):
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in by_name.state_dict().items())
+
+
+def test_a_refined_row_says_what_it_saw_and_kept(tmp_path):
+    fit = {"inputs": "merged", "targets": "own", "norm": "fold", "refine": {**QUICK, "images": 12}}
+    merged = merge(networks(), batches(), method={"match": "activations", "fit": fit}, progress=False)
+    merged.save(tmp_path / "merged.safetensors")
+    found = load_merged(tmp_path / "merged.safetensors").about["refined"]
+    assert found == merged.about["refined"]
+    assert found["images"] == {name: {"calibration": 12, "held_out": 1} for name in "ab"}
+    assert found["kept"] == 0  # one image held out is too few
+    assert [step for step, _ in found["curve"]] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["progressive_refined", "average_refined"])
+def test_refined_rows_run_by_name(name, monkeypatch):
+    row = known_methods().methods[name]
+    quick = row.model_copy(update={"fit": row.fit.model_copy(update={"refine": Refine(**QUICK)})})
+    monkeypatch.setitem(known_methods().methods, name, quick)
+    merged = merge(networks((3, 2)), batches(), method=name, progress=False)
+    assert merged.about["method"]["fit"]["refine"]["steps"] == 4
+    assert merged(torch.randn(5, 1, 6, 6)).shape == (5, 5)
+
+
+def test_the_packaged_rows_are_those_of_the_parameters():
+    found = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    packaged = yaml.safe_load(FILE.read_text())
+    assert packaged == {key: found[key] for key in ("match", "full")}, "copy match and full to known.yaml"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -93,6 +137,11 @@ def test_a_saved_network_gives_equal_outputs_in_a_fresh_process(tmp_path):
         ({"budget": "1.2"}, "budget: found '1.2'"),
         ({"budget": float("nan")}, "budget: found nan"),
         ({"labels": "mine"}, "labels: found 'mine'"),
+        ({"method": "magic"}, "method: found 'magic'; allowed: average"),
+        ({"method": 3}, "method: found 3; allowed: a name"),
+        ({"method": "pleas_free"}, "method: found data: proxy"),
+        ({"method": {"fit": {"refine": {"step": 3}}}}, "fit.refine.step: unknown key; allowed: steps"),
+        ({"method": {"match": "luck", "fit": {}}}, "match: found 'luck'; allowed: identity"),
         ({"fit": {"solver": "magic"}}, "solver: found 'magic'"),
         ({"fit": {"solvr": "exact"}}, "fit.solvr: unknown key; allowed: solver"),
         ({"match": {"by": "luck"}}, "by: found 'luck'"),
@@ -119,5 +168,5 @@ def test_an_operation_without_a_rule_is_named():
         def forward(self, x):
             return super().forward(torch.fft.fft2(x).real)
 
-    with pytest.raises(InputError, match="no rule for operation fft_fft2"):
+    with pytest.raises(InputError, match="no rule for fft_fft2"):
         merge({"a": Odd(), "b": Odd()}, batches(), progress=False)

@@ -15,7 +15,7 @@ from stages.core.networks.architectures import build
 from stages.core.settings.params import load_params
 
 pytestmark = pytest.mark.slow
-SECTION = (ROOT / "docs/own_networks.md").read_text()
+SECTION = (ROOT / "docs/own_networks.md").read_text().split("## A profile by hand\n")[1]
 YAML, *COMMANDS = re.findall(r"```(?:yaml)?\n(.*?)```", SECTION, re.S)
 PROFILE = load_params(ROOT / "params.yaml").profiles["custom"]
 

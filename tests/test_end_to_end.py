@@ -273,8 +273,8 @@ assert torch.equal(pipeline(images), logits)
 
 
 def test_adding_a_method_as_the_page_says(default):
-    """The shell block of docs/adding.md, run as it stands."""
-    section = (ROOT / "docs/adding.md").read_text()
+    """The shell block of docs/adding_methods.md, run as it stands."""
+    section = (ROOT / "docs/adding_methods.md").read_text()
     assert len(section.strip().split("\n")) <= 34, "a page of about 30 lines"
     default.run("git", "checkout", "-q", "--", ".")
     default.run("dvc", "checkout", "--force")

@@ -60,6 +60,8 @@ def test_every_method_of_the_full_list_runs(profile, budget, folder, monkeypatch
     for method in content["full"].values():
         if method["fit"]["solver"] == "adam":
             method["fit"]["steps"] = 5
+        if "refine" in method["fit"]:
+            method["fit"]["refine"] = {"steps": 4, "every": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
     params = load_params()
     for stage in ("artifacts", "finetune", "statistics", "match", "allocate"):

@@ -67,6 +67,23 @@ def test_a_merge_leaves_nothing_on_the_wrong_device(family, randomise):
         assert found(x.to(gpu)).cpu().equal(expected(x))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refining_leaves_nothing_on_the_wrong_device(family, randomise):
+    make, side = FAMILIES[family]
+    networks = {name: spread(randomise(make(), seed), seed) for seed, name in enumerate("ab")}
+    images = {name: [torch.randn(6, 3, side, side, dtype=torch.float64)] for name in networks}
+    refined = {"steps": 2, "every": 1, "batch_size": 2, "features": "stages"}
+    method = {"match": "identity", "fit": {"solver": "average", "refine": refined}}
+    expected = merge(networks, images, 1.3, method, progress=False)
+    with pretend_gpu() as gpu:
+        on_gpu = {n: net.to(gpu) for n, net in networks.items()}
+        found = merge(on_gpu, images, 1.3, method, progress=False)
+        assert all(p.device == gpu for p in found.parameters())
+        curves = [[loss for _, loss in net.about["refined"]["curve"]] for net in (found, expected)]
+        assert len(curves[0]) == 3
+        assert curves[0] == pytest.approx(curves[1], rel=1e-2)  # Adam makes a step of any rounding of a zero
+
+
 @pytest.mark.slow
 def test_every_method_of_the_full_list_leaves_nothing_on_the_wrong_device(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -81,6 +98,8 @@ def test_every_method_of_the_full_list_leaves_nothing_on_the_wrong_device(tmp_pa
     for method in content["full"].values():
         if method["fit"]["solver"] == "adam":
             method["fit"]["steps"] = 3
+        if "refine" in method["fit"]:
+            method["fit"]["refine"] = {"steps": 2, "every": 1}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
 
     def run(stage: str, *names: str) -> None:

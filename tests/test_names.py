@@ -51,7 +51,7 @@ def names_of_two(root: Path) -> dict[str, list[str]]:
     where: dict[str, list[str]] = {}
     for file, tree in trees(root).items():
         for name, node in defined(tree):
-            if node in tree.body and name.lstrip("_")[0].isupper():
+            if node in tree.body and name.lstrip("_")[:1].isupper():
                 where.setdefault(name, []).append(file)
     return {name: files for name, files in where.items() if len(files) > 1}
 
@@ -71,8 +71,18 @@ def unused(root: Path) -> set[str]:
         f"{file}: {name}"
         for file, tree in found.items()
         for name, node in defined(tree)
-        if total[name] <= used(node)[name]
+        if total[name] <= used(node)[name] and not called_by_name(tree, node)
     }
+
+
+def called_by_name(tree: ast.Module, node: ast.stmt) -> bool:
+    """Whether a method belongs to a class that looks its methods up: getattr(self, f"_{what}")."""
+    owner = next((own for own in tree.body if isinstance(own, ast.ClassDef) and node in own.body), None)
+    return (
+        owner is not None
+        and node.name.startswith("_")
+        and 'getattr(self, f"_' in ast.unparse(owner).replace("'", '"')
+    )
 
 
 def test_everything_that_is_defined_is_used_in_stages():

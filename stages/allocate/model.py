@@ -11,6 +11,7 @@ that read d_i. All numbers are integers, and cost(d) = N * base.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stages.core.graph.nodes import oriented
 from stages.core.graph.trace import Trace
 from stages.core.merged.cost import counted_nodes, entry_cost
 from stages.core.units.groups import State
@@ -45,24 +46,23 @@ def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int
     """Coefficients of one architecture; kind: macs or parameters."""
     free = trace.spec.free
     linear, product, base = dict.fromkeys(free, 0), {}, 0
-    extra = networks - 1
+    extra, sizes = networks - 1, {name: group.size for name, group in free.items()}
     for node in counted_nodes(trace, labels):
         out = trace.layouts[node.name]
         if node.linear:
-            weight = state[node.parameters["weight"]]
+            weight = oriented(node, state[node.parameters["weight"]])
             scale = (trace.positions(node) if kind == "macs" else 1) * weight[0, 0].numel()
             d_out, d_in = weight.shape[:2]
             base += scale * d_out * d_in
-            for o in (s for s in out.segments if s.group in free):
-                linear[o.group] += extra * scale * d_in * o.block
-            for i in (s for s in trace.layouts[node.inputs[0]].segments if s.group in free):
-                linear[i.group] += extra * scale * d_out * i.block
-                for o in (s for s in out.segments if s.group in free):
-                    pair = (i.group, o.group)
-                    product[pair] = product.get(pair, 0) + extra * scale * i.block * o.block
+            written = out.blocks(sizes)
+            for o, block in written.items():
+                linear[o] += extra * scale * d_in * block
+            for i, block in trace.layouts[node.inputs[0]].blocks(sizes).items():
+                linear[i] += extra * scale * d_out * block
+                for o, other in written.items():
+                    product[i, o] = product.get((i, o), 0) + extra * scale * block * other
         each = entry_cost(trace, state, node, kind)
         base += each * out.width
-        for s in out.segments:
-            if s.group in free:
-                linear[s.group] += extra * each * s.block
-    return CostModel({name: group.size for name, group in free.items()}, base, linear, product)
+        for name, block in out.blocks(sizes).items():
+            linear[name] += extra * each * block
+    return CostModel(sizes, base, linear, product)

@@ -1,19 +1,26 @@
-"""The source checkpoints and data sets of the active profile, from `source`, as files of the workspace."""
+"""The source checkpoints and data sets of the active profile, from `source`, as files of the workspace.
 
+python -m stages.artifacts                  ->  models/artifacts, data/artifacts
+python -m stages.artifacts list [PREFIX]        what the bucket holds, and which profiles use it
+"""
+
+import sys
 from pathlib import Path
 
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.settings.datasets import HOMES
-from stages.core.settings.params import load_params
+from stages.core.settings.params import PROFILE_FILES, load_params, profiles_by_file
 from stages.core.settings.places import DATA, MODELS, file_name, kind_of
 from stages.core.settings.profiles import Profile
 
 KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
 
 
-def main() -> None:
+def main(*words: str) -> None:
+    if words:
+        return show(*words)
     params = load_params()
     load_recipe(params)  # a mistake in a row is said now, not after the training
     profile, files = params.active, outputs(params.active)
@@ -36,6 +43,24 @@ def main() -> None:
         from stages.artifacts import embedded
 
         embedded.materialise(profile, params.seed, of["initial"] | of["embedded"])
+
+
+def show(word: str, prefix: str = "", *more: str) -> None:
+    """Write what the bucket holds to stdout. Raises InputError for other words, and when it cannot be listed."""
+    from stages.artifacts import listing
+    from stages.artifacts.client import Store
+
+    if word != "list" or more:
+        raise InputError(
+            f"artifacts: found {' '.join([word, prefix, *more])}; allowed: nothing, or list [PREFIX]"
+        )
+    store, bucket = Store(load_params().artifacts), load_params().artifacts.bucket
+    files = profiles_by_file()
+    of = listing.uses({name: own for profiles in files.values() for name, own in profiles.items()}, bucket)
+    wanted = listing.uses(
+        files.get(PROFILE_FILES[-1], {}), bucket
+    )  # the others are made here or are the user's
+    sys.stdout.write(listing.table(store, prefix, of, wanted))
 
 
 def outputs(profile: Profile) -> dict[str, Path]:
@@ -67,4 +92,4 @@ def clear(keep: set[Path]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "...")

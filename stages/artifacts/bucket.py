@@ -21,10 +21,13 @@ import urllib3
 from botocore.exceptions import BotoCoreError, ClientError
 from tqdm import tqdm
 
-from stages.artifacts.client import Store, Version, reason, refusal, status
+from stages.artifacts.checks import Version, difference
+from stages.artifacts.client import BUSY, UNREADABLE, MissingError, Store, reason, refusal, status, within
+from stages.artifacts.listing import closest
 from stages.core.runtime.cache import alone, cache_folder
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import replacing, sha256
+from stages.core.runtime.files import FULL, replacing, sha256
+from stages.core.runtime.progress import Bar
 from stages.core.settings.params import ArtifactsSection
 from stages.core.settings.places import split_url
 
@@ -32,8 +35,8 @@ BYTES_AT_A_TIME = 1 << 16  # bytes; what a cut connection can cost at most
 PROGRESS = 1 << 20  # bytes; an attempt that brought less counts as failed
 ATTEMPTS = 4  # failed in a row
 PAUSE = 0.2  # seconds after the first of them, then twice as long each time
+LEAST = 1 << 13  # bytes a second; a slower connection counts as cut
 VERSIONS = 3  # of an object that changes while it is read
-BAR = {"unit": "B", "unit_scale": True, "disable": None}  # None: shown on a terminal alone
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,9 @@ class Bucket:
             whole, version = self._present(key, folder)
             found = whole.suffix[1:]
             if pin and found != pin:
-                if not version.md5:  # then the pin is the only check, and what was downloaded may be damaged
+                if (
+                    not version.md5 and not version.sums
+                ):  # then the pin is the only check, and what was downloaded may be damaged
                     whole.unlink()
                 raise InputError(
                     f"{name}: found sha256 {found}, artifacts.sha256 pins {pin}; mend the pin or the object"
@@ -100,7 +105,10 @@ class Bucket:
         """The file of the object's present version, whatever the cache holds of it."""
         name = self.store.name(key)
         for _ in range(VERSIONS):
-            version = self.store.look(key)
+            try:
+                version = self.store.look(key)
+            except MissingError as error:
+                raise InputError(f"{name}: no such object; {closest(self.store, key)}") from error
             if whole := _whole(folder, f"{_stem(version)}.{'?' * 64}"):
                 return whole, version
             try:
@@ -115,7 +123,7 @@ class Bucket:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 raise InputError(
                     f"{self.cache}: no space left on the device for the download ({error.strerror}); free "
                     "some or set artifacts.cache to a folder elsewhere; running the same again resumes"
@@ -142,11 +150,11 @@ class Bucket:
             kept = target.tell()
             log.info("%s: downloading %s, %s of it kept from before", name, _size(version.size), _size(kept))
             _room(folder, version.size - kept)
-            with tqdm(total=version.size, initial=kept, desc=key, **BAR) as bar:
+            with Bar(total=version.size, initial=kept, desc=key, unit="B", unit_scale=True) as bar:
                 self._fill(key, version, target, bar)
-        return self._checked(name, part, version)
+        return self._checked(key, part, version)
 
-    def _fill(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+    def _fill(self, key: str, version: Version, target: BinaryIO, bar: Bar) -> None:
         """Ask for what is missing until nothing is; give up after ATTEMPTS cuts in a row."""
         name, failed = self.store.name(key), 0
         while target.tell() < version.size:
@@ -156,12 +164,18 @@ class Bucket:
             except ClientError as error:
                 if status(error) in (412, 416):
                     raise _ChangedError from error
-                if status(error) < 500:
+                if status(error) < 500 and status(error) not in BUSY:
                     raise refusal(error, name) from error
                 why = reason(error)
+            except InputError:
+                raise
+            except TimeoutError:
+                why = f"less than {_size(LEAST)} a second"
             # urllib3's own errors and a bare ConnectionError pass botocore's stream as they are.
             except (BotoCoreError, urllib3.exceptions.HTTPError, ConnectionError) as error:
                 why = reason(error)
+            except UNREADABLE as error:
+                raise refusal(error, name) from error
             have = target.tell()
             if have >= version.size:
                 break
@@ -174,7 +188,7 @@ class Bucket:
             log.info("%s: cut at %s (%s); resuming", name, _size(have), why)
             time.sleep(PAUSE * 2 ** max(failed - 1, 0))
 
-    def _stream(self, key: str, version: Version, target: BinaryIO, bar: tqdm) -> None:
+    def _stream(self, key: str, version: Version, target: BinaryIO, bar: Bar) -> None:
         """Append one answer's bytes to ``target``, a chunk at a time."""
         start = target.tell()
         answer = self.store.read(key, version, start)
@@ -184,28 +198,38 @@ class Bucket:
         if start and not answer.get("ContentRange", "").startswith(f"bytes {start}-"):  # nor Range
             _empty(target)
             bar.reset()
-        with contextlib.closing(answer["Body"]) as body:
-            while chunk := body.read(BYTES_AT_A_TIME):
-                target.write(chunk)
-                target.flush()  # a killed process loses nothing that had arrived
-                bar.update(len(chunk))
+        body, seconds = answer["Body"], max(self.store.timeout, BYTES_AT_A_TIME / LEAST)
+        while chunk := within(seconds, lambda: body.read(BYTES_AT_A_TIME)):
+            if target.tell() + len(chunk) > version.size:
+                body.close()
+                _empty(target)
+                raise InputError(
+                    f"{self.store.name(key)}: the server sends more than the {_size(version.size)} it announced; "
+                    "run the same again, and if it stays so the server is at fault"
+                )
+            target.write(chunk)
+            target.flush()  # a killed process loses nothing that had arrived
+            bar.update(len(chunk))
+        body.close()  # not after an error: closing would wait for a read that is still under way
 
-    def _checked(self, name: str, part: Path, version: Version) -> Path:
-        """Rename a complete download to what it holds; delete it if that is not what the bucket says."""
-        size, md5, digest = part.stat().st_size, _md5(part), sha256(part)
-        found = None
-        if size != version.size:
-            found = f"{size} bytes instead of {version.size}"
-        elif version.md5 and md5 != version.md5:
-            found = f"md5 {md5} instead of {version.md5}"
+    def _checked(self, key: str, part: Path, version: Version) -> Path:
+        """Rename a complete download to what it holds; delete it if that is not what the bucket says.
+
+        A pin that it fits stands above the md5 of parts, which not every server computes alike.
+        """
+        name, digest = self.store.name(key), sha256(part)
+        if version.parts and self.pins.get(key) == digest:
+            found = None
+        else:
+            found = difference(part, version, lambda every: self.store.part_sizes(key, version, every))
         if found:
             part.unlink()
             raise InputError(
                 f"{name}: corrupted download ({found}), deleted; run the same again, and if it stays so the "
                 "stored object is damaged"
             )
-        if not version.md5:
-            log.info("%s: the bucket gives no md5 to check; artifacts.sha256 can pin %s", name, digest)
+        if found == "":
+            log.warning("%s: the bucket gives nothing to check; artifacts.sha256 can pin %s", name, digest)
         whole = part.with_name(f"{_stem(version)}.{digest}")
         os.replace(part, whole)
         return whole
@@ -235,11 +259,6 @@ def _room(folder: Path, size: int) -> None:
 def _empty(target: BinaryIO) -> None:
     target.seek(0)
     target.truncate()
-
-
-def _md5(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _stem(version: Version) -> str:

@@ -82,18 +82,16 @@ def enlarge(images: Tensor, size: int) -> Tensor:
 
 
 def write_initial(path: Path, architecture: Architecture, seed: int, position: int) -> None:
-    """Write a freshly initialised network as .safetensors, .pth or .pt, by the suffix of ``path``."""
+    """Write a freshly initialised network as safetensors where ``path`` says so, else as torch.save does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, position).initial_seed())
         state = build(architecture.name, architecture.arguments).state_dict()
     if Path(path).suffix == ".safetensors":
         write_tensors(path, state)
-    elif Path(path).suffix in (".pth", ".pt"):
+    else:
         content = io.BytesIO()  # torch.save(path) would store the name of the temporary file
         torch.save(dict(state), content)
         write_bytes(path, content.getvalue())
-    else:
-        raise InputError(f"{path}: found the suffix {Path(path).suffix!r}; allowed: .safetensors, .pth, .pt")
 
 
 WRITERS = {"digits": write_digits, "photographs": write_photographs}

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing
+from stages.core.runtime.progress import Bar
 from stages.core.settings.places import OWN
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
@@ -103,7 +102,7 @@ def _pack(members: Mapping[str, Path], path: Path) -> None:
     with (
         replacing(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
+        Bar(total=sum(sizes.values()), unit="B", unit_scale=True, desc=path.name) as bar,
     ):
         for name, member in members.items():
             info = zipfile.ZipInfo(name, EPOCH)

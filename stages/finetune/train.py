@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.core.images.augment import augment
 from stages.core.images.batches import normalise
 from stages.core.images.decoding import ahead
 from stages.core.images.load import ImageSet
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.schedule import cycle
 from stages.core.settings.profiles import Data, Finetune
 
 COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy")
@@ -82,41 +84,11 @@ def _row(epoch: int, rate: float, means: Tensor, settings: Finetune) -> dict[str
     return dict(zip(COLUMNS, (epoch, *(f"{number:.6g}" for number in (rate, loss, accuracy))), strict=True))
 
 
-def cycle(step: int, steps: int, warmup: float) -> float:
-    """Share of the highest learning rate: linear from 0 to 1 over ``warmup``, then a cosine to 0.
-
-    Loshchilov and Hutter 2017, SGDR, equation 5, without restarts and after a linear warm-up.
-    """
-    rising = round(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
-
-
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights of linear maps decay; vectors (biases, norm scales and shifts) do not."""
     weights = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim <= 1]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Move each image by up to ``shift`` pixels both ways, and mirror half of them if ``flip``.
-
-    (n, c, h, w) -> (n, c, h, w). What comes in repeats the edge, so any background stays right.
-    """
-    n, _, h, w = images.shape
-    device = images.device
-    if shift == 0 and not flip:
-        return images
-    moves = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator).to(device)
-    rows = (torch.arange(h, device=device) + moves[0]).clamp(0, h - 1)  # (n, h)
-    columns = (torch.arange(w, device=device) + moves[1]).clamp(0, w - 1)  # (n, w)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=generator).to(device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    each = torch.arange(n, device=device).view(n, 1, 1)
-    return images.permute(0, 2, 3, 1)[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def _check(network: nn.Module, images: ImageSet, data: Data, device: torch.device) -> None:

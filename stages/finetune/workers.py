@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stages.core.images.load import load_images
 from stages.core.networks.checkpoints import load_network
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.progress import Bar
 from stages.core.settings.places import file_name
 from stages.core.settings.profiles import Architecture, Finetune, TaskSettings
 from stages.finetune.train import train
@@ -83,7 +83,7 @@ def run_all(jobs: list[Job], workers: int) -> Iterator[Trained]:
     fails, or on Ctrl-C, the other processes are ended at once. Raises the InputError of a job.
     """
     total = sum(job.settings.epochs for job in jobs)
-    with tqdm(total=total, desc="finetune", unit="epoch", disable=total == 0) as bar:
+    with Bar(total=total, desc="finetune", unit="epoch", shown=total > 0) as bar:
         if total == 0 or any(job.device != "cpu" for job in jobs):
             for job in jobs:
                 yield run(job, bar.update)
@@ -91,7 +91,7 @@ def run_all(jobs: list[Job], workers: int) -> Iterator[Trained]:
             yield from _side_by_side(jobs, workers, bar)
 
 
-def _side_by_side(jobs: list[Job], workers: int, bar: tqdm) -> Iterator[Trained]:
+def _side_by_side(jobs: list[Job], workers: int, bar: Bar) -> Iterator[Trained]:
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads can hang
     epochs = context.SimpleQueue()
     before = set(multiprocessing.active_children())

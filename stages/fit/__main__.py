@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from stages.core.align.solve import make_alignment
-from stages.core.handover.calibration import load_calibration
+from stages.core.handover.calibration import load_calibration, load_pools
 from stages.core.handover.networks import load_sources
 from stages.core.handover.pairing import load_pairing
 from stages.core.handover.statistics import load_statistics
@@ -26,6 +26,7 @@ def main(name: str) -> None:
     matching, splits, reached = load_pairing(method.match)
     sources = load_sources(params, device)
     batches = load_calibration(params, section.images, section.batch_size, device, method.data)
+    refining, training = method.fit.refine, params.active.finetune
     start = time.perf_counter()
     network, record = fit_network(
         sources,
@@ -43,10 +44,14 @@ def main(name: str) -> None:
         memory=section.memory,
         generator=generator(params.seed),
         about=description(params, recipe, name, reached),
+        unlabelled=refining and load_pools(params, refining.images, refining.most, device, method.data),
+        shift=training.shift,
+        flip=training.flip,
         progress=f"fit {name}",
     )
     seconds = time.perf_counter() - start
     write_json(f"reports/fit/{name}.seconds.json", {"seconds": round(seconds, 3)})
+    write_json(f"reports/fit/{name}.refined.json", network.about.get("refined"))
     network.save(f"models/fit/{name}.safetensors")
     if record:
         write_csv(

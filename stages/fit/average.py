@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.core.align.alignment import Alignment, view_states
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import Node, oriented
 from stages.core.graph.source import Source
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import Block
@@ -59,7 +59,7 @@ def average_vector(
 
 def entry_shares(network: MergedNetwork, alignment: Alignment, value: str, like: Tensor) -> list[Tensor]:
     """What each network counts for in its own entries of a value: (d,) each; 1 where they are its own alone."""
-    if network.labels == "separate" and value == network.trace.graph.output.name:
+    if network.labels == "separate" and value in network.trace.graph.logits:
         return [like.new_ones(len(task.classes)) for task in network.tasks]
     return list(alignment.shares(network.trace.layouts[value], network.shared, like))
 
@@ -79,13 +79,17 @@ def fill_average(
             example = states[0][next(iter(node.parameters.values()))]
             shares = entry_shares(network, alignment, node.name, example)
             for role, name in node.parameters.items():
-                tensors, dim = [state[name] for state in states], network.trace.unit_dim(node, role)
+                tensors = [
+                    network.trace.widened(node, role, s[name], len(p))
+                    for s, p in zip(states, arrangement.positions, strict=True)
+                ]
+                dim = network.trace.unit_dim(node, role)
                 getattr(module, role).copy_(average_vector(tensors, arrangement, shares, dim))
 
 
 def _fill_linear(network: MergedNetwork, node: Node, states: Sequence[State], alignment: Alignment) -> None:
     module = network.map_of(node)
-    weights = [state[node.parameters["weight"]] for state in states]
+    weights = [oriented(node, state[node.parameters["weight"]]) for state in states]
     shares = entry_shares(network, alignment, node.name, weights[0])
     for block, parameter in zip(module.blocks, module.weights, strict=True):
         parameter.copy_(average_block(weights, block, module.inputs, module.outputs, shares))

@@ -1,7 +1,7 @@
 """The whole fit as one function: aligned sources in, merged network out, with its gates."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
+from stages.fit.held_out import Images
+from stages.fit.refine import refine
 from stages.fit.setup import Setup
 from stages.fit.visitor import FitVisitor, LayerFit
 
@@ -38,28 +40,54 @@ def fit_network(
     memory: float | None = None,
     generator: torch.Generator | None = None,
     about: Mapping[str, Any] | None = None,
+    unlabelled: Sequence[Images] | None = None,
+    shift: int = 0,
+    flip: bool = False,
     progress: str | None = None,
 ) -> tuple[MergedNetwork, list[LayerFit]]:
     """Merge ``sources`` with a matching and a split of its units.
 
     batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
     shared units beyond pairing them. ridge: see stages.fit.equations.solve. storage: type in which values are kept.
-    memory: GiB, None for what is free. Returns the network and each layer's residual. Raises InputError when it would
-    not fit in memory, AssertionError when a gate fails.
+    memory: GiB, None for what is free. unlabelled, shift, flip: images that refining sees, by default those of
+    ``batches``, and how the sources' training moves them. Returns the network and each layer's residual; its
+    ``about["refined"]`` is the record of refining. Raises InputError when it would not fit in memory, AssertionError
+    when a gate fails.
     """
     aligned, alignment = align(sources, matching, splits), alignment or Alignment(len(sources))
     network = build(aligned, matching, splits, labels, about or {})
     fill_average(network, aligned, alignment)
     record: list[LayerFit] = []
+    owned = all(batch.task >= 0 for batch in batches)
     if fit.solver != "average":
-        owned = all(batch.task >= 0 for batch in batches)
         setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
         record = fit_layers(setup, batches, storage, memory, progress)
+    if fit.refine is not None:
+        network.about["refined"] = refine(
+            network,
+            aligned,
+            unlabelled or images_of(batches, len(aligned) if owned else 1, fit.refine.images),
+            fit.refine,
+            alignment=alignment,
+            owned=owned,
+            shift=shift,
+            flip=flip,
+            generator=generator,
+            memory=memory,
+            progress=progress and f"{progress}: refine",
+        )
     trace, shared = network.trace, network.shared
     for kind in ("macs", "parameters"):
         check_built(network, kind, split_cost(trace, aligned[0].state, labels, kind, shared, len(aligned)))
     check_separate(network, aligned, batches[0].images)
     return network, record
+
+
+def images_of(batches: Sequence[Batch], sets: int, most: int | Literal["all"]) -> list[Tensor]:
+    """The first images of each task in one tensor; those of no task, of one set, in the first. Empty without any."""
+    kinds = [[b.images for b in batches if max(b.task, 0) == task] for task in range(sets)]
+    whole = [torch.cat(own) if own else batches[0].images[:0] for own in kinds]
+    return whole if most == "all" else [own[:most] for own in whole]
 
 
 def build(

@@ -74,12 +74,13 @@ class LayerProblem:
 
     def _input_rows(self, z: Tensor, drawn: Tensor | None) -> Tensor:
         """Of some images, at the drawn places or at all."""
-        if drawn is None:
-            return input_rows(self.node, z, self.layer.kernel)
-        return drawn_rows(self.node, z, self.layer.kernel, drawn)
+        if drawn is not None and self.node.operation == "conv2d":
+            return drawn_rows(self.node, z, self.layer.kernel, drawn)
+        rows = input_rows(self.node, z, self.layer.kernel)
+        return rows if drawn is None else rows[place_rows(drawn, self.layer.places).to(rows.device)]
 
     def _drawn(self, images: int) -> Tensor | None:
         """The places of each image whose rows are used, where that is not all of them."""
-        if self.setup.positions == 1 or self.node.operation != "conv2d" or self.layer.places == 1:
+        if self.setup.positions == 1 or self.node.operation == "linear" or self.layer.places == 1:
             return None
         return draw_places(images, self.layer.places, self.setup.positions, self.setup.generator)

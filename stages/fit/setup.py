@@ -77,5 +77,5 @@ class Setup:
 
     def own_rows(self, node: Node) -> bool:
         """Heads of separate label spaces are fitted on their own task's rows, where images have a task."""
-        separate = self.network.labels == "separate" and node is self.network.trace.graph.output
+        separate = self.network.labels == "separate" and node is self.network.head
         return separate and self.owned

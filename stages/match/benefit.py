@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.core.graph.nodes import oriented
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.units.matching import Matching
@@ -48,16 +49,13 @@ def reading_share(trace: Trace, source: Source, group: str, variance: Tensor) ->
     for node in trace.graph.nodes:
         if not node.linear:
             continue
-        weight, start = source.state[node.parameters["weight"]].detach().cpu().double(), 0
-        for segment in trace.layouts[node.inputs[0]].segments:
-            width = segment.size * segment.block
-            if segment.group == group:
-                energy = (
-                    weight[:, start : start + width].square().flatten(2).sum((0, 2))
-                    if weight.dim() > 2
-                    else (weight[:, start : start + width].square().sum(0))
-                )
-                share = energy.view(d, segment.block).sum(1) * variance
-                total += share / share.sum().clamp(min=1e-300)
-            start += width
+        places = trace.layouts[node.inputs[0]].places(group, d)
+        if not places:
+            continue
+        weight = oriented(node, source.state[node.parameters["weight"]]).detach().cpu().double()
+        for index in places:
+            own = weight[:, index]
+            energy = own.square().flatten(2).sum((0, 2)) if weight.dim() > 2 else own.square().sum(0)
+            share = energy.view(d, -1).sum(1) * variance
+            total += share / share.sum().clamp(min=1e-300)
     return total

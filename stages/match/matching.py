@@ -100,7 +100,8 @@ def _states(sources: Sequence[Source]) -> list[dict[str, Tensor]]:
     """The sources' weights. Heads of different label spaces have nothing in common, and do not count."""
     head = set[str]()
     if len({source.task.classes for source in sources}) > 1:
-        head = set(sources[0].graph.output.parameters.values())
+        graph = sources[0].graph
+        head = {name for n in graph.nodes if n.name in graph.logits for name in n.parameters.values()}
     return [{name: t for name, t in source.state.items() if name not in head} for source in sources]
 
 

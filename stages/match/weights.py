@@ -140,7 +140,7 @@ class WeightProblem:
             if span != skip:
                 index = torch.arange(tensor.shape[span.axis.dim])
                 order = span_index(inside_order(units, inner, network), span)
-                index[span.start : span.start + len(order)] = order
+                index[span_index(torch.arange(inner.parts * inner.size), span)] = order
                 tensor = tensor.index_select(span.axis.dim, index)
         if parameter in self.inside:
             tensor = reorder_inside(tensor, units[self.inside[parameter].name][network])
@@ -320,5 +320,5 @@ def _set(units: Mapping[str, Tensor], network: int, orders: Mapping[str, Tensor]
 
 def _unit_rows(tensor: Tensor, span: Span, size: int) -> Tensor:
     """A tensor as one row per unit: (size, everything else)."""
-    own = tensor.movedim(span.axis.dim, 0).narrow(0, span.start, size * span.block)
+    own = tensor.movedim(span.axis.dim, 0)[span_index(torch.arange(size), span)]
     return own.reshape(size, -1)

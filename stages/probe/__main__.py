@@ -3,25 +3,29 @@
 The rows `oracle` and `ensemble` need no merged network. This is the only stage that sees test images.
 """
 
+import logging
 from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from stages.core.handover.networks import load_sources
+from stages.core.handover.networks import load_sources, network_path
 from stages.core.images.batches import Batches
 from stages.core.images.load import load_images
 from stages.core.recipe.recipe import load_recipe
 from stages.core.recipe.sections import ProbeSection
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
-from stages.core.runtime.files import write_json
+from stages.core.runtime.files import sha256, write_json
 from stages.core.settings.params import Params, load_params
 from stages.core.settings.places import DATA
+from stages.probe import chance
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import evaluate
 from stages.probe.latency import relative_latency
+
+log = logging.getLogger(__name__)
 
 
 def main(*names: str) -> None:
@@ -36,7 +40,8 @@ def main(*names: str) -> None:
             row = reference_row(name, sources, profile.labels)
         else:
             recipe.method(name)
-            row = merged_row(Path(f"models/recalibrate/{name}.safetensors"), sources, profile.labels, device)
+            path = Path(f"models/recalibrate/{name}.safetensors")
+            row = merged_row(path, sources, profile.labels, device)
         with threadpool_limits(params.threads):
             scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)
         cost = {kind: round(value, 6) for kind, value in row.cost.items()}
@@ -47,11 +52,26 @@ def main(*names: str) -> None:
             "cost": cost,
             "images": recipe.fit.images,
         }
+        if name == "oracle":
+            found["sha256"] = {str(network_path(s.task.name)): s.about["sha256"] for s in sources}
+            found["at_chance"] = at_chance(scores, [truth for _, truth in images["test"]])
+        elif name != "ensemble":
+            found["sha256"] = {str(path): sha256(path)}
         write_json(f"reports/probe/{name}.json", found)
         first = next(iter(profile.tasks.values())).data
         x = torch.zeros(section.latency_batch, first.channels, first.size, first.size, device=device)
         latency = relative_latency(row.forward, sources, x, section.latency_repeats)
         write_json(f"reports/probe/{name}.latency.json", {"latency": round(latency, 4)})
+
+
+def at_chance(scores: dict[str, dict[str, float]], truths: list[Tensor]) -> list[str]:
+    """Tasks whose own source network is no better than guessing on its test images; each is a warning too."""
+    found = []
+    for (task, own), truth in zip(scores.items(), truths, strict=True):
+        if chance.at_chance(own["accuracy"], truth):
+            log.warning(chance.warning(task, own["accuracy"], truth))
+            found.append(task)
+    return found
 
 
 def labelled(

@@ -29,20 +29,16 @@ class OneForAll:
     network: MergedNetwork
 
     def run(self, x: Tensor, task: int) -> tuple[Tensor, Tensor]:
-        network, head = self.network, self.network.trace.graph.output
+        network = self.network
         if not network.corrected:
             features = network.features(x)
-            return network.run_node(head, [features]), features.flatten(1)
+            return network.logits(features), features.flatten(1)
         if network.labels == "shared":
             features = network.features(x, network.tasks[task].name)
-            return network.run_node(head, [features], task), features.flatten(1)
+            return network.logits(features, task), features.flatten(1)
         # each head reads what its own task's corrections give
         each = [network.features(x, own.name) for own in network.tasks]
-        positions = network.arrangement(head.name).positions
-        logits = [
-            network.run_node(head, [features], index)[:, positions[index].to(x.device)]
-            for index, features in enumerate(each)
-        ]
+        logits = [network.logits(features, index) for index, features in enumerate(each)]
         return torch.cat(logits, 1), each[task].flatten(1)
 
 
@@ -78,7 +74,7 @@ class Oracle:
 
 def _run(source: Source, x: Tensor) -> tuple[Tensor, Tensor]:
     features = source.features(x)
-    return source.run_node(source.graph.output, [features]), features.flatten(1)
+    return source.logits(features), features.flatten(1)
 
 
 @torch.no_grad()

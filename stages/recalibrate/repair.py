@@ -44,7 +44,7 @@ class _Repair:
             node.name
             for node in network.trace.graph.nodes
             if node.operation == "batch_norm"
-            or (node.fitted and node.name not in norms and node is not network.trace.graph.output)
+            or (node.fitted and node.name not in norms and node.name not in network.trace.graph.logits)
         }
 
     def wants(self, node: Node) -> bool:

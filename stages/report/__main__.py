@@ -1,6 +1,6 @@
-"""Gather what the earlier stages measured into reports/: two metric files, a table and pictures.
+"""Gather what the earlier stages measured into reports/: two metric files, a table, pictures and a page.
 
-Reads reports/{probe,match,allocate,fit}/; writes metrics.json, timings.json, table.md and plots/*.png.
+Reads reports/{probe,match,allocate,fit}/; writes metrics.json, timings.json, table.md, plots/*.png and index.html.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_bytes, write_json, write_text
 from stages.core.settings.params import load_params
 from stages.report import tables
+from stages.report.page import PAGE, experiments_page, report_page
 from stages.report.plots import pictures
 
 
@@ -25,6 +26,7 @@ def main(*words: str) -> None:
     recipe = load_recipe(params)
     rows = [*recipe.methods, *tables.REFERENCES]
     metrics = tables.collect_metrics(tables.read_probes(folder / "probe", rows, params.active.tasks))
+    at_chance = tables.read_at_chance(folder / "probe", params.active.tasks)
     timings = tables.collect_timings(
         latency={row: tables.read_time(folder / "probe" / f"{row}.latency.json", "latency") for row in rows},
         seconds={row: seconds(folder, row, method.match) for row, method in recipe.methods.items()},
@@ -54,9 +56,14 @@ def main(*words: str) -> None:
     caption = f"{params.profile}, budget {params.budget}, seed {params.seed}"
     write_json(folder / tables.METRICS, metrics)
     write_json(folder / tables.TIMINGS, timings)
-    write_text(folder / tables.TABLE, tables.markdown(metrics, timings, f"Merged networks: {caption}"))
-    for name, content in pictures(metrics, matches, allocations, fits, params.budget, caption):
+    title = f"Merged networks: {caption}"
+    write_text(folder / tables.TABLE, tables.markdown(metrics, timings, title, at_chance))
+    drawn = dict(pictures(metrics, matches, allocations, fits, params.budget, caption))
+    for name, content in drawn.items():
         write_bytes(folder / "plots" / name, content)
+    hashes = tables.read_hashes(folder / "probe", rows)
+    text = report_page(params, metrics, timings, allocations, fits, drawn, hashes, at_chance)
+    write_text(folder / PAGE, text)
 
 
 def seconds(folder: Path, method: str, match: str) -> float | None:
@@ -81,8 +88,10 @@ def experiments(option: str, *words: str) -> None:
     folder, runs = Path("reports/experiments"), read_runs(commits, folders)
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "table.md", markdown(runs))
-    for name, content in comparisons(with_joint(runs)):
+    drawn = dict(comparisons(with_joint(runs)))
+    for name, content in drawn.items():
         write_bytes(folder / name, content)
+    write_text(folder / PAGE, experiments_page(runs, drawn))
 
 
 if __name__ == "__main__":

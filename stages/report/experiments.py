@@ -18,6 +18,7 @@ from stages.report.tables import AVERAGE, METRICS, REFERENCES, TIMINGS
 
 MEASURES = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
 RUN = ("profile", "budget", "seed")
+ABSENT = (None, "None", "", "-", "!")  # of dvc: the text for nothing, and for a file that could not be read
 ACCURACIES = {
     "accuracy": "accuracy, average over the tasks",
     "joint": "joint accuracy, the classes of all heads compete",
@@ -46,11 +47,16 @@ def _experiments(commits: int) -> list[Mapping[str, Any]]:
     from dvc.exceptions import DvcException
 
     try:
-        return list(reversed(exp_show(num=commits)))
+        return [_present(experiment) for experiment in reversed(exp_show(num=commits))]
     except DvcException as error:
         raise InputError(
             f"experiments: dvc cannot list them ({error}); allowed: a DVC project with git"
         ) from error
+
+
+def _present(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what dvc fills in for a value that this experiment has not and another one has."""
+    return {key: value for key, value in experiment.items() if value not in ABSENT}
 
 
 def _workspace(folder: Path) -> dict[str, Any]:

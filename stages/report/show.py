@@ -21,14 +21,16 @@ def shown(folder: Path) -> str:
     """The text to print for a folder of reports. Raises InputError as ``main`` does."""
     try:
         metrics, timings = read_json(folder / tables.METRICS), read_json(folder / tables.TIMINGS)
-        title = (folder / tables.TABLE).read_text().splitlines()[0].lstrip("# ")
+        first, *lines = (folder / tables.TABLE).read_text().splitlines()
+        title = first.lstrip("# ")
         table = tables.terminal(metrics, timings, title)
     except (InputError, FileNotFoundError) as error:
         raise InputError(f"{folder}: no report here yet ({error}); {tables.REPAIR}") from error
-    except (AttributeError, IndexError, KeyError, TypeError, StopIteration) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise InputError(f"{folder}: {tables.METRICS} is not a report's; {tables.REPAIR}") from error
-    paths = [folder / tables.TABLE, *sorted((folder / "plots").glob("*.png"))]
-    return "\n".join([table, *(f"  {path}" for path in paths)]) + "\n"
+    paths = [folder / "index.html", folder / tables.TABLE, *sorted((folder / "plots").glob("*.png"))]
+    warnings = [line.replace(tables.WARNING, "warning") for line in lines if line.startswith(tables.WARNING)]
+    return "\n".join([table, *warnings, *(f"  {path}" for path in paths)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ them has to be there.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,27 @@ def read_probes(folder: str | Path, rows: Iterable[str], tasks: Iterable[str]) -
 def read_time(path: str | Path, name: str) -> float | None:
     """Read ``{name: number or null}``. Raises InputError when the file is missing or malformed."""
     return _numbers(Path(path), "", _mapping(Path(path))).get(name)
+
+
+def read_at_chance(folder: str | Path, tasks: Iterable[str]) -> list[str]:
+    """The tasks whose source the probe stage found no better than guessing. Raises InputError as ``read_probes``."""
+    path = Path(folder) / "oracle.json"
+    found = _mapping(path).get("at_chance") or []
+    if not isinstance(found, list) or not set(found) <= set(tasks):
+        raise InputError(f"{path}: at_chance: found {found!r}; allowed: tasks of the profile; {REPAIR}")
+    return found
+
+
+def read_hashes(folder: str | Path, rows: Iterable[str]) -> dict[str, str]:
+    """File -> sha256 of the networks that were probed, where the probe stage says. Raises InputError."""
+    found: dict[str, str] = {}
+    for row in rows:
+        path = Path(folder) / f"{row}.json"
+        own = _mapping(path).get("sha256") or {}
+        if not isinstance(own, dict) or not all(isinstance(value, str) for value in own.values()):
+            raise InputError(f"{path}: sha256: found {own!r}; allowed: a mapping of hashes; {REPAIR}")
+        found |= own
+    return found
 
 
 def read_columns(
@@ -123,9 +144,22 @@ def best_methods(metrics: Metrics) -> list[str]:
     return [row for row, score in scores.items() if score == max(scores.values())]
 
 
-def markdown(metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """The result table as a Markdown page: title, table with the best methods in bold, explanation."""
-    header, rows = _cells(metrics, timings, "**{}**", "**{}**")
+WARNING = "**Warning**"
+
+
+def chance_warning(task: str) -> str:
+    """What the reports say of a task whose source is no better than guessing."""
+    return (
+        f"task {task}: its source network is no better than guessing on its own test images; check data.mean, std, "
+        "size, resize, channels and the order of classes against its training"
+    )
+
+
+def markdown(
+    metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str, at_chance: Sequence[str] = ()
+) -> str:
+    """The result table as a Markdown page: title, table with the best methods in bold, explanation, warnings."""
+    header, rows = cells(metrics, timings, "**{}**", "**{}**")
     table = tabulate(rows, header, "pipe", colalign=_alignment(header), disable_numparse=True)
     lines = [
         "Accuracy in percent; the best average of the merged methods is in bold.",
@@ -138,19 +172,23 @@ def markdown(metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title
             "*ensemble*: all source networks side by side.",
             "*joint*: average accuracy when the classes of all tasks compete.",
         ]
+    lines += ["", *(f"{WARNING}: {chance_warning(task)}" for task in at_chance)] if at_chance else []
     return f"# {title}\n\n{table}\n\n" + "\n".join(lines) + "\n"
 
 
 def terminal(metrics: Metrics, timings: Mapping[str, Mapping[str, float]], title: str) -> str:
     """The result table for a terminal: the best methods carry a star."""
-    header, rows = _cells(metrics, timings, "{} *", "* {}")
+    header, rows = cells(metrics, timings, "{} *", "* {}")
     table = tabulate(rows, header, "simple", colalign=_alignment(header), disable_numparse=True)
     legend = "* best average of the merged methods; accuracy in percent, x: relative to one source network"
     return f"{title}\n\n{table}\n\n{legend}\n"
 
 
-def _cells(
-    metrics: Metrics, timings: Mapping[str, Mapping[str, float]], best_name: str, best_score: str
+def cells(
+    metrics: Metrics,
+    timings: Mapping[str, Mapping[str, float]],
+    best_name: str = "{}",
+    best_score: str = "{}",
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, the best methods' in the given formats, without columns that have no value."""
     best = best_methods(metrics)

@@ -22,7 +22,7 @@ from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.rows import draw_places, place_rows, unit_rows
 from stages.core.sweep.sweep import Sweep
-from stages.core.units.groups import Axis, Inner, Span
+from stages.core.units.groups import Axis, Inner, Span, span_index
 from stages.core.units.moments import POINTS, TaskMoments
 
 ENTRIES_AT_A_TIME = 2**22  # entries of the rows that are summed at a time
@@ -34,6 +34,15 @@ ENDS = (
     "add",
     "multiply",
     "attention",
+    "matmul",
+    "conv1d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "embedding",
+    "subtract",
+    "divide",
 )  # what non-linearities come behind
 
 
@@ -45,6 +54,7 @@ class FeatureUnits:
     start: int
     count: int
     block: int
+    entries: Tensor | None = None  # where they are, if they do not follow each other
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class MomentsVisitor:
         task: int,
     ) -> None:
         for units in held:
-            own = [v.narrow(dim, units.start, units.count * units.block) for v in values]
+            own = [_chosen(v, dim, units) for v in values]
             rows = torch.cat([unit_rows(v, dim, units.block) for v in own], 1)
             places = len(rows) // len(values[0])
             if self.positions < 1 and places > 1:
@@ -187,7 +197,9 @@ def features(trace: Trace) -> dict[str, list[Feature]]:
     for node in trace.graph.nodes:
         own = [Feature(point, value, _held(trace, value)) for point, value in at.get(node.name, ())]
         for value, inner, span in inside.get(node.name, ()):
-            units = FeatureUnits(inner.name, span.start, inner.parts * inner.size, span.block)
+            count = inner.parts * inner.size
+            index = span_index(torch.arange(count), span) if span.entries else None
+            units = FeatureUnits(inner.name, span.start, count, span.block, index)
             own.append(Feature("inside", value, (units,)))
         if own:
             found[node.name] = own
@@ -196,12 +208,20 @@ def features(trace: Trace) -> dict[str, list[Feature]]:
 
 def _held(trace: Trace, value: str) -> tuple[FeatureUnits, ...]:
     """The free groups along a value."""
-    start, held = 0, list[FeatureUnits]()
-    for segment in trace.layouts[value].segments:
-        if segment.group in trace.spec.free:
-            held.append(FeatureUnits(segment.group, start, segment.size, segment.block))
-        start += segment.size * segment.block
-    return tuple(held)
+    layout, held = trace.layouts[value], list[FeatureUnits]()
+    for name in dict.fromkeys(s.group for s in layout.segments if s.group in trace.spec.free):
+        size = trace.spec.free[name].size
+        for index in layout.places(name, size):
+            start = int(index[0])
+            follows = torch.equal(index, torch.arange(start, start + len(index)))
+            held.append(FeatureUnits(name, start, size, len(index) // size, None if follows else index))
+    return tuple(sorted(held, key=lambda units: units.start))
+
+
+def _chosen(value: Tensor, dim: int, units: FeatureUnits) -> Tensor:
+    if units.entries is not None:
+        return value.index_select(dim, units.entries.to(value.device))
+    return value.narrow(dim, units.start, units.count * units.block)
 
 
 def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
@@ -209,22 +229,30 @@ def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
     at: dict[str, list[tuple[str, str]]] = {}
     seen: set[str] = set()
     covered: set[str] = set()
+    here = {node.name: {units.name for units in _held(trace, node.name)} for node in trace.graph.nodes}
     for node in trace.graph.nodes:
         if node.linear and node.inputs[0] not in seen:
             seen.add(node.inputs[0])
-            groups = {s.group for s in trace.layouts[node.inputs[0]].segments} & set(trace.spec.free)
+            groups = here[node.inputs[0]]
             if groups:
                 covered |= groups
                 at.setdefault(node.name, []).append(("after", node.inputs[0]))
     for node in trace.graph.nodes:  # a group that no layer reads: what its layers write
-        written = {s.group for s in trace.layouts[node.name].segments} & set(trace.spec.free)
-        if node.linear and written - covered:
+        written = here[node.name]
+        if (node.linear or node.grouped or node.operation == "embedding") and written - covered:
+            covered |= written
             seen.add(node.name)
             at.setdefault(node.name, []).append(("after", node.name))
     nodes = {node.name: node for node in trace.graph.nodes}
-    for name in sorted(set[str]().union(*(_before(nodes, value) for value in seen))):
-        if {s.group for s in trace.layouts[name].segments} & set(trace.spec.free):
-            at.setdefault(name, []).append(("before", name))
+    known: dict[str, set[str]] = {}
+    before = {name for value in seen for name in _before(nodes, value, known) if here[name]}
+    left = set(trace.spec.free) - set[str]().union(*(here[name] for name in before))
+    for node in trace.graph.nodes:  # a group that no such value holds: the first that does
+        if here[node.name] & left:
+            before.add(node.name)
+            left -= here[node.name]
+    for name in sorted(before):
+        at.setdefault(name, []).append(("before", name))
     return at
 
 
@@ -257,12 +285,13 @@ def _single_units(trace: Trace) -> list[Inner]:
     return [inner for name in trace.spec.ordered if name in outer for inner in trace.spec.contents(name)]
 
 
-def _before(nodes: dict[str, Node], value: str) -> set[str]:
+def _before(nodes: dict[str, Node], value: str, known: dict[str, set[str]]) -> set[str]:
     """The values in front of the non-linearity (and pooling) that give ``value``."""
-    node = nodes[value]
-    if node.operation in ENDS:
-        return {value}
-    return set[str]().union(*(_before(nodes, name) for name in node.inputs))
+    if value not in known:
+        node = nodes[value]
+        end = node.operation in ENDS
+        known[value] = {value} if end else set().union(*(_before(nodes, name, known) for name in node.inputs))
+    return known[value]
 
 
 def gather(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -50,6 +50,12 @@ class Front:
     flip: int | None = None  # the byte that arrives inverted
     pace: float = 0.0  # seconds per chunk
     status: int | None = None  # answer every GET of an object so
+    error: tuple[int, bytes] | None = None  # answer everything with this status and body
+    busy: list[tuple[int, int]] = field(default_factory=list)  # (status, how often) before any other answer
+    headers: dict[str, str | None] = field(default_factory=dict)  # in place of the server's; None: left out
+    head_length: int | None = None  # the Content-Length of HEAD all the same
+    more: int = 0  # bytes behind the body
+    drip: float | None = None  # seconds between single bytes
     before: Callable[[int], None] = lambda count: None  # called with the number of object GETs so far
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -69,14 +75,36 @@ class Front:
         if request.method == "GET" and self.status:
             handler.send_error(self.status)
             return
+        if self.busy:
+            (status, times), *rest = self.busy
+            self.busy = [(status, times - 1), *rest] if times > 1 else rest
+            handler.send_error(status)
+            return
+        if self.error:
+            status, body = self.error
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            if request.method == "GET":
+                handler.wfile.write(body)
+            return
         upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        upstream.request(handler.command, handler.path, headers=dict(handler.headers))
+        asked = {
+            name: v for name, v in handler.headers.items() if name != "If-Match" or "ETag" not in self.headers
+        }
+        upstream.request(handler.command, handler.path, headers=asked)
         found = upstream.getresponse()
         body = bytearray(found.read())
         upstream.close()
         handler.send_response(found.status)
+        changed = {name.lower(): value for name, value in self.headers.items()}
+        if request.method == "HEAD" and self.head_length is not None:
+            changed["content-length"] = str(self.head_length)
         for name, value in found.getheaders():
-            if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
+            if name.lower() not in ("connection", "transfer-encoding", "server", "date", *changed):
+                handler.send_header(name, value)
+        for name, value in changed.items():
+            if value is not None:
                 handler.send_header(name, value)
         handler.end_headers()
         if request.method == "GET" and found.status < 300:
@@ -87,6 +115,15 @@ class Front:
     def _send(self, handler: BaseHTTPRequestHandler, request: Request, body: bytearray) -> None:
         if self.flip is not None:
             body[self.flip] ^= 0xFF
+        body += bytes(self.more)
+        if self.drip is not None:
+            for at in range(len(body)):
+                try:
+                    handler.wfile.write(body[at : at + 1])
+                except OSError:
+                    return
+                if self.done.wait(self.drip):
+                    return
         end = self.cuts.pop(0) if self.cuts else self.always_cut
         for start in range(0, len(body[:end]), CHUNK):
             piece = body[:end][start : start + CHUNK]
@@ -117,13 +154,17 @@ class Store:
     def put(self, key: str, content: bytes, acl: str = "public-read") -> None:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=content, ACL=acl)
 
-    def put_in_parts(self, key: str, content: bytes) -> None:
-        """An object whose ETag is no md5."""
+    def put_in_parts(self, key: str, content: bytes, sizes: Sequence[int] | None = None) -> None:
+        """An object whose ETag is no md5; by default of one part."""
         where = {"Bucket": self.bucket, "Key": key}
         upload = self.client.create_multipart_upload(**where, ACL="public-read")["UploadId"]
-        part = self.client.upload_part(**where, UploadId=upload, PartNumber=1, Body=content)
-        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
-        self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload=parts)
+        done, start = [], 0
+        for number, size in enumerate(sizes or [len(content)], 1):
+            body = content[start : start + size]
+            part = self.client.upload_part(**where, UploadId=upload, PartNumber=number, Body=body)
+            done.append({"PartNumber": number, "ETag": part["ETag"]})
+            start += size
+        self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": done})
 
 
 class Workspace:

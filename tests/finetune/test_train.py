@@ -1,17 +1,12 @@
-import itertools
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from stages.core.images.load import ImageSet
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Data, Finetune
-from stages.finetune.train import COLUMNS, augment, cycle, parameter_groups, train
+from stages.finetune.train import COLUMNS, parameter_groups, train
 
 CPU = torch.device("cpu")
 DATA = Data(kind="digits", key="x", size=8, channels=1)
@@ -109,19 +104,6 @@ def test_images_and_classes_that_do_not_fit_are_one_line():
         trained(module=colour)
 
 
-@given(steps=st.integers(2, 500), warmup=st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
-def test_the_cycle_rises_in_a_line_and_falls_in_a_cosine(steps, warmup):
-    found = [cycle(step, steps, warmup) for step in range(steps)]
-    rising = round(warmup * steps)
-    assert all(0 < share <= 1 for share in found)
-    assert all(b - a == pytest.approx(1 / rising) for a, b in itertools.pairwise(found[:rising]))
-    assert all(a > b for a, b in itertools.pairwise(found[rising:]))
-    assert max(found) == 1
-    if rising < steps:
-        assert found[-1] == pytest.approx((1 - math.cos(math.pi / (steps - rising))) / 2)
-
-
 def test_norms_and_biases_do_not_decay():
     module = network()
     decaying, free = parameter_groups(module, 0.1)
@@ -132,45 +114,3 @@ def test_norms_and_biases_do_not_decay():
             assert (id(parameter) in kept) == vector
     assert (decaying["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert len(decaying["params"]) + len(kept) == len(list(module.parameters()))
-
-
-def coordinates(n, h, w):
-    """Images that hold their own row and column: (n, 2, h, w)."""
-    grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-    return grid.to(torch.uint8).expand(n, 2, h, w)
-
-
-@given(
-    h=st.integers(2, 9),
-    w=st.integers(2, 9),
-    shift=st.integers(0, 3),
-    flip=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=60, deadline=None)
-def test_augmentation_moves_and_mirrors_and_nothing_else(h, w, shift, flip, seed):
-    found = augment(coordinates(40, h, w), shift, flip, torch.Generator().manual_seed(seed)).long()
-    assert found.shape == (40, 2, h, w)
-    for image in found:
-        options = []
-        for dy, dx in itertools.product(range(-shift, shift + 1), repeat=2):
-            rows = (torch.arange(h) + dy).clamp(0, h - 1)
-            columns = (torch.arange(w) + dx).clamp(0, w - 1)
-            options += [(rows, columns), (rows, columns.flip(0))] if flip else [(rows, columns)]
-        expected = (torch.stack([r.view(h, 1).expand(h, w), c.expand(h, w)]) for r, c in options)
-        assert any(torch.equal(image, option) for option in expected)
-
-
-def test_augmentation_draws_each_image_by_itself_and_reaches_every_shift():
-    found = augment(coordinates(400, 7, 7), 2, True, torch.Generator().manual_seed(0))
-    centres = found[:, :, 3, 3].tolist()
-    assert {(y, x) for y, x in centres} == set(itertools.product(range(1, 6), repeat=2))
-    mirrored = (found[:, 1, 3, 2] > found[:, 1, 3, 4]).float().mean()
-    assert 0.4 < mirrored < 0.6
-
-
-def test_augmentation_commutes_with_inversion():
-    images = torch.randint(256, (20, 1, 6, 6), generator=torch.Generator().manual_seed(0)).byte()
-    one = augment(255 - images, 2, True, torch.Generator().manual_seed(1))
-    other = 255 - augment(images, 2, True, torch.Generator().manual_seed(1))
-    assert torch.equal(one, other)

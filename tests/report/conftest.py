@@ -1,5 +1,6 @@
 """Synthetic results of the earlier stages, written where the report looks for them."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -90,6 +91,8 @@ def _probes(
             "cost": {"macs": cost * 1.00123456, "parameters": cost},
             "images": 400,
         }
+        if name != "ensemble":
+            content["sha256"] = {f"models/{name}.safetensors": hashlib.sha256(name.encode()).hexdigest()}
         (folder / f"{name}.json").write_text(json.dumps(content))
         (folder / f"{name}.latency.json").write_text(json.dumps({"latency": cost * 1.0749}))
 
@@ -118,3 +121,33 @@ def _tables(folder: Path, groups: Sequence[str], methods: Mapping[str, dict], bu
         (folder / f"fit/{method_name}.seconds.json").write_text('{"seconds": 1.25}')
         if method["fit"]["solver"] != "average":
             (folder / f"fit/{method_name}.csv").write_text("\n".join(["layer,residual", *rows]) + "\n")
+
+
+ROWS = ("average", "pleas", "progressive", "zipit", "zipit_progressive")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Workspaces of two profiles, two seeds and two budgets, with metrics that are known."""
+    monkeypatch.chdir(tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found = []
+    for profile in ("digits", "digits_split"):
+        for seed in (0, 1):
+            for budget in (1.0, 1.5):
+                folder = tmp_path / f"{profile}-{seed}-{budget}"
+                (folder / "reports").mkdir(parents=True)
+                params |= {"profile": profile, "seed": seed, "budget": budget}
+                params["methods"] = {name: params["full"][name] for name in ROWS}
+                (folder / "params.yaml").write_text(yaml.safe_dump(params))
+                metrics, timings = {}, {}
+                for index, name in enumerate([*ROWS, "ensemble", "oracle"]):
+                    average = {"accuracy": 50.0 + 5 * index + 2 * seed, "probe": 90.0, "macs": budget}
+                    if profile == "digits_split":
+                        average["joint"] = average["accuracy"] - 10
+                    metrics[name] = {"average": average}
+                    timings[name] = {"latency": budget, "seconds": 1.0 + index}
+                (folder / "reports/metrics.json").write_text(json.dumps(metrics))
+                (folder / "reports/timings.json").write_text(json.dumps(timings))
+                found.append(folder)
+    return found

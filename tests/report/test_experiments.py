@@ -1,6 +1,9 @@
 """The report over many experiments: what is read, the table, and the pictures."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,35 +15,7 @@ from stages.report.__main__ import main
 from stages.report.comparison import comparisons
 from stages.report.experiments import fit_name, markdown, order, read_runs, summary, with_joint
 
-ROOT = Path(__file__).parents[2]
-ROWS = ("average", "pleas", "progressive", "zipit", "zipit_progressive")
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Workspaces of two profiles, two seeds and two budgets, with metrics that are known."""
-    monkeypatch.chdir(tmp_path)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    found = []
-    for profile in ("digits", "digits_split"):
-        for seed in (0, 1):
-            for budget in (1.0, 1.5):
-                folder = tmp_path / f"{profile}-{seed}-{budget}"
-                (folder / "reports").mkdir(parents=True)
-                params |= {"profile": profile, "seed": seed, "budget": budget}
-                params["methods"] = {name: params["full"][name] for name in ROWS}
-                (folder / "params.yaml").write_text(yaml.safe_dump(params))
-                metrics, timings = {}, {}
-                for index, name in enumerate([*ROWS, "ensemble", "oracle"]):
-                    average = {"accuracy": 50.0 + 5 * index + 2 * seed, "probe": 90.0, "macs": budget}
-                    if profile == "digits_split":
-                        average["joint"] = average["accuracy"] - 10
-                    metrics[name] = {"average": average}
-                    timings[name] = {"latency": budget, "seconds": 1.0 + index}
-                (folder / "reports/metrics.json").write_text(json.dumps(metrics))
-                (folder / "reports/timings.json").write_text(json.dumps(timings))
-                found.append(folder)
-    return found
+ROWS = ("average", "pleas", "progressive", "zipit", "zipit_progressive")  # of the folders
 
 
 def test_every_run_and_method_is_a_line(folders):
@@ -77,6 +52,58 @@ def test_mean_and_deviation_are_those_of_the_seeds(folders):
 def test_a_run_that_was_made_again_counts_once(folders):
     again = read_runs(folders=[folders[0], *folders])
     assert len(again) == len(read_runs(folders=folders))
+
+
+@pytest.fixture
+def project(folders, monkeypatch):
+    """A DVC project whose last commit is a run of all rows, and whose workspace is one of another profile."""
+    top = folders[0]
+    monkeypatch.chdir(top)
+    (top / "dvc.yaml").write_text(
+        "params: [params.yaml]\nmetrics: [reports/metrics.json, reports/timings.json]\n"
+    )
+    for words in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "run"],
+    ):
+        subprocess.run(words, check=True, env=os.environ | AUTHOR)
+    return top
+
+
+AUTHOR = {
+    f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+}
+
+
+def change(top, params, keep):
+    """Another run in the workspace: other parameters, and only some rows."""
+    found = yaml.safe_load((top / "params.yaml").read_text()) | params
+    found["methods"] = {name: own for name, own in found["methods"].items() if name in keep}
+    (top / "params.yaml").write_text(yaml.safe_dump(found))
+    for name in ("metrics", "timings"):
+        path = top / f"reports/{name}.json"
+        path.write_text(
+            json.dumps({row: own for row, own in json.loads(path.read_text()).items() if row in keep})
+        )
+
+
+@pytest.mark.parametrize("params", [{"profile": "digits_split"}, {}])
+def test_what_an_experiment_has_not_takes_nothing_from_another(project, params):
+    """The workspace is another profile, or the same with fewer methods: dvc fills the rest with the text None."""
+    before = read_runs()
+    assert set(before["method"]) == {*ROWS, "ensemble", "oracle"}
+    change(project, params, keep=("pleas", "oracle"))
+    runs = read_runs()
+    assert pd.to_numeric(runs["accuracy"]).notna().all()
+    committed = runs[runs["profile"] == "digits"]
+    assert set(committed["method"]) == set(before["method"])
+    others = runs[runs["profile"] == "digits_split"]
+    assert set(others["method"]) == ({"pleas", "oracle"} if params else set())
+    assert not (runs[["experiment", "method", "matching", "fit"]] == "None").any(axis=None)
+    main("--experiments")
+    assert "pleas" in Path("reports/experiments/table.md").read_text()
 
 
 def cells(sections):
@@ -135,6 +162,7 @@ def test_the_command_writes_everything(folders):
     main("--experiments", *map(str, folders))
     written = {path.name for path in Path("reports/experiments").iterdir()}
     assert written == {
+        "index.html",
         "runs.csv",
         "table.md",
         "method_comparison.png",

@@ -21,6 +21,7 @@ def size(path: Path) -> tuple[int, int]:
 def figures(monkeypatch) -> list[Figure]:
     """The figures that the next run draws, in the order of ``pictures``."""
     drawn = []
+    monkeypatch.setattr("stages.report.__main__.report_page", lambda *_: "")  # it takes whole pictures
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     return drawn
 

@@ -208,6 +208,25 @@ def test_show_prints_the_table_and_the_pictures(make_reports):
         shown(reports)
 
 
+def test_a_source_that_only_guesses_is_a_warning_everywhere(make_reports):
+    reports = make_reports(accuracies=TWO)
+    main()
+    assert "Warning" not in (reports / "table.md").read_text()
+    path = reports / "probe/oracle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"at_chance": ["rotated"]}))
+    main()
+    assert (
+        (reports / "table.md")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("**Warning**: task rotated: its source")
+    )
+    assert "\nwarning: task rotated: its source network is no better than guessing" in shown(reports)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"at_chance": ["other"]}))
+    with pytest.raises(InputError, match=r"oracle.json: at_chance: found \['other'\]"):
+        main()
+
+
 def test_the_stage_starts_without_torch():
     code = "import sys, stages.report.__main__, stages.report.show; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.folding import exclusive_norms, fold
-from stages.core.graph.layouts import Layout
+from stages.core.graph.layouts import Layout, Segment
+from stages.core.graph.nodes import oriented
 from stages.core.graph.source import Source
+from stages.core.merged.arrangement import shared_units
 from stages.core.runtime.errors import InputError
 
 
@@ -71,7 +73,7 @@ class Alignment:
             start += segment.size * segment.block
             found = self.groups.get(segment.group)
             if found is not None:
-                k = shared[segment.group]
+                k = _whole(segment, found, shared)
                 own, rest = part.split([k * segment.block, (segment.size - k) * segment.block], dim)
                 matrix = found.views[network] if which == "views" else found.unmerges[network].T
                 part = torch.cat([_multiply(matrix, own, dim, segment.block), rest], dim)
@@ -82,12 +84,23 @@ class Alignment:
         """What each network counts for in its entries of a value: (N, d); 1 for separate units."""
         entries = []
         for segment in layout.segments:
-            k = shared.get(segment.group, segment.size)
             found = self.groups.get(segment.group)
+            k = shared_units(segment, shared) if found is None else _whole(segment, found, shared)
             weights = like.new_full((self.networks, k), 1 / self.networks) if found is None else found.weights
             entries.append(weights.to(like).repeat_interleave(segment.block, 1))
             entries.append(like.new_ones(self.networks, (segment.size - k) * segment.block))
         return torch.cat(entries, 1)
+
+
+def _whole(segment: Segment, found: GroupAlignment, shared: Mapping[str, int]) -> int:
+    """The shared units of a segment that holds a whole group, as what mixes units needs it."""
+    k = shared[segment.group]
+    if segment.first or found.weights.shape[1] != k or segment.size < k:
+        raise InputError(
+            f"group {segment.group}: its units lie apart (a channel shuffle or a slice); allowed: a matching that is a "
+            "permutation"
+        )
+    return k
 
 
 def _multiply(matrix: Tensor, value: Tensor, dim: int, block: int) -> Tensor:
@@ -126,9 +139,9 @@ def _view_state(
                 fold(state, node, norm)
                 folded.add(norm.name)
             weight = alignment.read(
-                state[node.parameters["weight"]], layouts[node.inputs[0]], shared, network
+                oriented(node, state[node.parameters["weight"]]), layouts[node.inputs[0]], shared, network
             )
-            state[node.parameters["weight"]] = view(weight)
+            state[node.parameters["weight"]] = oriented(node, view(weight))
             if "bias" in node.parameters:
                 state[node.parameters["bias"]] = view(state[node.parameters["bias"]])
         elif not alignment.touches(out):
@@ -141,7 +154,7 @@ def _view_state(
             state[node.parameters["running_var"]] = variance
             if node.name in folded:
                 state[node.parameters["weight"]] = (variance + node.attributes["eps"]).sqrt()
-        elif node.parameters or node.operation == "attention":
+        elif node.parameters or node.operation in ("attention", "matmul", "group_norm", "normalize"):
             group = next(s.group for s in out.segments if s.group in alignment.groups)
             raise InputError(
                 f"{node.name}: {node.operation} works on single units of group {group}; "

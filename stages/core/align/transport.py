@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.core.align.alignment import Alignment, GroupAlignment
 from stages.core.align.problem import Problem
+from stages.core.graph.nodes import oriented
 
 
 def align_transport(problem: Problem, features: str, regularisation: float) -> Alignment:
@@ -53,7 +54,7 @@ def _weight_cost(problem: Problem, alignment: Alignment, group: str, network: in
             rows = []
             for m in (0, network):
                 state = problem.sources[m].state
-                weight = state[node.parameters["weight"]].detach().double()[:k]
+                weight = oriented(node, state[node.parameters["weight"]]).detach().double()[:k]
                 columns = [
                     alignment.read(weight, inputs, problem.shared, m)[:, _shared(inputs, problem.shared)]
                 ]

@@ -16,8 +16,9 @@ def check_alike(sources: Sequence[Source], labels: str) -> None:
     """
     if len(sources) < 2:
         raise InputError(f"found {len(sources)} network; allowed: two or more")
-    first, output = sources[0], sources[0].graph.output
-    heads = set(output.parameters.values()) if labels == "separate" else set()
+    first, behind = sources[0], (sources[0].graph.head, *sources[0].graph.tail)
+    heads = {name for node in behind if node is not None for name in node.parameters.values()}
+    heads = heads if labels == "separate" else set()
     for source in sources:
         _check_graph(first, source)
         _check_tensors(first, source, heads)

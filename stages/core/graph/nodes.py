@@ -3,11 +3,20 @@
 How each operation runs and where it keeps units is in stages.core.graph.operations and stages.core.graph.rules.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from stages.core.runtime.errors import InputError
+
+FITTED = ("linear", "conv1d", "conv2d", "conv3d")
+BEHIND_HEAD = (  # what may stand between the last linear map and the output, class by class or over all classes
+    "softmax", "log_softmax", "sigmoid", "tanh", "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "exp",
+    "neg", "softplus", "log_sigmoid", "hardtanh", "multiply_parameter", "divide_parameter", "add_parameter",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,18 +31,22 @@ class Node:
 
     @property
     def linear(self) -> bool:
-        """Whether every output of the node reads every input channel: Linear, or Conv2d with one group."""
-        return self.fitted and not self.grouped
+        """Whether every output of the node reads every input channel: Linear, or a convolution with one group."""
+        return (
+            (self.fitted or self.operation.startswith("conv"))
+            and "weight" in self.parameters
+            and not self.grouped
+        )
 
     @property
     def grouped(self) -> bool:
         """Whether it is a convolution whose outputs read a part of the input channels each."""
-        return self.attributes.get("groups", 1) > 1 and self.operation == "conv2d"
+        return self.operation.startswith("conv") and self.attributes.get("groups", 1) > 1
 
     @property
     def fitted(self) -> bool:
         """Whether the node is a linear map, which is fitted by least squares."""
-        return self.operation in ("linear", "conv2d")
+        return self.operation in FITTED
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,27 @@ class Graph:
     @property
     def output(self) -> Node:
         return self.nodes[-1]
+
+    @property
+    def head(self) -> Node | None:
+        """The last linear map, if all that follows acts on its logits: softmax, a temperature, a norm."""
+        by_name = {node.name: node for node in self.nodes}
+        node = self.output
+        while node.operation in BEHIND_HEAD and len(node.inputs) == 1:
+            node = by_name[node.inputs[0]]
+        return node if node.operation == "linear" else None
+
+    @property
+    def tail(self) -> tuple[Node, ...]:
+        """What follows the head, in order."""
+        head = self.head
+        return () if head is None else self.nodes[self.nodes.index(head) + 1 :]
+
+    @property
+    def logits(self) -> set[str]:
+        """Values that hold one entry for each class: the head's and those behind it, or the output."""
+        head = self.head
+        return {self.output.name} if head is None else {head.name, *(node.name for node in self.tail)}
 
     def users(self) -> dict[str, list[Node]]:
         """For each node the nodes that read its value."""
@@ -66,6 +100,11 @@ class Graph:
         return uses
 
 
+def oriented(node: Node, weight: Tensor) -> Tensor:
+    """A linear map's weight as (d_out, d_in, ...): a transposed convolution has it the other way round."""
+    return weight.transpose(0, 1) if node.operation.startswith("conv_transpose") else weight
+
+
 def node_parameters(node: Node, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A node's parameters by role, out of a state dict."""
     return {role: state[name] for role, name in node.parameters.items()}
@@ -79,3 +118,47 @@ def graph_to_json(graph: Graph) -> list[dict[str, Any]]:
 def graph_from_json(nodes: Sequence[Mapping[str, Any]]) -> Graph:
     """The graph that ``graph_to_json`` wrote."""
     return Graph(tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in nodes))
+
+
+MOST_NUMBERS = 2**33  # of one image's value, of a tensor: more is no network of images
+
+
+def check_graph(
+    graph: Graph,
+    parameters: Mapping[str, Sequence[int]],
+    example: Sequence[int],
+    known: Mapping[str, Any],
+) -> None:
+    """Gate: a graph from a file is data. Raises InputError for what cannot be run, before anything is allocated."""
+    seen: set[str] = set()
+    sizes = [("the example", example), *parameters.items(), *_sizes(graph)]
+    for name, shape in sizes:
+        whole = all(isinstance(n, int) and n >= -1 for n in shape)
+        if not whole or math.prod(max(abs(n), 1) for n in shape) > MOST_NUMBERS:
+            raise InputError(
+                f"{name}: found shape {tuple(shape)}; allowed: whole numbers, {MOST_NUMBERS} entries"
+            )
+    if not graph.nodes or graph.nodes[0].operation != "input":
+        raise InputError("graph: has no input; allowed: an input first")
+    for number, node in enumerate(graph.nodes):
+        if number and node.operation not in known:
+            raise InputError(f"{node.name}: no rule for {node.operation}; allowed: operations of the table")
+        missing = [name for name in node.inputs if name not in seen]
+        missing += [name for name in node.parameters.values() if name not in parameters]
+        if missing or node.name in seen or (number and not node.inputs):
+            what = (
+                f"reads {missing[0]!r}, which is not there" if missing else "is there twice or reads nothing"
+            )
+            raise InputError(f"{node.name}: {what}; allowed: values and tensors from before")
+        seen.add(node.name)
+
+
+def _sizes(graph: Graph) -> list[tuple[str, Sequence[int]]]:
+    """What nodes say about sizes."""
+    return [
+        (node.name, [abs(n) for n in value])
+        for node in graph.nodes
+        for key, value in node.attributes.items()
+        if key in ("sizes", "pad", "output_size", "size") and isinstance(value, list | tuple)
+        if all(isinstance(n, int) for n in value)
+    ]

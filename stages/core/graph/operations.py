@@ -1,9 +1,10 @@
-"""The operations a network may be made of: how each runs, and its rule (stages.core.graph.rules).
+"""The one table of operations a network may be made of: how each runs, its rule for units, what it costs.
 
 An operation that is not here cannot be traced. Each runs on a merged network's values as on a source's: what depends
-on the number of units is taken from the value.
+on the number of units is taken from the value. How an operation is added is in docs/adding.md.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,28 +17,49 @@ from stages.core.graph import rules
 from stages.core.graph.nodes import Graph, Node, node_parameters
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
+Run = Callable[[Inputs, Parameters, Attributes], Tensor]
 
 
 @dataclass(frozen=True)
 class Operation:
-    run: Callable[[Inputs, Parameters, Attributes], Tensor]
+    """run: what it computes. rule: what it says about units. macs: multiply-accumulates for each entry of its output
+    beside those of weights, from the shapes of its inputs. moves: whether it only moves entries about."""
+
+    run: Run
     rule: rules.Rule
+    macs: Callable[[Sequence[torch.Size]], int] = lambda shapes: 0
+    moves: bool = False
 
 
 def _unary(function: Callable[..., Tensor]) -> Operation:
     return Operation(lambda x, p, a: function(x[0], **a), rules.same)
 
 
-def _pool(function: Callable[..., Tensor]) -> Operation:
+def _aten(name: str) -> Operation:
+    """Elementwise, called as torch calls it."""
+    return _unary(lambda x, name=name, **a: getattr(torch.ops.aten, name)(x, **a))
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Operation, Operation]:
+    """On two values, and on a value and a parameter, which comes first where ``reverse``."""
+
+    def with_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+        value = p["value"].view(a["view"]) if "view" in a else p["value"]
+        return function(value, x[0]) if a.get("reverse") else function(x[0], value)
+
+    return Operation(lambda x, p, a: function(x[0], x[1]), rules.same), Operation(with_parameter, rules.same)
+
+
+def _spatial(function: Callable[..., Tensor]) -> Operation:
     return Operation(lambda x, p, a: function(x[0], **a), rules.spatial)
 
 
-def _conv2d(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return F.conv2d(x[0], p["weight"], p.get("bias"), **a)
+def _moving(run: Run) -> Operation:
+    return Operation(run, rules.moving(rules.moved, run=run), moves=True)
 
 
-def _linear(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return F.linear(x[0], p["weight"], p.get("bias"))
+def _convolution(function: Callable[..., Tensor]) -> Operation:
+    return Operation(lambda x, p, a: function(x[0], p["weight"], p.get("bias"), **a), rules.linear)
 
 
 def _batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
@@ -46,8 +68,18 @@ def _batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     )
 
 
+def _batch_statistics(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    return F.batch_norm(x[0], None, None, p.get("weight"), p.get("bias"), True, 0.0, **a)
+
+
 def _layer_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return F.layer_norm(x[0], x[0].shape[-1:], p.get("weight"), p.get("bias"), a["eps"])
+    over = x[0].shape[-a.get("rank", 1) :]
+    weight, bias = p.get("weight"), p.get("bias")
+    if all(own is None or own.shape == over for own in (weight, bias)):
+        return F.layer_norm(x[0], over, weight, bias, a["eps"])
+    y = F.layer_norm(x[0], over, None, None, a["eps"])  # parameters as wide as units beside those it reduces
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def _group_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
@@ -55,69 +87,136 @@ def _group_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 
 def _attention(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    """x[0]: (n, tokens, 3 * width), queries, keys and values side by side. Returns (n, tokens, width)."""
-    n, tokens, width = x[0].shape
-    heads = x[0].view(n, tokens, 3, width // (3 * a["head_dim"]), a["head_dim"]).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(n, tokens, width // 3)
+    mask = p.get("mask", x[3] if len(x) > 3 else None)
+    return F.scaled_dot_product_attention(x[0], x[1], x[2], mask, **a)
 
 
-def _add_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return x[0] + _seen(p["value"], a)
+def _rearrange(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """Every dimension cut into factors (atoms), these put in order, neighbours joined.
+
+    free: for each dimension the factor whose extent is what the value gives (images, units).
+    """
+    sizes: list[int] = []
+    for extent, atoms, free in zip(x[0].shape, a["atoms"], a["free"], strict=True):
+        if free is None:
+            sizes += atoms
+        else:
+            others = math.prod(atoms[:free] + atoms[free + 1 :])
+            sizes += [*atoms[:free], extent // others, *atoms[free + 1 :]]
+    shape, at = [], 0
+    for count in a["groups"]:
+        shape.append(math.prod(sizes[i] for i in a["order"][at : at + count]))
+        at += count
+    return x[0].reshape(sizes).permute(a["order"]).reshape(shape)
 
 
-def _multiply_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    return x[0] * _seen(p["value"], a)
-
-
-def _seen(value: Tensor, a: Attributes) -> Tensor:
-    return value.view(a["view"]) if "view" in a else value
-
-
-def _concatenate_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-    both = [p["value"].expand(len(x[0]), *p["value"].shape[1:]), x[0]]
+def _concatenate(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    if not p:
+        return torch.cat(list(x), a["dim"])
+    shape = list(x[0].shape)
+    shape[a["dim"] % len(shape)] = p["value"].shape[a["dim"] % len(shape) - len(shape)]
+    both = [p["value"].expand(shape), x[0]]
     return torch.cat(both if a["first"] else both[::-1], a["dim"])
 
 
 def _select(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """A copy: a view would hold on to all that was left behind."""
-    if "index" in a:
-        return x[0].select(a["dim"], a["index"]).clone()
-    every = [slice(None)] * a["dim"]
-    return x[0][(*every, slice(*a["range"]))].clone()
+    return x[0].select(a["dim"], a["index"]).clone()
 
+
+def _slice(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    every = [slice(None)] * (a["dim"] % x[0].dim())
+    return x[0][(*every, slice(a["start"], a["stop"], a["step"]))].clone()
+
+
+def _pick(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    return x[0].index_select(a["dim"], torch.tensor(a["index"], device=x[0].device))
+
+
+def _pad(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    if not x[0].is_floating_point():  # where units are: what is new has none
+        return F.pad(x[0], a["pad"])
+    return F.pad(x[0], a["pad"], a.get("mode", "constant"), a.get("value"))
+
+
+def _expand(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    return x[0].expand(a["sizes"])
+
+
+def _softmax(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    return torch.softmax(x[0], a["dim"])
+
+
+def _log_softmax(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    return torch.log_softmax(x[0], a["dim"])
+
+
+def _reduction(function: Callable[..., Tensor]) -> Operation:
+    return Operation(lambda x, p, a: function(x[0], a["dims"], keepdim=a["keepdim"]), rules.reduced)
+
+
+BINARY = {
+    "add": torch.add,
+    "subtract": torch.sub,
+    "multiply": torch.mul,
+    "divide": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
+UNARY = (
+    "relu", "relu6", "gelu", "silu", "leaky_relu", "elu", "hardswish", "hardsigmoid", "mish", "sigmoid", "tanh",
+    "selu", "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max", "exp", "log", "sqrt", "rsqrt", "square", "abs",
+    "neg", "reciprocal", "erf", "sin", "cos", "log_sigmoid", "celu", "softshrink", "hardshrink", "threshold", "log1p",
+    "expm1",
+)  # fmt: skip
+POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+            "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 OPERATIONS: dict[str, Operation] = {
-    "conv2d": Operation(_conv2d, rules.linear),
-    "linear": Operation(_linear, rules.linear),
-    "batch_norm": Operation(_batch_norm, rules.batch_norm),
+    **{name: _convolution(getattr(F, name)) for name in (*CONVOLUTIONS, *TRANSPOSED)},
+    "linear": Operation(lambda x, p, a: F.linear(x[0], p["weight"], p.get("bias")), rules.linear),
+    "embedding": Operation(lambda x, p, a: F.embedding(x[0].long(), p["weight"]), rules.embedding),
+    "batch_norm": Operation(_batch_norm, rules.channels),
+    "batch_statistics": Operation(_batch_statistics, rules.channels),
+    "prelu": Operation(lambda x, p, a: F.prelu(x[0], p["weight"]), rules.channels),
     "layer_norm": Operation(_layer_norm, rules.layer_norm),
     "group_norm": Operation(_group_norm, rules.group_norm),
-    "attention": Operation(_attention, rules.attention),
-    "add_parameter": Operation(_add_parameter, rules.with_parameter),
-    "multiply_parameter": Operation(_multiply_parameter, rules.with_parameter),
-    "concatenate_parameter": Operation(_concatenate_parameter, rules.with_parameter),
-    "add": Operation(lambda x, p, a: x[0] + x[1], rules.joined),
-    "multiply": Operation(lambda x, p, a: x[0] * x[1], rules.joined),
-    "concatenate": Operation(lambda x, p, a: torch.cat(list(x), a["dim"]), rules.concatenate),
-    "flatten": Operation(
-        lambda x, p, a: torch.flatten(x[0], a.get("start", 1), a.get("end", -1)), rules.flatten
+    "normalize": Operation(lambda x, p, a: F.normalize(x[0], dim=a["dim"], eps=a["eps"]), rules.normalised),
+    "attention": Operation(
+        _attention, rules.attention, lambda shapes: 2 * shapes[1][-2]
     ),
-    "mean": Operation(lambda x, p, a: torch.mean(x[0], a["dims"], a["keepdim"]), rules.mean),
-    "permute": Operation(lambda x, p, a: x[0].permute(a["dims"]), rules.transpose),
-    "select": Operation(_select, rules.select),
-    "max_pool2d": _pool(F.max_pool2d),
-    "avg_pool2d": _pool(F.avg_pool2d),
-    "adaptive_avg_pool2d": _pool(F.adaptive_avg_pool2d),
-    "adaptive_max_pool2d": _pool(F.adaptive_max_pool2d),
+    "matmul": Operation(lambda x, p, a: torch.matmul(*x), rules.matmul, lambda shapes: shapes[0][-1]),
+    "softmax": Operation(_softmax, rules.softmax),
+    "log_softmax": Operation(_log_softmax, rules.softmax),
+    **{name: _binary(run)[0] for name, run in BINARY.items()},
+    **{f"{name}_parameter": _binary(run)[1] for name, run in BINARY.items()},
     "shift": _unary(lambda x, value: x + value),
     "scale": _unary(lambda x, value: x * value),
-    **{
-        name: _unary(getattr(F, name))
-        for name in ("relu", "relu6", "gelu", "silu", "leaky_relu", "elu", "hardswish", "hardsigmoid", "mish")
-    },
-    "sigmoid": _unary(torch.sigmoid),
-    "tanh": _unary(torch.tanh),
-}
+    "divide_by": _unary(lambda x, value: x / value),
+    "subtract_from": _unary(lambda x, value: value - x),
+    "power": _unary(lambda x, value: x**value),
+    "concatenate": Operation(_concatenate, rules.concatenated, moves=True),
+    "concatenate_parameter": Operation(_concatenate, rules.concatenated),
+    "rearrange": _moving(_rearrange),
+    "select": _moving(_select),
+    "slice": _moving(_slice),
+    "pick": _moving(_pick),
+    "pad": Operation(_pad, rules.padded, moves=True),
+    "roll": _moving(lambda x, p, a: x[0].roll(a["shifts"], a["dims"])),
+    "flip": _moving(lambda x, p, a: x[0].flip(a["dims"])),
+    "expand": _moving(_expand),
+    "mean": _reduction(torch.mean),
+    "sum": _reduction(torch.sum),
+    "amax": _reduction(torch.amax),
+    "amin": _reduction(torch.amin),
+    "local_response_norm": Operation(lambda x, p, a: F.local_response_norm(x[0], **a), rules.neighbours),
+    **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
+    "interpolate": _spatial(F.interpolate),
+    **{name: _aten(name) for name in UNARY},
+}  # fmt: skip
 
 
 def run_node(node: Node, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
@@ -125,12 +224,12 @@ def run_node(node: Node, inputs: Sequence[Tensor], parameters: Mapping[str, Tens
     return OPERATIONS[node.operation].run(inputs, parameters, node.attributes)
 
 
-def run_graph(graph: Graph, state: Mapping[str, Tensor], x: Tensor, before_output: bool = False) -> Tensor:
-    """The network's output for a batch, in evaluation mode, or what its last operation reads first."""
+def run_graph(graph: Graph, state: Mapping[str, Tensor], x: Tensor, stop: Node | None = None) -> Tensor:
+    """The network's output for a batch, in evaluation mode, or what the node ``stop`` reads first."""
     values = {graph.nodes[0].name: x}
     last = graph.last_uses()
     for node in graph.nodes[1:]:
-        if before_output and node is graph.output:
+        if node is stop:
             return values[node.inputs[0]]
         values[node.name] = run_node(
             node, [values[name] for name in node.inputs], node_parameters(node, state)
@@ -138,9 +237,3 @@ def run_graph(graph: Graph, state: Mapping[str, Tensor], x: Tensor, before_outpu
         for name in last[node.name]:
             del values[name]
     return values[graph.output.name]
-
-
-def hidden_macs(node: Node, shape: Sequence[int]) -> int:
-    """Multiply-accumulates per entry of the output's units of a map without weights: attention, which reads every
-    token twice, for the scores and for the values. shape: of the node's output for one image."""
-    return 2 * shape[1] * shape[1] if node.operation == "attention" else 0

@@ -38,8 +38,15 @@ class Source:
         return run_node(node, inputs, node_parameters(node, self.state))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last operation reads."""
-        return run_graph(self.graph, self.state, x, before_output=True)
+        """What the head reads, or the last operation where there is none."""
+        return run_graph(self.graph, self.state, x, self.graph.head or self.graph.output)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The source's output from what ``features`` gives."""
+        value = features
+        for node in (self.graph.head or self.graph.output, *self.graph.tail):
+            value = self.run_node(node, [value])
+        return value
 
     def __call__(self, x: Tensor) -> Tensor:
         """The source's own logits."""

@@ -3,16 +3,19 @@
 Nothing is guessed: an operation without a rule is an error that names it.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stages.core.graph.layouts import Groups, Layout, Segment
-from stages.core.graph.nodes import Graph, Node, node_parameters
-from stages.core.graph.operations import OPERATIONS, hidden_macs, run_node
-from stages.core.graph.rules import parameter_dim
+from stages.core.graph.axes import Units, Value
+from stages.core.graph.layouts import Layout
+from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
+from stages.core.graph.operations import OPERATIONS, TRANSPOSED, run_node
+from stages.core.graph.resolve import Resolved
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
 
@@ -22,7 +25,8 @@ class Trace:
     """What is known of an architecture at one input size.
 
     layouts and shapes are by node name; shapes are those of one image, (1, ...). parameters: the shape of each
-    tensor of the state dict.
+    tensor of the state dict. moved: for nodes that move units about in other ways than as whole groups, where each
+    entry of the output comes from, -1 for zeros.
     """
 
     graph: Graph
@@ -30,59 +34,222 @@ class Trace:
     layouts: Mapping[str, Layout]
     shapes: Mapping[str, torch.Size]
     parameters: Mapping[str, tuple[int, ...]]
+    moved: Mapping[str, tuple[int, ...]]
 
     def positions(self, node: Node) -> int:
         """How often a linear map is applied to one image: its multiply-accumulates are positions * weights."""
-        return self.shapes[node.name].numel() // self.layouts[node.name].width
+        name = node.inputs[0] if node.operation in TRANSPOSED else node.name
+        return self.shapes[name].numel() // self.layouts[name].width
 
     def hidden_macs(self, node: Node) -> int:
         """Multiply-accumulates of a node without weights (attention) per entry of its output's units."""
-        return hidden_macs(node, self.shapes[node.name])
+        each = (
+            OPERATIONS[node.operation].macs([self.shapes[name] for name in node.inputs]) if node.inputs else 0
+        )
+        return each * (self.shapes[node.name].numel() // self.layouts[node.name].width) if each else 0
 
     def unit_dim(self, node: Node, role: str) -> int:
-        """Which dimension of a node's parameter lies on the units of its output."""
-        if role != "value" or "view" in node.attributes:
-            return 0
-        return parameter_dim(node, self.layouts[node.inputs[0]], self.shapes[node.inputs[0]])
+        """Which dimension of a node's parameter, as ``widened`` gives it, lies on the units of its output."""
+        if not self._broadcast(node):
+            return int(node.operation == "embedding")
+        rank = len(self._seen(node, role))
+        return self.layouts[node.name].dim - (len(self.shapes[node.name]) - max(rank, self._rank(node)))
+
+    def widened(self, node: Node, role: str, tensor: Tensor, width: int | None = None) -> Tensor:
+        """A parameter with one entry for each unit: one that all units have in common is repeated.
+
+        width: of the value, where a head has another number of classes.
+        """
+        width = self.layouts[node.name].width if width is None else width
+        if node.operation == "embedding":
+            return tensor
+        if not self._broadcast(node):
+            return (
+                tensor.expand(width, *tensor.shape[1:])
+                if tensor.dim() and tensor.shape[0] == 1 < width
+                else tensor
+            )
+        if "view" in node.attributes:
+            tensor = tensor.view(node.attributes["view"])
+        tensor = tensor.view([1] * (self._rank(node) - tensor.dim()) + list(tensor.shape))
+        dim = self.unit_dim(node, role)
+        sizes = [width if d == dim else -1 for d in range(tensor.dim())]
+        return tensor.expand(sizes) if tensor.shape[dim] == 1 else tensor
+
+    def _broadcast(self, node: Node) -> bool:
+        """Whether a node's parameters have entries where its value has."""
+        return (
+            node.operation.endswith("_parameter")
+            or (
+                node.operation == "layer_norm"
+                and self.layouts[node.name].dim != len(self.shapes[node.name]) - 1
+            )
+            or node.operation == "attention"
+        )
+
+    def _seen(self, node: Node, role: str) -> Sequence[int]:
+        return node.attributes.get("view", self.parameters[node.parameters[role]])
+
+    def _rank(self, node: Node) -> int:
+        """Dimensions a parameter needs to have one for units."""
+        return len(self.shapes[node.name]) - self.layouts[node.name].dim
 
 
 @torch.no_grad()
 def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int]) -> Trace:
     """Apply every operation's rule, in order.
 
-    parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...).
+    parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...). Raises
+    InputError for what the table does not know, before anything is allocated.
     """
+    check_graph(graph, parameters, example, OPERATIONS)
     # One zero seen as every parameter: real kernels say each value's shape, and nothing is allocated for weights.
     # (Tensors on the meta device would do too, but their first use imports a second's worth of compiler.)
     state = {name: torch.zeros(()).expand(tuple(shape)) for name, shape in parameters.items()}
-    groups, last = Groups(), graph.last_uses()
-    first = graph.nodes[0].name
-    images = groups.new(example[1], "input")
-    values = {first: torch.zeros(tuple(example))}
-    shapes = {first: values[first].shape}
-    layouts = {first: Layout(1, (Segment(images, example[1]),))}
+    units, last = Units(), graph.last_uses()
+    first = graph.nodes[0]
+    seen = {first.name: _input(units, first, tuple(example))}
+    shapes = {first.name: torch.Size(example)}
+    tensors = {first.name: torch.zeros(tuple(example))}
     for node in graph.nodes[1:]:
-        inputs = [values[name] for name in node.inputs]
-        values[node.name] = out = _try_node(node, inputs, state)
-        shapes[node.name] = out.shape
-        rule = OPERATIONS[node.operation].rule
-        read = [layouts[name] for name in node.inputs]
-        layouts[node.name] = rule(groups, node, read, [value.shape for value in inputs], out.shape)
+        operation = OPERATIONS[node.operation]
+        out = _try_node(node, [tensors[name] for name in node.inputs], state)
+        tensors[node.name], shapes[node.name] = out, out.shape
+        own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
+        seen[node.name] = operation.rule(units, node, [seen[name] for name in node.inputs], out.shape, own)
         for name in last[node.name]:
-            del values[name]
-    return Trace(
-        graph,
-        groups.spec(layouts[first], layouts[graph.output.name]),
-        {name: groups.resolve(layout) for name, layout in layouts.items()},
-        shapes,
-        {name: tuple(shape) for name, shape in parameters.items()},
-    )
+            del tensors[name]
+    for end in (first.name, graph.output.name):
+        units.fixed.append(seen[end].labels)
+    resolved = Resolved(units)
+    layouts = {name: resolved.layout(name, value) for name, value in seen.items()}
+    nodes, moved = [], {}
+    for node in graph.nodes:
+        if node.inputs and OPERATIONS[node.operation].moves:
+            node, source = _settled(node, [layouts[n] for n in node.inputs], layouts[node.name], shapes)
+            if source is not None:
+                moved[node.name] = source
+        nodes.append(node)
+    own = {name: tuple(shape) for name, shape in parameters.items()}
+    return Trace(Graph(tuple(nodes)), resolved.spec, layouts, shapes, own, moved)
+
+
+def _input(units: Units, node: Node, example: tuple[int, ...]) -> Value:
+    shape = torch.Size(example)
+    if len(example) < 2 or node.attributes.get("integers"):
+        return Value(torch.full([1] * len(example), -1), (), shape, True)
+    labels = units.new(example[1], "input").view([-1 if d == 1 else 1 for d in range(len(example))])
+    units.fixed.append(labels)
+    return Value(labels, (1,), shape, True)
+
+
+def _settled(
+    node: Node, inputs: Sequence[Layout], output: Layout, shapes: Mapping[str, torch.Size]
+) -> tuple[Node, tuple[int, ...] | None]:
+    """How a node that moves entries runs where there are more units: as it is, or by where each entry comes from."""
+    names = {s.group for layout in (*inputs, output) for s in layout.segments}
+    shape, layout = shapes[node.inputs[0]], inputs[0]
+    if node.operation == "concatenate":
+        joined = [s for own in inputs for s in own.segments]
+        if (
+            any(own.dim != node.attributes["dim"] % len(shape) for own in inputs)
+            or list(output.segments) == joined
+        ):
+            return node, None
+        return node, tuple(range(output.width))
+    if names <= {"", "input"}:
+        return node, None
+    touched = _touched(node, len(shape))
+    if node.operation == "rearrange":
+        free = _free_atom(node, layout, output)
+        if free is not None:
+            return _with_free(node, layout.dim, free), None
+    elif layout.dim not in touched:
+        return node, None
+    if node.operation == "select" or layout.dim != output.dim or len(shape) != len(shapes[node.name]):
+        raise InputError(
+            f"{node.name}: {node.operation} cuts through units; allowed: whole units, or parts (heads, groups)"
+        )
+    return node, _sources_of(node, layout.dim, shape)
+
+
+def _touched(node: Node, rank: int) -> set[int]:
+    a = node.attributes
+    if "pad" in a:
+        return {rank - 1 - i // 2 for i, n in enumerate(a["pad"]) if n}
+    if "sizes" in a:
+        return {i - len(a["sizes"]) + rank for i, n in enumerate(a["sizes"]) if n != -1}
+    return {d % rank for d in a.get("dims", [a.get("dim", 0)])}
+
+
+def _free_atom(node: Node, layout: Layout, output: Layout) -> int | None:
+    """The factor of the units' dimension that counts them, if groups stay whole; None where it is not so simple."""
+    atoms, segments = node.attributes["atoms"][layout.dim], layout.segments
+    kinds = {(s.size, s.block) for s in segments}
+    if len(atoms) == 1:
+        found, inner = 0, None
+    elif len(kinds) == 1:
+        size, block = next(iter(kinds))
+        behind = [math.prod(atoms[i + 1 :]) for i in range(len(atoms))]
+        fits = [
+            i
+            for i, atom in enumerate(atoms)
+            if block % behind[i] == 0 and atom == size * (block // behind[i])
+        ]
+        if not fits:
+            return None
+        found, inner = fits[0], block // behind[fits[0]]
+    else:
+        return None
+    # The same factor counts the units of the output: what stands behind it there widens a unit.
+    number = sum(len(own) for own in node.attributes["atoms"][: layout.dim]) + found
+    sizes = [atom for own in node.attributes["atoms"] for atom in own]
+    at = 0
+    for dim, count in enumerate(node.attributes["groups"]):
+        own = node.attributes["order"][at : at + count]
+        at += count
+        if number not in own:
+            continue
+        place = own.index(number)
+        wider = math.prod(sizes[i] for i in own[place + 1 :])
+        times = math.prod(sizes[i] for i in own[:place])
+        if dim != output.dim:
+            return None
+        if inner is None:
+            expected = [(s.group, s.size, s.first, s.block * wider) for s in segments] * times
+            good = times == 1 or len(segments) == 1
+        else:
+            expected = [(s.group, s.size, s.first, inner * wider) for s in segments[:1]] * times
+            good = True
+        same = [(s.group, s.size, s.first, s.block) for s in output.segments] == expected
+        return found if good and same else None
+    return None
+
+
+def _with_free(node: Node, dim: int, free: int) -> Node:
+    given = list(node.attributes["free"])
+    if given[dim] not in (None, free):
+        raise InputError(f"{node.name}: images and units on one dimension; allowed: images first")
+    given[dim] = free
+    return dataclasses.replace(node, attributes={**node.attributes, "free": given})
+
+
+def _sources_of(node: Node, dim: int, shape: torch.Size) -> tuple[int, ...]:
+    """Where each entry of the output's dimension comes from, -1 for what is new."""
+    line = torch.arange(1, shape[dim] + 1).view([-1 if d == dim else 1 for d in range(len(shape))])
+    found = run_node(node, [line.expand(shape)], {}) - 1
+    first = found.movedim(dim, 0).flatten(1)
+    if not bool((first == first[:, :1]).all()):
+        raise InputError(
+            f"{node.name}: {node.operation} cuts through units; allowed: whole units, or parts (heads, groups)"
+        )
+    return tuple(first[:, 0].tolist())
 
 
 def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
     try:
         return run_node(node, inputs, node_parameters(node, state))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
         raise InputError(
             f"{node.name}: {node.operation} cannot run on {shapes} ({str(error).splitlines()[0]}); "

@@ -1,8 +1,10 @@
 """The unlabelled images that networks are merged on."""
 
+from typing import Literal
+
 import torch
 
-from stages.core.images.batches import normalise
+from stages.core.images.batches import Pool, normalise
 from stages.core.images.load import load_images
 from stages.core.settings.params import Params
 from stages.core.settings.places import DATA
@@ -25,3 +27,24 @@ def load_calibration(
         whole.append(normalise(found.images.to(device), own.mean, own.std))
     batches = images_to_batches(whole, batch_size)
     return [Batch(batch.images, NO_TASK) for batch in batches] if data == "proxy" else batches
+
+
+def load_pools(
+    params: Params, images: int | Literal["all"], most: int, device: torch.device, data: Origin = "own"
+) -> list[Pool]:
+    """Images without labels, a pool for every task, or one of the proxy; at most ``most`` in each.
+
+    images: at most so many calibration images of each task; all: every one of them, and behind them those that the
+    sources were trained on.
+    """
+    profile = params.active
+    wanted = [profile.proxy] if data == "proxy" else [task.data for task in profile.tasks.values()]
+    limit = most if images == "all" else min(most, images * (len(profile.tasks) if data == "proxy" else 1))
+    pools = []
+    for own in wanted:
+        parts = {"calibration": load_images(own, "calibration", DATA, limit=limit).images}
+        left = most - len(parts["calibration"])
+        if images == "all" and data == "own" and left > 0:
+            parts["train"] = load_images(own, "train", DATA, limit=left).images
+        pools.append(Pool(parts, own, device))
+    return pools

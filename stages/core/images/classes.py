@@ -1,5 +1,6 @@
 """Which images of a data set belong to a split, and how their classes are numbered."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 
 from stages.core.images.formats.listing import Entries, Listing
 from stages.core.runtime.device import generator
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, some
 from stages.core.settings.profiles import Data
 
 Split = Literal["train", "calibration", "test"]
@@ -16,7 +17,12 @@ SPLIT_SEED = 20160627  # of every split and order; fixed, see the module docstri
 
 
 def choose(path: Path, data: Data, split: Split, listing: Listing) -> tuple[Entries, tuple[str, ...]]:
-    """The entries of a split in their fixed random order, labelled by the classes that are returned with them."""
+    """The entries of a split in their fixed random order, labelled by the classes that are returned with them.
+
+    Raises InputError for a data set with two classes of one name, which would become one.
+    """
+    if twice := [name for name, count in Counter(listing.classes).items() if count > 1]:
+        raise InputError(f"{path}: found {some(twice)} as the name of two classes; allowed: a name for each")
     if data.label_space:
         classes, label = _numbered(path, listing, data.label_space)
     else:
@@ -62,5 +68,5 @@ def select_classes(path: Path, found: Sequence[str], wanted: Sequence[str] | Non
     """The classes to use, in the order asked for; all where none are named."""
     for name in wanted or ():
         if name not in found:
-            raise InputError(f"{path}: data.classes: found {name!r}; allowed: {', '.join(found)}")
+            raise InputError(f"{path}: data.classes: found {name!r}; allowed: {some(found)}")
     return tuple(dict.fromkeys(wanted or found))

@@ -7,17 +7,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.progress import Bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES_AT_A_TIME = 64  # images per piece of work of a thread
+PIXELS = 50_000_000  # of one image, where nothing else is said
+THIN = 8  # times the shorter side: of longer images the ends are cut off before they are scaled
 
 
 def edges(images: Tensor) -> Tensor:
@@ -49,7 +52,8 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 class Decoder:
     """``image``: a name -> the image, opened but not yet decoded; ``where`` names the file in an error.
 
-    The shorter side is scaled to ``resize``, then the central ``size`` x ``size`` is cut out.
+    The shorter side is scaled to ``resize``, then the central ``size`` x ``size`` is cut out. An image of more than
+    ``pixels`` is refused by its header; None: 50 million, or four times resize^2 where that is more.
     """
 
     where: str
@@ -58,6 +62,7 @@ class Decoder:
     resize: int
     channels: int
     view: str
+    pixels: int | None = None
 
     def __call__(self, names: Sequence[str]) -> Tensor:
         """uint8 (n, channels, size, size). Raises InputError with the name of an image that cannot be read."""
@@ -72,14 +77,7 @@ class Decoder:
         starts = iter(range(0, len(names), IMAGES_AT_A_TIME))
         ahead: deque[Future[Tensor]] = deque()
         pool = ThreadPoolExecutor(threads)
-        bar = tqdm(
-            total=len(names),
-            desc=f"reading {self.where}",
-            unit="image",
-            delay=3,
-            leave=False,
-            disable=None if show else True,  # None: shown on a terminal alone
-        )
+        bar = Bar(total=len(names), desc=f"reading {self.where}", unit="image", shown=show)
         try:
             with bar:
                 for start in starts:
@@ -95,9 +93,10 @@ class Decoder:
     def _one(self, name: str) -> Tensor:
         try:
             with self.image(name) as image:
+                self._check_pixels(name, *image.size)
                 # JPEG can decode at half, a quarter or an eighth; twice the size keeps the scaling below exact.
                 image.draft(None, (2 * self.resize, 2 * self.resize))
-                fitted = _fit(image.convert("L" if self.channels == 1 else "RGB"), self.size, self.resize)
+                fitted = _fit(image, "L" if self.channels == 1 else "RGB", self.size, self.resize)
         except InputError:
             raise
         # A damaged image can raise nearly anything: each decoder of PIL has its own exceptions.
@@ -105,6 +104,13 @@ class Decoder:
             raise InputError(f"{self.where}: {name}: not a readable image ({error})") from error
         pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, -1).permute(2, 0, 1)
+
+    def _check_pixels(self, name: str, width: int, height: int) -> None:
+        most = self.pixels or max(PIXELS, 4 * self.resize**2)
+        if width * height > most:
+            raise InputError(
+                f"{self.where}: {name}: found {width} x {height} pixels; allowed: {most} (data.limits.pixels)"
+            )
 
 
 class Stream:
@@ -139,16 +145,17 @@ def ahead(images: "Tensor | Stream", batches: Sequence[Tensor]) -> Iterator[tupl
             yield chosen, found
 
 
-def _counted(future: "Future[Tensor]", bar: tqdm) -> Tensor:
+def _counted(future: "Future[Tensor]", bar: Bar) -> Tensor:
     found = future.result()
     bar.update(len(found))
     return found
 
 
-def _fit(image: "Image", size: int, resize: int) -> "Image":
-    """Scale the shorter side to ``resize`` (bilinear, with antialiasing) and cut out the centre."""
+def _fit(image: "Image", mode: str, size: int, resize: int) -> "Image":
+    """Scale the shorter side to ``resize`` (bilinear, with antialiasing) and cut out the centre, as ``mode``."""
     from PIL.Image import Resampling
 
+    image = _eight_bits(_middle(image)).convert(mode)
     width, height = image.size
     if min(width, height) != resize:
         scale = resize / min(width, height)
@@ -156,3 +163,19 @@ def _fit(image: "Image", size: int, resize: int) -> "Image":
         image = image.resize((width, height), Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _middle(image: "Image") -> "Image":
+    """A long image without its ends, of which nothing is used: one pixel by 200,000 would be scaled to gigabytes."""
+    excess = [max(0, side - THIN * min(image.size)) // 2 for side in image.size]
+    (x, y), (width, height) = excess, image.size
+    return image.crop((x, y, width - x, height - y)) if x or y else image
+
+
+def _eight_bits(image: "Image") -> "Image":
+    """A grey image of 16 bits by its upper eight, as PIL reads colours of 16 bits; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))

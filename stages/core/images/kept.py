@@ -89,6 +89,8 @@ def _write(
 ) -> None:
     """Write the array aside and move it into place; then smaller ones of the same recipe are not needed."""
     smaller = _counts(folder)
+    for left in folder.glob("making-*"):  # by a process that was killed: this one holds the folder alone
+        shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix="making-", dir=folder))
     try:
         with open(aside / "images.npy", "wb") as file:

@@ -25,7 +25,7 @@ from stages.core.settings.datasets import HOMES
 from stages.core.settings.places import file_name
 from stages.core.settings.profiles import Data
 
-_VERSION = 1  # of all that turns a file into an array: a higher number makes the kept arrays anew
+_VERSION = 2  # of all that turns a file into an array: a higher number makes the kept arrays anew
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _decoded(
     paths: list[Path], data: Data, split: Split, limit: int | None
 ) -> tuple[Tensor | Stream, Tensor, tuple[str, ...]]:
     """The images of an archive: as they were decoded before, or decoded now."""
-    settings = data.model_dump(exclude={"key", "also", "mean", "std"})
+    settings = data.model_dump(exclude={"key", "also", "mean", "std", "limits"})
     folder = recipe(_VERSION, files=[identity(path) for path in paths], split=split, **settings)
     images, index = find(folder, limit) or _fresh(paths, data, split, limit, folder)
     return images, torch.tensor(index.labels, dtype=torch.int64), index.classes
@@ -83,7 +83,7 @@ def _fresh(
 ) -> tuple[Tensor | Stream, Index]:
     """List the archive's images, decode the first ``limit`` of the split and keep them in ``folder``."""
     with ExitStack() as stack:
-        archive = stack.enter_context(Archive(paths))
+        archive = stack.enter_context(Archive(paths, data.limits))
         listing = read_listing(archive, data)
         if split != "calibration" and not listing.labelled:
             raise InputError(
@@ -98,7 +98,9 @@ def _fresh(
         index = Index(list(labels), classes, len(entries))
         image = listing.image or partial(open_image, archive)
         resize = data.resize or data.size
-        decoder = Decoder(paths[0].name, image, data.size, resize, data.channels, data.view)
+        decoder = Decoder(
+            paths[0].name, image, data.size, resize, data.channels, data.view, data.limits.pixels
+        )
         images = make(folder, decoder, names, index)
         if isinstance(images, Stream):
             stack.pop_all()  # it reads from the archive as long as it lives

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.graph.layouts import Layout
+from stages.core.graph.layouts import Layout, Segment
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,34 @@ class Arrangement:
         return torch.sort(self.positions[network]).values
 
 
+def shared_units(segment: Segment, shared: Mapping[str, int]) -> int:
+    """How many units of a segment are shared: those of its group's first ``shared`` that are in it."""
+    k = shared.get(segment.group, segment.first + segment.size)
+    return min(max(k - segment.first, 0), segment.size)
+
+
+def unit_keys(layout: Layout, shared: Mapping[str, int], networks: int, numbers: dict[str, int]) -> Tensor:
+    """A number for each entry of a merged value, the same for entries of one unit of one owner, in any value.
+
+    numbers: of groups, filled in as they are met. What belongs to no group is -1.
+    """
+    keys = []
+    for segment in layout.segments:
+        k, g = shared_units(segment, shared), numbers.setdefault(segment.group, len(numbers))
+        units = (g << 32) + segment.first + torch.arange(segment.size)
+        own = [units[k:] * (networks + 1) + m + 1 for m in range(networks)]
+        line = torch.cat([own[0], units[:k] * (networks + 1), *own[1:]])
+        line = line.repeat_interleave(segment.block)
+        keys.append(line if segment.group else torch.full_like(line, -1))
+    return torch.cat(keys)
+
+
 def arrange(layout: Layout, shared: Mapping[str, int], networks: int) -> Arrangement:
     """Arrangement of a value. ``shared``: k of each free group; a group that is not named is shared whole."""
     positions: list[list[Tensor]] = [[] for _ in range(networks)]
     owner, start = [], 0
     for segment in layout.segments:
-        k, b = shared.get(segment.group, segment.size), segment.block
+        k, b = shared_units(segment, shared), segment.block
         s = segment.size - k
         for m in range(networks):
             own = start + (0 if m == 0 else k * b + m * s * b) + torch.arange(s * b)

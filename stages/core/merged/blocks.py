@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import Node, oriented
 from stages.core.merged.arrangement import Arrangement, Piece, held_pieces, pieces_of
 
 
@@ -43,7 +43,7 @@ def blocks_of(inputs: Arrangement, outputs: Arrangement) -> list[Block]:
 
 
 class BlockMap(nn.Module):
-    """A Linear or Conv2d with real blocks. ``weights[i]``: (rows, columns, *kernel) of block i."""
+    """A Linear or a convolution with real blocks. ``weights[i]``: (rows, columns, *kernel) of block i."""
 
     def __init__(
         self, node: Node, inputs: Arrangement, outputs: Arrangement, kernel: Sequence[int], bias: bool
@@ -62,7 +62,7 @@ class BlockMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """All rows, from a whole value."""
-        dim = 1 if self.node.operation == "conv2d" else x.dim() - 1
+        dim = x.dim() - 1 if self.node.operation == "linear" else 1
         outputs = []
         for i, block in enumerate(self.blocks):
             bias = None if self.bias is None else self.bias[block.start : block.stop]
@@ -71,7 +71,7 @@ class BlockMap(nn.Module):
 
     def on_pieces(self, pieces: Sequence[Tensor], owner: int | None = None) -> list[Tensor]:
         """The same from a value in the pieces it is held in, to such pieces; ``owner``: one network's rows alone."""
-        dim = 1 if self.node.operation == "conv2d" else pieces[0].dim() - 1
+        dim = pieces[0].dim() - 1 if self.node.operation == "linear" else 1
         outputs = []
         for piece, rows in self._plan:
             if owner not in (None, piece.owner):
@@ -106,7 +106,9 @@ class BlockMap(nn.Module):
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.node.operation == "linear":
             return F.linear(x, weight, bias)
-        return F.conv2d(x, weight, bias, **self.node.attributes)
+        if self.node.operation == "conv2d":
+            return F.conv2d(x, weight, bias, **self.node.attributes)
+        return getattr(F, self.node.operation)(x, oriented(self.node, weight), bias, **self.node.attributes)
 
 
 def _side_by_side(pieces: Sequence[Tensor], needed: Sequence[int], dim: int) -> Tensor:

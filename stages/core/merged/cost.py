@@ -8,7 +8,7 @@ any size.
 
 from collections.abc import Mapping
 
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import Node, oriented
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import arrange
 from stages.core.merged.network import MergedNetwork
@@ -17,11 +17,8 @@ from stages.core.units.groups import State
 
 def counted_nodes(trace: Trace, labels: str) -> list[Node]:
     """The nodes that count towards the budget."""
-    return [
-        n
-        for n in trace.graph.nodes
-        if (n.parameters or trace.hidden_macs(n)) and not (labels == "separate" and n is trace.graph.output)
-    ]
+    outside = trace.graph.logits if labels == "separate" else set()
+    return [n for n in trace.graph.nodes if (n.parameters or trace.hidden_macs(n)) and n.name not in outside]
 
 
 def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
@@ -32,13 +29,14 @@ def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
     if kind == "macs" and not node.grouped:
         return trace.hidden_macs(node)
     roles = ["weight"] if kind == "macs" else _alone(node)
-    entries = sum(state[node.parameters[role]].numel() for role in roles) // trace.layouts[node.name].width
+    whole = [trace.widened(node, role, state[node.parameters[role]]) for role in roles]
+    entries = sum(tensor.numel() for tensor in whole) // trace.layouts[node.name].width
     return entries * (trace.positions(node) if kind == "macs" else 1)
 
 
 def _alone(node: Node) -> list[str]:
     """Roles of the trained parameters that have entries of their own for each unit of the output."""
-    roles = ("bias", "value") if node.linear else ("weight", "bias", "value")
+    roles = ("bias",) if node.linear else ("weight", "bias", "value", "mask")
     return [role for role in roles if role in node.parameters]
 
 
@@ -61,7 +59,7 @@ def split_cost(
     for node in counted_nodes(trace, labels):
         outputs = arrange(trace.layouts[node.name], shared, networks)
         if node.linear:
-            weight = state[node.parameters["weight"]]
+            weight = oriented(node, state[node.parameters["weight"]])
             taps = weight[0, 0].numel() if weight.dim() > 2 else 1
             inputs = arrange(trace.layouts[node.inputs[0]], shared, networks)
             k = int((outputs.owner < 0).sum())
@@ -78,7 +76,7 @@ def built_cost(network: MergedNetwork, kind: str, heads: bool = False) -> int:
         if kind == "parameters":
             module = network.map_of(node) if node.parameters else None
             total += sum(p.numel() for p in module.parameters()) if module is not None else 0
-        elif node.fitted:
+        elif node.linear or node.grouped:
             weights = network.map_of(node).weights
             total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
         else:

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.core.graph import rules
 from stages.core.graph.nodes import Node, graph_to_json
-from stages.core.graph.operations import run_node
+from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, held_pieces
 from stages.core.merged.blocks import BlockMap
-from stages.core.merged.unit_layers import MergedLayer, merged_layer
+from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_tensors
 
-FORMAT = "merged-network-1"
+FORMAT = "merged-network-2"
 
 
 class MergedNetwork(nn.Module):
@@ -52,14 +53,20 @@ class MergedNetwork(nn.Module):
         super().__init__()
         self.trace, self.tasks, self.labels = trace, tuple(tasks), labels
         self.shared = {name: int(shared[name]) for name in trace.spec.free}
+        for name, k in self.shared.items():
+            if not 0 <= k <= trace.spec.groups[name].size:
+                raise InputError(
+                    f"group {name}: {k} shared units; allowed: from 0 to {trace.spec.groups[name].size}"
+                )
         self.units = dict(units or {})
         self.about = dict(about or {})
         self._arrangements: dict[str, Arrangement] = {}
         self._last = trace.graph.last_uses()
-        output = trace.graph.output
-        if labels == "separate" and output.operation != "linear":
+        self.head, output = trace.graph.head, trace.graph.output
+        self._logits = trace.graph.logits
+        if labels == "separate" and self.head is None:
             raise InputError(
-                f"{output.name}: separate label spaces need a Linear as the last operation, found {output.operation}"
+                f"{output.name}: separate label spaces need a Linear as the last linear map, found {output.operation}"
             )
         self.maps = nn.ModuleDict()
         for node in trace.graph.nodes:
@@ -68,10 +75,16 @@ class MergedNetwork(nn.Module):
                 ends = self.arrangement(node.inputs[0]), self.arrangement(node.name)
                 self.maps[_key(node)] = BlockMap(node, *ends, kernel, "bias" in node.parameters)
             elif node.operation == "batch_norm":
-                norm = nn.BatchNorm2d if len(trace.shapes[node.name]) == 4 else nn.BatchNorm1d
+                norm = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(
+                    len(trace.shapes[node.name]), nn.BatchNorm1d
+                )
                 affine = "weight" in node.parameters
                 width = self.arrangement(node.name).width
                 self.maps[_key(node)] = norm(width, eps=node.attributes["eps"], affine=affine)
+            elif node.name in trace.moved:
+                self.maps[_key(node)] = self._moved(node)
+            elif len(node.inputs) > 1 and OPERATIONS[node.operation].rule is rules.same:
+                self._line_up(node)
             elif node.inputs:
                 layer = merged_layer(
                     node, trace, self.arrangement(node.inputs[0]), self.arrangement(node.name)
@@ -79,17 +92,47 @@ class MergedNetwork(nn.Module):
                 if layer is not None:
                     self.maps[_key(node)] = layer
         self._pieces = {name: held_pieces(self.arrangement(name)) for name in trace.layouts}
+        self._piecewise = {node.name for node in trace.graph.nodes[1:] if self._runs_apart(node)}
         self.eval()
+
+    def _moved(self, node: Node) -> Moved:
+        read = [self.arrangement(name) for name in node.inputs]
+        starts = torch.tensor([0, *(own.width for own in read)]).cumsum(0)
+        positions = [
+            torch.cat([own.positions[m] + at for own, at in zip(read, starts.tolist(), strict=False)])
+            for m in range(self.networks)
+        ]
+        side = Arrangement(tuple(positions), torch.cat([own.owner for own in read]))
+        layout = self.trace.layouts[node.name]
+        return Moved(self.trace.moved[node.name], layout.dim, side, self.arrangement(node.name))
+
+    def _line_up(self, node: Node) -> None:
+        """Values that are joined have their entries alike, also where one has zeros in the place of units."""
+        layout = self.trace.layouts[node.name]
+        for i, name in enumerate(node.inputs):
+            own = self.trace.layouts[name]
+            if own.segments != layout.segments and own.width == layout.width:
+                parts = self.arrangement(name), self.arrangement(node.name)
+                self.maps[f"{_key(node)}{i}"] = Moved(range(own.width), own.dim, *parts)
+
+    def _lined_up(self, node: Node, inputs: Sequence[Tensor]) -> list[Tensor]:
+        keys = [f"{_key(node)}{i}" for i in range(len(inputs))]
+        return [self.maps[key](x) if key in self.maps else x for key, x in zip(keys, inputs, strict=True)]
+
+    def _runs_apart(self, node: Node) -> bool:
+        """Whether a node without parameters may run on each piece of its inputs alone."""
+        lined_up = any(f"{_key(node)}{i}" in self.maps for i in range(len(node.inputs)))
+        if node.parameters or _key(node) in self.maps or lined_up:
+            return False
+        held = {len(self._pieces[name]) for name in (*node.inputs, node.name)}
+        dims = {self.trace.layouts[name].dim for name in node.inputs}
+        if len(held) > 1 or len(dims) > 1 or node.operation in ("attention", "matmul", "concatenate"):
+            return False
+        return node.operation != "rearrange" or len(node.attributes["atoms"][dims.pop()]) == 1
 
     @property
     def networks(self) -> int:
         return len(self.tasks)
-
-    @property
-    def head(self) -> Node | None:
-        """The output node when it is a Linear: the head(s)."""
-        output = self.trace.graph.output
-        return output if output.operation == "linear" else None
 
     def arrangement(self, value: str) -> Arrangement:
         """How the sources' entries lie in the named value."""
@@ -98,7 +141,7 @@ class MergedNetwork(nn.Module):
         return self._arrangements[value]
 
     def _arrange(self, value: str) -> Arrangement:
-        if self.labels == "separate" and value == self.trace.graph.output.name:
+        if self.labels == "separate" and value in self._logits:
             return arrange_heads([len(task.classes) for task in self.tasks])
         return arrange(self.trace.layouts[value], self.shared, self.networks)
 
@@ -110,8 +153,8 @@ class MergedNetwork(nn.Module):
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
         """One operation of the merged network. task: whose correction is applied, where there is one."""
         if _key(node) not in self.maps:
-            return run_node(node, inputs, {})
-        return self._corrected(node, self.maps[_key(node)](inputs[0]), task, slice(None))
+            return run_node(node, self._lined_up(node, inputs), {})
+        return self._corrected(node, self.maps[_key(node)](*inputs), task, slice(None))
 
     def set_correction(self, node: Node, correction: Tensor) -> None:
         """Scale and shift what a node gives, for each task its own way. correction: (2, T, merged width)."""
@@ -143,11 +186,34 @@ class MergedNetwork(nn.Module):
             index is None and self.corrected
         ):  # separate heads side by side, each with its own task's corrections
             return torch.cat([self(x, task=own.name) for own in self.tasks], 1)
-        values = self._run(x, output, index)
-        if index is None or self.labels == "shared":
+        if self.labels == "shared":
+            values = self._run(x, output, index)
             pieces = self._on_pieces(output, [values[name] for name in output.inputs], index)
             return self._joined(output.name, pieces)
-        return self.map_of(output).on_pieces(values[output.inputs[0]], index)[0]
+        return self._heads(self._run(x, self.head, index)[self.head.inputs[0]], index)
+
+    def _heads(self, features: Sequence[Tensor], task: int | None) -> Tensor:
+        """The logits of separate label spaces from what the heads read, and what follows them, head by head."""
+        tail = self.trace.graph.tail
+        every = task is None or any(node.parameters for node in tail)
+        pieces = self.map_of(self.head).on_pieces(features, None if every else task)
+        for node in tail:
+            if _key(node) in self.maps:
+                sizes = [piece.shape[1] for piece in pieces]
+                pieces = list(self.run_node(node, [torch.cat(pieces, 1)]).split(sizes, 1))
+            else:
+                pieces = [run_node(node, [piece], {}) for piece in pieces]
+        if task is not None:
+            return pieces[task if every else 0]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def logits(self, features: Tensor, task: int | None = None) -> Tensor:
+        """The output from what ``features`` gives: all heads' side by side, or one task's where labels are separate."""
+        if self.labels == "separate":
+            return self._heads(self._apart(self.head.inputs[0], features), task)
+        for node in (self.head, *self.trace.graph.tail):
+            features = self.run_node(node, [features], task)
+        return features
 
     def features(self, x: Tensor, task: str | None = None) -> Tensor:
         """What the head reads: (n, merged features)."""
@@ -183,10 +249,10 @@ class MergedNetwork(nn.Module):
         return values
 
     def _on_pieces(self, node: Node, inputs: Sequence[list[Tensor]], task: int | None) -> list[Tensor]:
-        if (
-            node.operation in ("concatenate", "attention")
-            or (node.parameters and not node.linear and self.training)
-            or (_key(node) in self.maps and isinstance(self.map_of(node), MergedLayer))
+        if not (
+            node.name in self._piecewise
+            or node.linear
+            or (node.operation == "batch_norm" and not self.training)
         ):
             whole = [self._joined(name, own) for name, own in zip(node.inputs, inputs, strict=True)]
             return self._apart(node.name, self.run_node(node, whole, task))

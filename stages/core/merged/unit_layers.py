@@ -5,6 +5,8 @@ over all units are taken over each network's view, so that with everything separ
 was alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +28,35 @@ class MergedLayer(nn.Module):
             self.attributes["groups"] *= arrangement.width
             self.attributes["groups"] //= trace.layouts[node.name].width
         for role, name in node.parameters.items():
-            shape = list(trace.parameters[name])
+            shape = list(trace.widened(node, role, torch.empty(()).expand(trace.parameters[name])).shape)
             shape[trace.unit_dim(node, role)] = arrangement.width
             self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: a whole merged value."""
-        return OPERATIONS[self.node.operation].run([x], dict(self.named_parameters()), self.attributes)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """inputs: whole merged values."""
+        return OPERATIONS[self.node.operation].run(inputs, dict(self.named_parameters()), self.attributes)
+
+
+class Moved(nn.Module):
+    """Units in other places: what a slice, a channel shuffle or padding of units does. Entries of no unit are zero."""
+
+    def __init__(self, source: Sequence[int], dim: int, inputs: Arrangement, outputs: Arrangement) -> None:
+        super().__init__()
+        self.dim, index = dim, torch.full((outputs.width,), -1)
+        came = torch.tensor(source)
+        for read, written in zip(inputs.positions, outputs.positions, strict=True):
+            index[written[came >= 0]] = read[came[came >= 0]]
+        self.index_of = index
+        self.register_buffer("index", index.clamp(min=0), persistent=False)
+        self.register_buffer(
+            "none", (index < 0).nonzero().flatten() if (index < 0).any() else None, persistent=False
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """inputs: whole merged values, side by side."""
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, self.dim)
+        x = x.index_select(self.dim, self.index)
+        return x if self.none is None else x.index_fill(self.dim, self.none, 0.0)
 
 
 class GroupedMap(MergedLayer):
@@ -64,7 +88,7 @@ class ViewNorm(MergedLayer):
         super().__init__(node, trace, arrangement)
         self.count = len(arrangement.positions)
         whole = all(len(own) == arrangement.width for own in arrangement.positions)
-        self.spatial = node.operation == "group_norm"
+        self.dim = trace.layouts[node.name].dim
         for m, own in enumerate(arrangement.positions):
             self.register_buffer(f"view{m}", None if whole else torch.sort(own).values, persistent=False)
         share = torch.full((self.count, arrangement.width), 1 / self.count)
@@ -76,9 +100,10 @@ class ViewNorm(MergedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.view0 is None:
             return super().forward(x)
-        dim = 1 if self.spatial else x.dim() - 1
-        over = list(range(1, x.dim())) if self.spatial else [dim]
+        dim, over = self.dim, reduced_dims(self.node, x.dim())
         shape = [-1 if d == dim else 1 for d in range(x.dim())]
+        if self.node.operation == "normalize":
+            return self._unit_length(x, dim, shape)
         mean = variance = 0.0
         for m in range(self.count):
             share = self.share[m].view(shape)
@@ -88,18 +113,43 @@ class ViewNorm(MergedLayer):
             mean, variance = mean + share * centre, variance + share * var
         x = (x - mean) * (variance + self.attributes["eps"]).rsqrt()
         if "weight" in self.node.parameters:
-            x = x * self.weight.view(shape)
-        return x + self.bias.view(shape) if "bias" in self.node.parameters else x
+            x = x * (self.weight.view(shape) if self.weight.dim() == 1 else self.weight)
+        if "bias" in self.node.parameters:
+            x = x + (self.bias.view(shape) if self.bias.dim() == 1 else self.bias)
+        return x
+
+    def _unit_length(self, x: Tensor, dim: int, shape: list[int]) -> Tensor:
+        length = 0.0
+        for m in range(self.count):
+            own = x.index_select(dim, getattr(self, f"view{m}")).norm(dim=dim, keepdim=True)
+            length = length + self.share[m].view(shape) * own.clamp(min=self.attributes["eps"])
+        return x / length
 
 
-NORMS = ("layer_norm", "group_norm")
+NORMS = ("layer_norm", "group_norm", "normalize")
+
+
+def reduced_dims(node: Node, rank: int) -> list[int]:
+    """The dimensions whose entries a norm looks at together."""
+    if node.operation == "group_norm":
+        return list(range(1, rank))
+    if node.operation == "normalize":
+        return [node.attributes["dim"] % rank]
+    return list(range(rank - node.attributes.get("rank", 1), rank))
+
+
+def over_units(node: Node, trace: Trace) -> bool:
+    """Whether a node is a norm over all units of a value, which each network's view then has for itself."""
+    if node.operation not in NORMS or node.attributes.get("groups", 1) > 1:
+        return False
+    return trace.layouts[node.name].dim in reduced_dims(node, len(trace.shapes[node.name]))
 
 
 def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> MergedLayer | None:
     """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
     if node.grouped:
         return GroupedMap(node, trace, inputs, outputs)
-    if node.operation in NORMS and node.attributes.get("groups", 1) == 1:
+    if over_units(node, trace):
         return ViewNorm(node, trace, outputs)
     if node.parameters or node.operation in NORMS:
         return MergedLayer(node, trace, outputs)

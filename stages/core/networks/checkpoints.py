@@ -1,62 +1,76 @@
 """Networks on disk. Reading never runs code from the file, and accepts only a file that fits exactly."""
 
-import argparse
-import pickle
-import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.serialization import safe_globals
 
 from stages.core.networks.architectures import build
-from stages.core.runtime.errors import InputError
+from stages.core.networks.torch_files import read_torch
+from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.files import read_tensors
 from stages.core.settings.profiles import Architecture
 
-_WRAPPERS = ("model", "state_dict", "model_ema")  # where training scripts keep the state dict, in this order
-_COUNTER = (
-    "num_batches_tracked"  # files from before PyTorch 0.4.1 lack it, and it does not affect the outputs
-)
+# Where training scripts keep the state dict, in this order.
+_WRAPPERS = ("model", "net", "state_dict", "model_state_dict", "model_ema", "ema", "params", "weights")
+# What wraps of DataParallel, torch.compile and a script's own classes put before every name.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+# Files from before PyTorch 0.4.1 lack it, and it does not affect the outputs.
+_COUNTER = "num_batches_tracked"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors, .pth or .pt file, on the CPU.
+    """Read the tensors of a checkpoint by name, on the CPU. What a file is, is read from its bytes, not its suffix.
 
-    A .pth or .pt file holds a state dict, alone or under `model`, `state_dict` or `model_ema`; the prefix
-    `module.` of torch.nn.DataParallel and of weight averages is taken off.
+    A safetensors file, or one of torch.save with a state dict, alone or under one of ``_WRAPPERS``; what stands beside
+    it (epochs, scores, optimisers) is left out.
 
-    Raises InputError when the file is missing, damaged or not a state dict, or when reading would run code.
+    Raises InputError when the file is missing, damaged or not a state dict, when reading would run code, and for
+    tensors that no layer holds.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _unprefixed(read_tensors(path)[0])
-    if path.suffix not in (".pth", ".pt"):
-        raise InputError(f"{path}: found the suffix {path.suffix!r}; allowed: .safetensors, .pth, .pt")
-    return _unprefixed(_unwrapped(path, _load(path)))
+    found = read_tensors(path)[0] if _is_safetensors(path) else read_torch(path)
+    state = _weights(found)
+    if state is None:
+        names = some(found, 3) if isinstance(found, Mapping) else type(found).__name__
+        raise InputError(
+            f"{path}: not a state dict (found {names}); allowed: tensors by name, alone or under {', '.join(_WRAPPERS)}"
+        )
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise InputError(
+                f"{path}: found a tensor by the name {name!r} ({type(name).__name__}); allowed: text"
+            )
+        if what := _unusual(tensor):
+            raise InputError(f"{path}: {name}: found {what}; allowed: plain tensors of numbers")
+    return {
+        name: tensor.detach() for name, tensor in state.items() if name != "n_averaged"
+    }  # of torch.optim.swa_utils
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Copy ``state`` into ``module``; every tensor of either must be in the other, in the same shape.
 
+    Prefixes that all names have (``_PREFIXES``) are taken off where the names fit without. Numbers become those of the
+    module: halves, floats and doubles of each other, whole numbers of whole numbers.
+
     ``name`` says in an error which file it was. Raises InputError for missing keys, unexpected keys, other
-    shapes, and NaN or infinite values.
+    shapes, other kinds of numbers, and values that are or become NaN or infinite.
     """
     own = module.state_dict()
+    state = _fitted(state, own)
     missing = [key for key in own if key not in state and not key.endswith(_COUNTER)]
-    if missing:
-        raise InputError(
-            f"{name}: {_some(missing, 'missing key')}; allowed: a checkpoint of this architecture"
-        )
     unexpected = [key for key in state if key not in own]
-    if unexpected:
+    if missing or unexpected:
         raise InputError(
-            f"{name}: {_some(unexpected, 'unexpected key')}; allowed: a checkpoint of this architecture"
+            f"{name}: a checkpoint of another architecture: {len(missing)} missing and {len(unexpected)} unexpected "
+            f"keys; the network has {some(missing or own, 2)}, the file {some(unexpected or state, 2)}"
         )
     for key, tensor in state.items():
         if tensor.shape != own[key].shape:
@@ -64,12 +78,9 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None
                 f"{name}: a checkpoint of another architecture: "
                 f"{key} found {_shape(tensor)}; allowed: {_shape(own[key])}"
             )
-    broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise InputError(
-            f"{name}: NaN or infinite values in {_some(broken, 'tensor')}; allowed: finite numbers"
-        )
-    module.load_state_dict(state)
+    module.load_state_dict(
+        {key: _cast(tensor, own[key].dtype, f"{name}: {key}") for key, tensor in state.items()}
+    )
 
 
 def load_network(architecture: Architecture, path: Path) -> nn.Module:
@@ -82,52 +93,61 @@ def load_network(architecture: Architecture, path: Path) -> nn.Module:
     return network.eval()
 
 
-def _load(path: Path) -> Any:
-    try:
-        # Training scripts (torchvision's among them) save their arguments beside the weights; a Namespace is only data.
-        with warnings.catch_warnings(action="ignore"), safe_globals([argparse.Namespace]):
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{named[1]}, which could run code" if named else "pickled objects, which could run code"
-        raise InputError(
-            f"{path}: refused: it holds more than tensors ({what}); "
-            "allowed: a file as torch.save(network.state_dict(), ...) writes it"
-        ) from error
-    # A damaged file raises nearly anything, by where the damage is.
-    except Exception as error:
-        raise InputError(
-            f"{path}: damaged or not a checkpoint ({_first_sentence(error)}); allowed: a whole file"
-        ) from error
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80")))
 
 
-def _unwrapped(path: Path, found: Any) -> dict[str, Tensor]:
-    if isinstance(found, Mapping):
-        found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        names = list(found)[:3] if isinstance(found, Mapping) else type(found).__name__
-        raise InputError(
-            f"{path}: not a state dict (found {names}); "
-            f"allowed: tensors by name, alone or under {', '.join(_WRAPPERS)}"
-        )
-    return dict(found)
+def _weights(found: Any, depth: int = 3) -> dict[Any, Tensor] | None:
+    """The tensors of the first wrapper that has some, else those of ``found`` itself; None where there are none."""
+    if not isinstance(found, Mapping):
+        return None
+    for key in _WRAPPERS if depth else ():
+        if inner := _weights(found.get(key), depth - 1):
+            return inner
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)} or None
 
 
-def _unprefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = [name for name in state if name != "n_averaged"]  # the counter of torch.optim.swa_utils
-    if not all(name.startswith("module.") for name in names):
-        return state
-    return {name.removeprefix("module."): state[name] for name in names}
+def _unusual(tensor: Tensor) -> str | None:
+    """What makes a tensor none that a layer holds."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+    if tensor.device.type != "cpu":
+        return f"a tensor without values (device {tensor.device})"
+    if tensor.dtype not in (*_FLOATS, *_WHOLE, torch.bool):
+        return str(tensor.dtype)
+    return None
 
 
-def _some(names: list[str], what: str) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"
+def _fitted(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``state`` by the names without the prefixes that all of them have, as many as fit ``own`` best."""
+    return max(_unprefixed(state), key=lambda found: len(found.keys() & own.keys()))
+
+
+def _unprefixed(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    yield state
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            yield from _unprefixed({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``tensor`` with the numbers of ``dtype``. Raises InputError for another kind, and where one cannot be held."""
+    kinds = next((kinds for kinds in (_FLOATS, _WHOLE) if dtype in kinds), (dtype,))
+    if tensor.dtype not in kinds:
+        raise InputError(f"{name}: found {tensor.dtype}; allowed: {some(kinds, 5)}")
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{name}: NaN or infinite values; allowed: finite numbers")
+    if name.endswith("running_var") and (tensor < 0).any():
+        raise InputError(f"{name}: negative values; allowed: variances from 0")
+    cast = tensor.to(dtype)
+    if not (torch.isfinite(cast).all() if dtype in _FLOATS else torch.equal(cast.to(tensor.dtype), tensor)):
+        raise InputError(f"{name}: values of {tensor.dtype} that {dtype} cannot hold; allowed: those it can")
+    return cast
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
-
-
-def _first_sentence(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]

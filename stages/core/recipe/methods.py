@@ -47,6 +47,35 @@ MATCHING_KEYS = {  # beside those of every matching
 }
 
 
+class Refine(Section):
+    """How a fitted network is refined end to end, without labels (stages.fit.refine).
+
+    images: at most so many calibration images of each task; all: all of them and the sources' training images, without
+    their labels. batch_size: images of each task in a step. warmup: share of the steps. features: where the sources'
+    values are imitated beside their outputs. joint: weight of telling separate label spaces apart. every: steps
+    between two looks at the images held out; patience: how many looks in a row may bring nothing better. shift, flip:
+    null, as the sources are trained.
+    """
+
+    steps: Count = 400
+    images: Count | Literal["all"] = 2500
+    batch_size: Count = 64
+    learning_rate: Positive = 3e-3
+    warmup: Fraction = 0.1
+    weight_decay: NonNegative = 0.01
+    features: Literal["none", "last", "stages"] = "last"
+    joint: NonNegative = 1.0
+    every: Count = 25
+    patience: Count = 8
+    shift: Annotated[int, Field(ge=0)] | None = None
+    flip: bool | None = None
+
+    @property
+    def most(self) -> int:
+        """How many images of a task it can see."""
+        return self.steps * self.batch_size
+
+
 class Fit(Section):
     """How the merged layers come to be.
 
@@ -63,10 +92,11 @@ class Fit(Section):
     learning_rate: Positive = 5e-4
     batch_size: Count = 16
     off_diagonal: Fraction = 0.9  # of regmean: what the off-diagonal entries of a Gram matrix are scaled by
+    refine: Refine | None = None  # what comes after the solver
 
     @model_validator(mode="after")
     def _check(self) -> "Fit":
-        _check_used(self, "solver", FIT_KEYS[self.solver])
+        _check_used(self, "solver", (*FIT_KEYS[self.solver], "refine"))
         return self
 
 

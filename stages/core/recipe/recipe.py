@@ -36,6 +36,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        if not self.methods:
+            raise ValueError("methods: found none; allowed: one or more rows of the result table")
         former = [now_called(f"match.{name}", "matching", name) for name in self.match]
         for section in ("methods", "full"):
             for name, method in getattr(self, section).items():

@@ -1,7 +1,7 @@
 """What is kept between runs outside the workspace. All of it can be deleted at any time: it is made again.
 
 <user's cache>/pleas-merging/hashes     SHA-256 of files of the workspace, by path, size and time
-                            /unpacked   tar files without their gzip
+                            /unpacked   tar files without their gzip, until they are unused for 30 days
                             /decoded    images as arrays (stages.core.images.kept)
                             /<bucket>   downloads (stages.artifacts.bucket)
 """
@@ -12,13 +12,16 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing, write_text
+from stages.core.runtime.progress import Bar
+
+UNUSED = 30 * 24 * 3600  # seconds after which an unpacked file goes
+SETTLED = 2.0  # seconds; clocks of file systems are coarser than two writes are apart
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +33,19 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[Path]:
-    """Hold ``folder`` against other processes; the lock goes with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as handle:
+    """Hold ``folder`` against other processes; the lock goes with the process, however that ends.
+
+    A folder that is there but cannot be written needs no lock: it can be read.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM) or not folder.is_dir():
+            raise
+        yield folder
+        return
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,23 +55,31 @@ def alone(folder: Path) -> Iterator[Path]:
 
 
 def identity(path: Path) -> str:
-    """SHA-256 of a file's content, computed once for each version of the file."""
+    """SHA-256 of a file's content, computed once for each version of the file.
+
+    The time of the last change of its inode is a part of a version: every write moves it, and nobody can set it back.
+    A file that changed just now is read anew the next time, since a second write could bear the same time.
+    """
     found = path.stat()
-    seen = f"{path.resolve()}\n{found.st_ino}\n{found.st_size}\n{found.st_mtime_ns}"
+    seen = "\n".join(
+        [str(path.resolve())]
+        + [str(n) for n in (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)]
+    )
     note = cache_folder() / "hashes" / hashlib.sha256(seen.encode()).hexdigest()
     with contextlib.suppress(OSError):
         if len(known := note.read_text()) == 64:
             return known
     digest = _sha256(path)
-    with contextlib.suppress(OSError, InputError):  # a cache that cannot be written costs time only
-        write_text(note, digest)
+    if time.time() - found.st_ctime > SETTLED and path.stat().st_ctime_ns == found.st_ctime_ns:
+        with contextlib.suppress(OSError, InputError):  # a cache that cannot be written costs time only
+            write_text(note, digest)
     return digest
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     size = path.stat().st_size
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {path.name}", delay=3, leave=False)
+    bar = Bar(total=size, unit="B", unit_scale=True, desc=f"hashing {path.name}")
     with bar, open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
@@ -69,14 +90,19 @@ def _sha256(path: Path) -> str:
 def kept_file(name: str, write: Callable[[Path], None]) -> Path:
     """The file ``unpacked/<name>`` of the cache, made by ``write`` (into the path it is given) if it is not there.
 
+    When one is made, those that no one has used for a month are removed.
     Raises InputError when the cache folder cannot be written or its disk is full.
     """
     path = cache_folder() / "unpacked" / name
     try:
-        with alone(path.with_name(f"{name}.making")):
-            if not path.is_file():
-                with replacing(path) as temporary:
-                    write(temporary)
+        if not path.is_file():
+            with alone(path.with_name(f"{name}.making")):
+                if not path.is_file():
+                    _remove_unused(path.parent)
+                    with replacing(path) as temporary:
+                        write(temporary)
+        with contextlib.suppress(OSError):
+            os.utime(path)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise
@@ -84,3 +110,11 @@ def kept_file(name: str, write: Callable[[Path], None]) -> Path:
             f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
         ) from error
     return path
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the files that have not been used for ``UNUSED`` seconds."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_mtime < time.time() - UNUSED:
+                path.unlink()

@@ -1,39 +1,134 @@
-"""What every stage's command line does around its one sentence."""
+"""What every stage's command line does around its one sentence.
 
-import logging
+Exit status: 0 done, 1 something the user gave (one line), 2 wrong arguments, 70 a fault of ours (its traceback), 130
+Ctrl-C, 143 the DVC that had started the stage is gone.
+"""
+
+import itertools
 import os
+import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.messages import start_logging
+
+OURS = 70  # EX_SOFTWARE of sysexits.h
+PERIOD = 0.5  # seconds between two looks at the parent
+GRACE = 2.0  # seconds to leave after it is gone
+SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 
 
 def command(main: Callable[..., None], *arguments: str) -> None:
     """Call ``main`` with the words of the command line and exit with its status.
 
-    ``arguments`` names the words that must be there; a last one of "..." allows more. An
-    InputError becomes one line on stderr and status 1;
-    Ctrl-C becomes status 130.
+    ``arguments`` names the words that must be there; a last one of "..." allows more. ``-v`` shows more: time, place
+    and level of each line, what else is logged, and where an error comes from. An InputError becomes one line on
+    stderr and status 1; Ctrl-C becomes status 130.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    stage = main.__module__ if main.__module__ != "__main__" else _module_name()
-    words = sys.argv[1:]
+    verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
+    start_logging(verbose)
+    stage = main.__module__ if main.__module__ != "__main__" else module_name()
+    words = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     more = arguments[-1:] == ("...",)
     least = len(arguments) - more
     if len(words) < least or (len(words) > least and not more):
         usage = " ".join([f"python -m {stage}", *(n if n == "..." else f"<{n}>" for n in arguments)])
-        print(f"error: {stage}: found {len(words)} arguments; usage: {usage}", file=sys.stderr)  # noqa: T201
+        _say(f"{stage}: found {len(words)} arguments; usage: {usage}")
         sys.exit(2)
     try:
         main(*words)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        if verbose:
+            traceback.print_exc()
+        _say(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"error: {stage}: interrupted; run the same command again", file=sys.stderr)  # noqa: T201
+        _say(INTERRUPTED.format(stage))
         sys.exit(130)
+    except Exception:  # noqa: BLE001 (printed as Python would, but with a status of its own)
+        traceback.print_exc()
+        sys.exit(OURS)
 
 
-def _module_name() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
+INTERRUPTED = "{}: interrupted; run the same command again"
+
+
+def begin() -> None:
+    """What a stage does before it imports, which takes seconds: Ctrl-C is one line from now on, DVC is watched."""
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            _say(INTERRUPTED.format(module_name()))
+        else:
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
+    end_with_dvc()
+
+
+def end_with_dvc() -> None:
+    """Have this process end soon after the DVC that started it, however that ends: a newer run must have the outputs.
+
+    Only where DVC says that it runs a stage: one that a shell started outlives its shell, as under nohup. The system
+    can send a signal at a parent's death on Linux alone, and at that of the thread that started the process, so the
+    parent is looked at instead; where a shell stands between, its parent too.
+    """
+    if "DVC_STAGE" in os.environ and hasattr(os, "getppid"):
+        threading.Thread(target=_watch, args=(_chain(),), daemon=True).start()
+
+
+def _chain() -> list[int]:
+    """This process and those above it, up to the one that waits for the stage."""
+    chain = [os.getpid(), os.getppid()]
+    if _name(chain[-1]) in SHELLS and (above := _parent(chain[-1])):
+        chain.append(above)
+    return chain
+
+
+def _watch(chain: list[int]) -> None:
+    while all(_parent(child) == parent for child, parent in itertools.pairwise(chain)):
+        time.sleep(PERIOD)
+    _say(f"{module_name()}: the dvc that started it is gone; run the same command again")
+    os.kill(os.getpid(), signal.SIGINT)  # removes what is half written
+    time.sleep(GRACE)
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(128 + signal.SIGTERM)
+
+
+def _parent(process: int) -> int | None:
+    import psutil  # here: only where DVC runs the stage
+
+    try:
+        return psutil.Process(process).ppid()
+    except psutil.Error:
+        return None
+
+
+def _name(process: int) -> str:
+    import psutil
+
+    try:
+        return psutil.Process(process).name()
+    except psutil.Error:
+        return ""
+
+
+def _say(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def module_name() -> str:
+    """The module that Python was told to run."""
+    words = sys.orig_argv
+    if "-m" in words[:-1]:
+        return words[words.index("-m") + 1]
+    return os.path.basename(sys.argv[0])

@@ -3,45 +3,74 @@
 import contextlib
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stages.core.runtime.errors import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond the size that the system lets a file have
+CLOSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+HEADER = 1 << 25  # bytes of a safetensors file that describe its tensors
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it onto ``path`` if the block succeeds, remove it if not.
 
-    Raises InputError when the folder cannot be written or the disk is full.
+    What a killed process left in the folder is removed first. Raises InputError when the folder cannot be written or
+    the disk is full.
     """
     path = Path(path)
-    temporary = None
+    temporary = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        sweep(path.parent)
+        temporary, handle = _temporary(path)
         yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise InputError(
                 f"{path}: no space left on the device; free some and run the same again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno in CLOSED:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[Path, int]:
+    """A file beside ``path`` that this process holds locked: its lock says that it is not left over."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=".tmp", dir=path.parent)
+        with contextlib.suppress(OSError):  # a file system without locks, on which nothing is swept either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(name):  # not swept between its birth and its lock
+            return Path(name), handle
+        os.close(handle)
+
+
+@cache
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in ``folder``; once in a process."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by whoever still writes it
+            path.unlink()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -74,6 +103,7 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file. Tensors are made contiguous on the CPU; metadata values are strings."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # here, so that stages without tensors do not import torch
 
     plain, storages = {}, set()
@@ -86,7 +116,12 @@ def write_tensors(
         storages.add(own.untyped_storage().data_ptr())
         plain[name] = own
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(plain, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # tells the system's own errors by text alone
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
 
@@ -107,11 +142,20 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
+    _check_header(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _check_header(path: Path) -> None:
+    """Its size against the file's and a bound: what it describes is built before a single tensor is read."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > HEADER and size <= path.stat().st_size:
+        raise InputError(f"{path}: found a header of {size} bytes; allowed: up to {HEADER}")
 
 
 def sha256(path: str | Path) -> str:

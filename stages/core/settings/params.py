@@ -1,16 +1,20 @@
 """params.yaml as checked, typed values. Every key is known, every value has its type; anything else is one line."""
 
 import math
+import re
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from stages.core.runtime.errors import InputError
-from stages.core.settings.places import OWN
+from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN
 from stages.core.settings.profiles import Place, Profile
-from stages.core.settings.sections import Count, Name, Positive, Section
+from stages.core.settings.sections import Count, Name, Positive, Section, Whole
 
 PROFILE_FILES = ("params.yaml", "published.yaml")
 
@@ -18,10 +22,19 @@ PROFILE_FILES = ("params.yaml", "published.yaml")
 Raw = dict[str, Any]
 
 
+def _check_bucket(name: str) -> str:
+    if not re.fullmatch(BUCKET, name) or re.search(r"\.\.|\.-|-\.|^[0-9.]+$|^xn--", name):
+        raise ValueError(f"found {_short(name)}; allowed: {BUCKET_RULE}")
+    return name
+
+
+BucketName = Annotated[str, AfterValidator(_check_bucket)]
+
+
 class ArtifactsSection(Section):
     """The artifact bucket; ``cache`` null means the user's cache folder."""
 
-    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    bucket: BucketName
     prefix: str = ""
     endpoint: str | None = None
     region: str = "us-east-1"
@@ -48,7 +61,7 @@ class Params(Section):
     source: Literal["embedded", "s3", "local"]
     own: str = str(OWN)  # the folder that `source: local` takes files from
     budget: Annotated[float, Field(allow_inf_nan=False)]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Whole
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     threads: Count
     artifacts: ArtifactsSection
@@ -73,7 +86,9 @@ class Params(Section):
         if self.own != str(OWN) and not Path(self.own).is_absolute():
             raise ValueError(f"own: found {self.own!r}; allowed: {OWN}, or a folder by its absolute path")
         if self.profile not in self.profiles:
-            raise ValueError(f"profile: found {self.profile!r}; allowed: {', '.join(self.profiles)}")
+            raise ValueError(
+                f"profile: found {self.profile!r}; allowed: {nearest(self.profile, self.profiles)}"
+            )
         most = len(self.active.tasks)
         if not 1.0 <= self.budget <= most:
             raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
@@ -90,6 +105,27 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
         found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
     return parse_params(found, str(path))
+
+
+def nearest(name: str, names: Collection[str], count: int = 5) -> str:
+    """The names for an error message: all where they are few, else those most like ``name`` and how many more."""
+    if len(names) <= count:
+        return ", ".join(names)
+    found = get_close_matches(name, names, count, cutoff=0.0)
+    return f"{', '.join(found)}, and {len(names) - count} more"
+
+
+def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
+    """The profiles of every file that has some. Raises InputError in one line, as ``load_params`` does."""
+    found = {}
+    for name in PROFILE_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                found[name] = TypeAdapter(dict[str, Profile]).validate_python(_read(path)["profiles"])
+            except (ValidationError, TypeError, KeyError) as error:
+                raise InputError(f"{path}: profiles: {' '.join(str(error).split())}") from error
+    return found
 
 
 def _read(path: Path) -> Any:
@@ -129,8 +165,14 @@ def first_line(error: ValidationError, section: type[Section] = Params, name: st
         return f"{where}: unknown key; allowed: {', '.join(_siblings(section, first['loc']))}"
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     value = first["input"]
-    found = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
+    found = "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
     return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
+
+
+def _short(value: Any) -> str:
+    """``repr`` without the middle of a long one. Python refuses to write a whole number of thousands of digits."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number beyond 10**60"
+    return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"
 
 
 def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:
@@ -141,4 +183,6 @@ def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:
             annotation = annotation.model_fields[part].annotation
         else:  # dict[Name, Section]: the part is a name of the user's choice
             annotation = annotation.__args__[-1]
+        if isinstance(annotation, UnionType):  # a section or null
+            annotation = next(each for each in annotation.__args__ if each is not type(None))
     return list(annotation.model_fields)

@@ -13,9 +13,13 @@ from typing import Literal
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")  # where they are in the workspace
 OWN = Path("data/own")  # the folder in the workspace for files of the user's own
 
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+BUCKET_RULE = (
+    "3 to 63 small letters, digits, '.', '-', a letter or digit beside each '.' and at both ends, no address"
+)
 PATTERN = (
     r"^([A-Za-z0-9_][A-Za-z0-9_./-]*"
-    r"|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/].*"
+    rf"|s3://{BUCKET}/[^/].*"
     r"|(~|\.|\.\.)?/.*[^/])$"
 )
 

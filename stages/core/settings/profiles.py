@@ -1,17 +1,52 @@
 """What a profile of params.yaml says: an architecture, and tasks with their checkpoints and images."""
 
+from collections import Counter
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from stages.core.runtime.errors import some
 from stages.core.settings import places
 from stages.core.settings.datasets import Domain, Kind, View
-from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section
+from stages.core.settings.sections import MOST, Count, Fraction, Name, NonNegative, Positive, Section, Whole
 
 Constructor = Annotated[
     str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
 ]  # a name, or package.module:function
 Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or a path
+
+
+Side = Annotated[int, Field(ge=8, le=2**15)]  # pixels
+
+
+def _no_bool(found: Any) -> Any:
+    """True equals 1, but is no number of channels."""
+    if isinstance(found, bool):
+        raise ValueError(f"found {found} (bool); allowed: 1 or 3")
+    return found
+
+
+def _check_numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """Refuse whole numbers of a constructor's arguments that no size or count can be."""
+    for key, value in found.items():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, int) and abs(entry) > MOST:
+                raise ValueError(f"{key}: found a whole number beyond {MOST}; allowed: none larger")
+    return found
+
+
+class Limits(Section):
+    """What a data set may cost at most, checked before and while it is read.
+
+    ``pixels`` of one image, by its header; null: four times what is asked for, or 50 million where that is more.
+    ``entries`` of its archives, those inside them counted too; null: 20,000, and one for every 200 bytes. ``unfold``:
+    unpacked bytes per byte of its files, beyond the first 256 MiB.
+    """
+
+    pixels: Count | None = None
+    entries: Count | None = None
+    unfold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 50.0
 
 
 class Data(Section):
@@ -26,9 +61,9 @@ class Data(Section):
     key: Place
     also: list[Place] = Field([])
     domain: Domain | None = None  # of DomainNet
-    size: Annotated[int, Field(ge=8)]
-    resize: Annotated[int, Field(ge=8)] | None = None  # shorter side before the centre is cut out; null: size
-    channels: Literal[1, 3] = 3
+    size: Side
+    resize: Side | None = None  # shorter side before the centre is cut out; null: size
+    channels: Annotated[Literal[1, 3], BeforeValidator(_no_bool)] = 3
     view: View = "upright"
     classes: list[str] | None = None
     order: Literal["official", "name"] = "official"
@@ -36,6 +71,7 @@ class Data(Section):
     calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
     mean: list[float] = Field([0.5])
     std: list[Positive] = Field([0.5])
+    limits: Limits = Field(Limits())
 
     @property
     def places(self) -> list[str]:
@@ -49,8 +85,11 @@ class Data(Section):
                 raise ValueError(
                     f"{name} needs 1 or {self.channels} numbers, found {len(getattr(self, name))}"
                 )
-        if self.classes is not None and len(set(self.classes)) < 2:
-            raise ValueError(f"classes needs at least two different names, found {self.classes}")
+        if self.classes is not None:
+            if len(self.classes) < 2:
+                raise ValueError(f"classes needs at least two names, found {self.classes}")
+            if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
+                raise ValueError(f"classes: found {some(twice)} twice; allowed: each name once")
         if self.label_space and (self.classes is not None or self.order != "official"):
             raise ValueError(
                 "label_space: keeps the data set's own numbers; allowed: without classes and order"
@@ -78,14 +117,14 @@ class TaskSettings(Section):
 class Finetune(Section):
     """SGD with Nesterov momentum, one cycle of warm-up and cosine decay. ``epochs: 0`` keeps the checkpoint."""
 
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Whole
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 5e-4
     warmup: Fraction = 0.15
     label_smoothing: Fraction = 0.0
-    shift: Annotated[int, Field(ge=0)] = 1  # random translation, pixels
+    shift: Whole = 1  # random translation, pixels
     flip: bool = False  # random mirror image
 
 
@@ -93,7 +132,7 @@ class Architecture(Section):
     """A constructor by name and its arguments; stages.core.networks.architectures checks both."""
 
     name: Constructor
-    arguments: dict[str, Any] = Field({})
+    arguments: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = Field({})
 
 
 class Profile(Section):
@@ -153,6 +192,8 @@ class Profile(Section):
         for name, task in self.tasks.items():
             if task.data.kind == "photographs":
                 raise ValueError(f"task {name}: data.kind: photographs have no labels; allowed: as a proxy")
+        if self.labels == "shared":
+            self._check_shared()
         first = next(iter(self.tasks.values())).data
         if self.proxy and (self.proxy.size, self.proxy.channels) != (first.size, first.channels):
             raise ValueError(
@@ -160,3 +201,19 @@ class Profile(Section):
                 f"allowed: those of the tasks, {first.channels} of {first.size}"
             )
         return self
+
+    def _check_shared(self) -> None:
+        """Named classes of one label space are the same in the same order; others are compared when they are read."""
+        named = {
+            name: task.data.classes for name, task in self.tasks.items() if task.data.classes is not None
+        }
+        for name, classes in named.items():
+            first = next(iter(named))
+            if classes != named[first]:
+                one, other = next(
+                    (a, b) for a, b in zip_longest(named[first], classes) if a != b
+                )  # None where a list has ended
+                raise ValueError(
+                    f"task {name}: data.classes: found {other!r} where task {first} has {one!r}; allowed with labels: "
+                    "shared: the same names in the same order"
+                )

@@ -1,11 +1,13 @@
 """Means and variances over a whole data set, and batch norms that are given them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
+from stages.core.sweep.batches import Batch
+from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Merged, Sweep
 
 
@@ -46,3 +48,46 @@ def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) ->
     mean, variance = moments.to(bn.running_mean.dtype)
     bn.running_mean[entries] = mean[entries]
     bn.running_var[entries] = variance[entries]
+
+
+class _Statistics:
+    """The visitor that sets the statistics of every batch norm, but those of the entries that are ``kept``."""
+
+    def __init__(self, network: Merged, kept: Mapping[str, Tensor]) -> None:
+        self.network, self.kept = network, kept
+
+    def wants(self, node: Node) -> bool:
+        return node.operation == "batch_norm"
+
+    def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        return moments_bytes(self.network, node, batch)
+
+    def visit(self, node: Node, sweep: Sweep) -> None:
+        moments = merged_moments(node, sweep)
+        install_statistics(self.network.map_of(node), moments, ~self.kept[node.name].to(moments.device))
+
+
+def statistics_bytes(
+    network: Merged, kept: Mapping[str, Tensor], batches: Sequence[Batch], storage: torch.dtype | None = None
+) -> int:
+    """What ``set_statistics`` holds at most."""
+    return peak_bytes(Sweep([], batches, network, storage), _Statistics(network, kept))
+
+
+def set_statistics(
+    network: Merged,
+    kept: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    storage: torch.dtype | None = None,
+    memory: float | None = None,
+    progress: str | None = None,
+    what: str = "recalibrate",
+) -> None:
+    """Reset every batch norm of ``network`` to the exact mean and variance of its own values, in place.
+
+    batches: unlabelled images of every task, which weigh alike. kept: bool (merged width,) by node name, entries whose
+    statistics stay. Raises InputError, about ``what``, when it would not fit in memory.
+    """
+    visitor, sweep = _Statistics(network, kept), Sweep([], batches, network, storage)
+    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, what)
+    sweep.run(visitor, progress)

@@ -1,4 +1,4 @@
-"""Linear and Conv2d seen as one thing: a matrix W that maps rows of d_in entries to rows of d_out entries.
+"""Linear and convolutions seen as one thing: a matrix W that maps rows of d_in entries to rows of d_out entries.
 
 - Linear: x (n, ..., c) -> rows (n * ..., c); W is the weight, (d_out, c).
 - Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per place the kernel is put (im2col);
@@ -19,6 +19,8 @@ def input_rows(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     """x: one batch of the layer's input; kernel: (kh, kw), () for Linear. Returns (rows, d_in)."""
     if node.operation == "linear":
         return x.reshape(-1, x.shape[-1])
+    if node.operation != "conv2d":
+        return _unfolded(node, x, kernel)
     a = node.attributes
     padding = explicit_padding(node, kernel)
     if any(padding):
@@ -30,11 +32,27 @@ def input_rows(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
+def _unfolded(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """The same for convolutions over one or three dimensions, one dimension after the other."""
+    a, spatial = node.attributes, len(kernel)
+    padding = _each_side(a["padding"], kernel, a["dilation"])
+    x = F.pad(x, [n for pair in reversed(padding) for n in pair])
+    for i, (k, stride, dilation) in enumerate(zip(kernel, a["stride"], a["dilation"], strict=True)):
+        count = (x.shape[2 + i] - dilation * (k - 1) - 1) // stride + 1
+        at = (
+            torch.arange(count, device=x.device)[:, None] * stride
+            + torch.arange(k, device=x.device) * dilation
+        )
+        x = x.index_select(2 + i, at.flatten()).unflatten(2 + i, (count, k)).movedim(3 + i, -1)
+    x = x.movedim(1, 1 + spatial)  # (n, *places, c, *kernel)
+    return x.reshape(-1, x.shape[1 + spatial :].numel())
+
+
 def output_rows(node: Node, y: Tensor) -> Tensor:
     """y: one batch of the layer's output. Returns (rows, d_out), in the order of ``input_rows``."""
     if node.operation == "linear":
         return y.reshape(-1, y.shape[-1])
-    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+    return y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
 def unit_rows(y: Tensor, dim: int, block: int = 1) -> Tensor:
@@ -85,6 +103,18 @@ def drawn_rows(node: Node, x: Tensor, kernel: Sequence[int], drawn: Tensor) -> T
     first = first + torch.arange(n, device=x.device)[:, None] * h * w
     rows = x.reshape(-1, c)[(first.flatten()[:, None] + taps).flatten()]
     return rows.view(-1, len(taps), c).transpose(1, 2).reshape(len(first.flatten()), -1)
+
+
+def _each_side(
+    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Padding before and behind, dimension by dimension."""
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(n // 2, n - n // 2) for n in total]
+    return [(n, n) for n in padding]
 
 
 def explicit_padding(node: Node, kernel: Sequence[int]) -> list[int]:

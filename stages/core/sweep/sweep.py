@@ -14,12 +14,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.runtime.device import return_freed_memory
+from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import Batch, bounded, task_weights
 
 
@@ -31,6 +31,8 @@ class Merged(Protocol):
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor: ...
 
     def entries(self, value: str) -> int: ...
+
+    def map_of(self, node: Node) -> torch.nn.Module: ...
 
 
 class Visitor(Protocol):
@@ -60,7 +62,11 @@ class Sweep:
         self.sources, self.merged, self.graph = sources, merged, trace.graph
         self.batches = batches = bounded(batches, trace)
         return_freed_memory()
-        self.dtype, self.device = batches[0].images.dtype, batches[0].images.device
+        self.dtype = batches[0].images.dtype
+        if not self.dtype.is_floating_point:  # integers go in, what follows has the weights' type
+            tensors = sources[0].state.values() if sources else merged.parameters()
+            self.dtype = next(t.dtype for t in tensors if t.is_floating_point())
+        self.device = batches[0].images.device
         self.storage = storage or self.dtype
         self.weights = task_weights(batches)
         self._actors = [*sources, *([] if merged is None else [merged])]
@@ -82,7 +88,7 @@ class Sweep:
         """Pass all batches through all nodes. ``progress``: the title of a progress bar."""
         last = self.graph.last_uses()
         nodes = self.graph.nodes[1:]
-        for node in tqdm(nodes, desc=progress, unit="node", leave=False, disable=None if progress else True):
+        for node in Bar(nodes, desc=progress, unit="node", shown=bool(progress)):
             done = last[node.name]
             watched = visitor.wants(node)
             count = len(self.sources)
@@ -102,10 +108,10 @@ class Sweep:
         out: list[Tensor | None] = []
         for index in range(len(self.batches)):
             inputs = [values[name][index].to(self.dtype) for name in node.inputs]
-            if (
-                node.operation == "conv2d" and inputs[0].device.type == "cpu"
-            ):  # faster; what follows keeps the order
-                inputs = [inputs[0].contiguous(memory_format=torch.channels_last)]
+            if node.operation == "conv2d" and inputs[0].device.type == "cpu":
+                inputs = [
+                    inputs[0].contiguous(memory_format=torch.channels_last)
+                ]  # faster; the order is kept
             run = self._actors[actor].run_node
             out.append(run(node, inputs, self.batches[index].task).to(self.storage))
             for name in done:

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from stages.core.graph.compare import check_alike
 from stages.core.graph.source import Source, Task
-from stages.core.tracing.trace import trace
+from stages.core.graph.trace import lay_out
+from stages.core.tracing.known import read_known
 from stages.core.tracing.verify import verify
 
 
@@ -18,10 +19,17 @@ def make_sources(
     example: (n, ...) images, on whose device the sources will be. labels: shared or separate. Raises InputError naming
     the first thing that differs.
     """
-    sources = []
+    sources: list[Source] = []
+    readings = []
     for network, task in zip(networks, tasks, strict=True):
-        state = {name: tensor.detach().to(example.device) for name, tensor in network.state_dict().items()}
-        sources.append(Source(trace(network, example), state, task))
+        readings.append(reading := read_known(network, example))
+        state = {name: tensor.detach().to(example.device) for name, tensor in reading.state(network).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        first = next(
+            (s.trace for s, r in zip(sources, readings, strict=False) if r.graph == reading.graph), None
+        )
+        known = first if first is not None and first.parameters == shapes else None
+        sources.append(Source(known or lay_out(reading.graph, shapes, example[:1].shape), state, task))
     check_alike(sources, labels)
-    verify(networks[0], sources[0].trace, example[:2].cpu())
+    verify(networks[0], sources[0].trace, example[:2].cpu(), state_of=readings[0].state)
     return sources

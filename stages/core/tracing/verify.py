@@ -1,28 +1,39 @@
 """A trace is verified before it is used: it computes what the module does, and its groups are groups."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from stages.core.graph.nodes import Graph
 from stages.core.graph.operations import run_graph
 from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
+from stages.core.tracing.export import unwrap
+from stages.core.tracing.reading import Reading, read
 from stages.core.units.groups import permute
 
 
-def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float = 1e-8) -> None:
+def verify(
+    module: nn.Module,
+    traced: Trace,
+    example: Tensor,
+    tolerance: float = 1e-8,
+    state_of: Callable[[nn.Module], dict[str, Tensor]] | None = None,
+) -> None:
     """Gate: the graph computes what the module does, and each group permuted at random leaves the outputs alone.
 
     Runs in float64 on perturbed weights, so that a branch that is switched off cannot hide an error.
-    example: (n, ...). Raises InputError naming the group that fails.
+    example: (n, ...). state_of: a module's tensors as the graph has them (``Reading.state``), by default read again
+    where its state dict is not all there is. Raises InputError naming the group that fails.
     """
     generator = torch.Generator().manual_seed(0)
-    module = copy.deepcopy(module).cpu().double().eval()
-    state = {name: _perturbed(name, tensor, generator) for name, tensor in module.state_dict().items()}
-    x = torch.randn(example.shape, generator=generator, dtype=torch.float64)
+    if state_of is None:
+        whole = traced.parameters.keys() <= unwrap(module).state_dict().keys()
+        state_of = (lambda own: dict(own.state_dict())) if whole else read(module, example).state
     with torch.no_grad():
-        expected = torch.func.functional_call(module, state, (x,), tie_weights=False)
+        state, x, expected = _perturbed_run(module, traced.graph, example, state_of, generator)
         if not _close(run_graph(traced.graph, state, x), expected, tolerance):
             raise InputError(
                 f"{type(module).__name__}: the traced graph does not compute what the module does"
@@ -37,6 +48,46 @@ def verify(module: nn.Module, traced: Trace, example: Tensor, tolerance: float =
             if not _close(found, expected, tolerance):
                 raise InputError(f"group {name}: permuting its units changes the output; its trace is wrong")
     raise InputError("permuting all groups together changes the output; the trace is wrong")
+
+
+def computes(module: nn.Module, reading: Reading, example: Tensor, tolerance: float = 1e-8) -> bool:
+    """Whether a module computes what a reading says, on perturbed weights in float64."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        state, x, expected = _perturbed_run(module, reading.graph, example, reading.state, generator)
+        return _close(run_graph(reading.graph, state, x), expected, tolerance)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return False  # another forward: it is read anew
+
+
+def _perturbed_run(
+    module: nn.Module,
+    graph: Graph,
+    example: Tensor,
+    state_of: Callable[[nn.Module], dict[str, Tensor]],
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Tensors, images and what the module makes of them."""
+    module = copy.deepcopy(unwrap(module)).cpu().double().eval()
+    x = _images(example, graph, generator)
+    for name, tensor in _distinct(module):
+        tensor.copy_(_perturbed(name, tensor, generator))
+    state = {name: tensor.detach().clone() for name, tensor in state_of(module).items()}
+    return state, x, module(x)
+
+
+def _images(example: Tensor, graph: Graph, generator: torch.Generator) -> Tensor:
+    if graph.nodes[0].attributes.get("integers"):
+        return example.cpu()
+    return torch.randn(example.shape, generator=generator, dtype=torch.float64)
+
+
+def _distinct(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors of a module, those of several names once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict().items():
+        found.setdefault(tensor.data_ptr() or id(tensor), (name, tensor))
+    return list(found.values())
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -57,4 +108,6 @@ def _perturbed(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False
     return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))

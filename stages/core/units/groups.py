@@ -29,12 +29,13 @@ class Span:
     """Where a group lies on an axis: unit j is the entries ``start + j * block`` to ``start + (j + 1) * block``.
 
     ``block`` is more than 1 behind a flatten (one unit is a whole map); ``start`` is more than 0 behind a
-    concatenation.
+    concatenation. Where units do not follow each other (behind a channel shuffle), ``entries`` says where each begins.
     """
 
     axis: Axis
     start: int = 0
     block: int = 1
+    entries: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ class PermutationSpec:
 
 def span_index(order: Tensor, span: Span) -> Tensor:
     """Entries of an axis in the order that ``order`` (d units) asks for: int64 (d * block,)."""
-    return (span.start + order[:, None] * span.block + torch.arange(span.block, device=order.device)).reshape(
-        -1
-    )
+    begin = span.start + order * span.block
+    if span.entries:
+        begin = torch.tensor(span.entries, device=order.device)[order]
+    return (begin[:, None] + torch.arange(span.block, device=order.device)).reshape(-1)
 
 
 def permute(state: State, spec: PermutationSpec, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ def _reorder(state: dict[str, Tensor], spans: Sequence[Span], order: Tensor) -> 
         tensor = state[span.axis.parameter]
         index = span_index(order.to(tensor.device), span)
         whole = torch.arange(tensor.shape[span.axis.dim], device=tensor.device)
-        whole[span.start : span.start + len(index)] = index
+        whole[span_index(torch.arange(len(order), device=tensor.device), span)] = index
         state[span.axis.parameter] = tensor.index_select(span.axis.dim, whole)
 
 

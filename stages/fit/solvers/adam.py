@@ -38,7 +38,7 @@ class Adam:
             for index, task, _ in problem.batches()
         ]
         before = [parameter.detach().clone() for parameter in module.parameters()]
-        dim = 1 if problem.node.operation == "conv2d" else -1
+        dim = -1 if problem.node.operation == "linear" else 1
         _descend(problem, data, fitted, dim)
         _restore(module, before, fitted)
         return LayerSolution(*_residual(module, data, fitted, dim))

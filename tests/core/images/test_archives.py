@@ -1,9 +1,14 @@
 """Archives as a tree of names: what is in them, and what is refused."""
 
+import copy
+import gzip
 import io
+import os
+import random
 import stat
 import tarfile
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.core.images import allowance
 from stages.core.images.archives import Archive
 from stages.core.runtime.errors import InputError
+from stages.core.settings.profiles import Limits
 
 FILES = {"a.txt": b"one", "b/c.txt": b"two" * 1000, "b/d/e.bin": bytes(range(256)) * 40, "empty": b""}
 KINDS = ["zip", "stored", "tar", "tgz"]
@@ -199,3 +206,216 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "set XDG_CACHE_HOME" in refused(mini.pack(tmp_path / "x.tgz", FILES))
+
+
+# --- cut, damaged and rewritten
+
+
+PARTS = {f"{i:02}": bytes([i]) * (700 * i) for i in range(12)}
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_tar_file_cut_anywhere_is_whole_or_one_line(tmp_path_factory, data):
+    whole = mini.packed(PARTS, "tar")
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 1024  # the last member's last block, then the end block
+    edges = list(range(0, len(whole), 512))
+    size = data.draw(st.integers(0, len(whole)) | st.sampled_from(edges))
+    path = tmp_path_factory.mktemp("cut") / "x.tar"
+    path.write_bytes(whole[:size])
+    if size < end:
+        assert "x.tar: not a whole" in refused(path)
+    else:
+        with Archive([path]) as archive:
+            assert content(archive) == PARTS
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_flipped_header_of_a_tar_file_never_loses_a_member(tmp_path_factory, data):
+    whole = bytearray(mini.packed(PARTS, "tar"))
+    headers = [i for i in range(0, len(whole), 512) if whole[i + 257 : i + 262] == b"ustar"]
+    at = data.draw(st.sampled_from(headers)) + data.draw(st.integers(0, 499))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path_factory.mktemp("flip") / "x.tar"
+    path.write_bytes(whole)
+    assert "x.tar: not a whole" in refused(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_flipped_bit_anywhere_never_loses_or_changes_a_file(tmp_path_factory, kind, data):
+    """But for what a tar file has no checksum of: the content of its members."""
+    path = tmp_path_factory.mktemp("flip") / ("x.tar.gz" if kind == "tgz" else "x.zip")
+    whole = bytearray(mini.packed(PARTS, kind))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(whole)
+    try:
+        with Archive([path]) as archive:
+            found = content(archive)
+    except InputError:
+        return
+    assert found.keys() == PARTS.keys()
+    assert found == PARTS or kind == "tar"
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_damaged_entry_that_is_needed_at_once_is_one_line(tmp_path, link):
+    """An archive inside, and a link's target."""
+    info = zipfile.ZipInfo("link" if link else "in.zip")
+    info.create_system, info.compress_type = 3, zipfile.ZIP_DEFLATED
+    info.external_attr = ((stat.S_IFLNK if link else stat.S_IFREG) | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr(info, "target/of/it" * 9 if link else mini.packed(PARTS, "stored"))
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[30 + len(info.filename) + 5] ^= 255
+    (tmp_path / "x.zip").write_bytes(content)
+    assert f"x.zip: {info.filename}: cannot be read" in refused(tmp_path / "x.zip")
+
+
+def test_a_damaged_length_that_swallows_the_rest_of_the_list_is_one_line(tmp_path):
+    path = mini.pack(tmp_path / "x.zip", PARTS, "zip")
+    whole = path.read_bytes()
+    first = whole.find(b"PK\x01\x02")
+    for field in (28, 30, 32):  # the lengths of name, extra field and comment
+        content = bytearray(whole)
+        content[first + field + 1] ^= 1 << 2
+        path.write_bytes(content)
+        assert "x.zip: not a whole zip file" in refused(path)
+
+
+def test_a_zip64_file_is_counted_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    with Archive([mini.pack(tmp_path / "x.zip", PARTS, "zip")]) as archive:
+        assert content(archive) == PARTS
+
+
+def test_what_follows_the_end_of_a_tar_file_is_not_dropped_without_a_word(tmp_path):
+    (tmp_path / "x.tar").write_bytes(mini.packed({"a": b"1"}, "tar") + mini.packed({"b": b"2"}, "tar"))
+    assert "content after its end, at byte 1024" in refused(tmp_path / "x.tar")
+
+
+def test_an_archive_rewritten_in_place_is_read_anew(tmp_path):
+    path = tmp_path / "x.tgz"
+    for text in (b"one", b"two", b"six"):
+        new = gzip.compress(mini.packed({"a": text}, "tar"), 0, mtime=0)
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            file.write(new)
+        os.utime(path, ns=(10**18, 10**18))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (len(new), 10**18)
+        with Archive([path]) as archive:
+            assert archive.read("a") == text
+
+
+# --- archives that unfold
+
+
+def zeros(path, size, kind):
+    """An archive of one member of zeros."""
+    return mini.pack(path, {"train/a/x.png": bytes(size)}, kind)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The files in a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda: [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > 64]
+
+
+@pytest.fixture
+def small_free(monkeypatch):
+    monkeypatch.setattr(allowance, "FREE", 1 << 20)
+    monkeypatch.setattr(allowance, "FEW", 100)
+
+
+@pytest.mark.parametrize("kinds", [["zip"], ["tgz"], ["tgz", "zip"], ["zip", "zip"], ["zip", "tgz"]])
+@pytest.mark.usefixtures("small_free")
+def test_what_unfolds_out_of_proportion_is_refused_and_removed(tmp_path, own_cache, kinds):
+    path = zeros(tmp_path / "x", 8 << 20, kinds[0])
+    for kind in kinds[1:]:
+        inner = "inner.zip" if kinds[0] == "zip" else "inner.tgz"
+        path = mini.pack(tmp_path / "x", {inner: path.read_bytes()}, kind)
+    assert "unfolds to more than" in refused(path)
+    assert own_cache() == []
+
+
+@pytest.mark.usefixtures("small_free")
+def test_what_a_refused_archive_left_in_the_cache_is_removed(tmp_path, own_cache):
+    inner = mini.packed({"a.png": bytes(1000)}, "tgz")
+    path = mini.pack(tmp_path / "x", {"a/inner.tgz": inner, "b/../../up": b""}, "tgz")
+    assert "leaves the folder" in refused(path)
+    assert own_cache() == []
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz", "tar"])
+@pytest.mark.usefixtures("small_free")
+def test_entries_are_counted(tmp_path, kind):
+    most = lambda path: 100 + path.stat().st_size // allowance.BYTES  # noqa: E731
+    path = mini.pack(tmp_path / "x", {str(i): b"" for i in range(2000)}, kind)
+    if kind == "tar":  # 512 bytes an entry: as large as it looks
+        with Archive([path]) as archive:
+            assert len(archive.names) == 2000
+    else:
+        assert f"more than {most(path)} entries" in refused(path)
+    with pytest.raises(InputError, match="more than 10 entries"):
+        Archive([path], Limits(entries=10))
+
+
+def test_entries_of_archives_inside_count_too(tmp_path):
+    inner = mini.packed({str(i): b"" for i in range(8)}, "tar")
+    path = mini.pack(tmp_path / "x", {"a/in.tar": inner, "b/in.tar": inner}, "tar")
+    Archive([path], Limits(entries=18)).close()
+    with pytest.raises(InputError, match="more than 17 entries"):
+        Archive([path], Limits(entries=17))
+
+
+def test_entries_of_a_zip_file_that_lie_over_each_other_are_refused(tmp_path):
+    path = mini.pack(tmp_path / "x.zip", {"a": random.Random(0).randbytes(5000)}, "zip")
+    with zipfile.ZipFile(path, "a") as file:
+        (first,) = file.filelist
+        for name in "bcd":
+            again = copy.copy(first)
+            again.filename = again.orig_filename = name
+            file.filelist.append(again)
+            file.NameToInfo[name] = again
+        file._didModify = True
+    assert "allowed: no overlap" in refused(path)
+
+
+def test_a_link_of_a_zip_file_is_short(tmp_path):
+    info = zipfile.ZipInfo("a/link")
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(info, "x" * 1_000_000)
+    assert "link 'a/link' to 1000000 bytes; allowed: 4096" in refused(tmp_path / "x.zip")
+
+
+def test_a_long_chain_of_links_takes_no_time(tmp_path):
+    links = [(f"l{i}", tarfile.SYMTYPE, f"l{i + 1}") for i in range(5000)]
+    path = tar(tmp_path / "x.tar", *links, ("l5000", tarfile.REGTYPE, b"end"))
+    start = time.monotonic()
+    with Archive([path]) as archive:
+        assert archive.read("l0") == b"end"
+        assert len(archive.names) == 5001
+    assert time.monotonic() - start < 10
+
+
+def test_diamonds_of_links_to_folders_drop_out(tmp_path):
+    links = [(f"{i}/{side}", tarfile.SYMTYPE, f"../{i + 1}") for i in range(40) for side in "ab"]
+    with Archive([tar(tmp_path / "x.tar", *links, ("40/x", tarfile.REGTYPE, b"1"))]) as archive:
+        assert archive.names == ["40/x"]
+
+
+def test_an_unpacked_file_goes_when_it_has_not_been_used_for_a_month(tmp_path, own_cache):
+    one = mini.pack(tmp_path / "one.tgz", {"a": bytes(5000)})
+    Archive([one]).close()
+    (plain,) = [path for path in own_cache() if path.suffix == ".tar"]
+    os.utime(plain, (0, 0))
+    Archive([one]).close()  # used
+    Archive([mini.pack(tmp_path / "two.tgz", {"b": bytes(5000)})]).close()
+    assert plain in own_cache()
+    os.utime(plain, (0, 0))
+    Archive([mini.pack(tmp_path / "three.tgz", {"c": bytes(5000)})]).close()
+    assert plain not in own_cache()

@@ -315,3 +315,9 @@ def test_resize_scales_before_the_centre_is_cut_out(tmp_path):
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Data(key="x.zip", size=16, **changes)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    mini.pack(tmp_path / "x.tar.gz", mini.cifar(classes=(b"airplane", b"bird", b"airplane")))
+    with pytest.raises(InputError, match="found airplane as the name of two classes"):
+        load_images(Data(kind="cifar10", key="x.tar.gz", size=32), "train", tmp_path)

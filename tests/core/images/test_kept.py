@@ -137,6 +137,11 @@ def test_a_files_hash_is_computed_once_for_each_version(root, monkeypatch):
 
     calls = []
     monkeypatch.setattr(cache, "_sha256", lambda path: calls.append(path) or "0" * 64)
+    identity(root / "x.zip")
+    identity(root / "x.zip")
+    assert len(calls) == 2  # a file that changed just now can change again unseen
+    calls.clear()
+    monkeypatch.setattr(cache, "SETTLED", -1.0)
     for _ in range(3):
         identity(root / "x.zip")
     assert len(calls) == 1

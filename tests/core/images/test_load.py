@@ -1,6 +1,11 @@
 import io
+import resource
+import struct
+import subprocess
 import zipfile
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +14,7 @@ from PIL import Image
 
 from stages.artifacts.embedded import write_digits
 from stages.core.images.batches import Batches, normalise
-from stages.core.images.decoding import VIEWS
+from stages.core.images.decoding import THIN, VIEWS, Decoder, _fit
 from stages.core.images.load import load_images
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_tensors
@@ -300,3 +305,99 @@ def test_no_calibration_share_means_no_calibration_split(tmp_path):
     zipped(tmp_path, members())
     with pytest.raises(InputError, match="no images in the calibration split"):
         load_images(folder(calibration=0.0), "calibration", tmp_path)
+
+
+# --- what a stranger's images may cost and start
+
+
+def saved(array, form="PNG"):
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, form)
+    return content.getvalue()
+
+
+def with_image(path, content, name="test/cat/00.png"):
+    return zipped(path, {**members(), name: content})
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_grey_images_of_16_bits_are_read_by_their_upper_eight(tmp_path_factory, data):
+    seed = data.draw(st.integers(0, 2**31))
+    array = np.random.default_rng(seed).integers(0, 2**16, (8, 8), dtype=np.uint16)
+    found = [
+        _fit(Image.open(io.BytesIO(content)), mode, 8, 8)
+        for content in (saved(array), saved((array >> 8).astype(np.uint8)))
+        for mode in ("L", "RGB")
+    ]
+    assert np.array_equal(found[0], array >> 8)
+    assert np.array_equal(found[0], found[2])
+    assert np.array_equal(found[1], found[3])
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 40), st.integers(0, 30), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_the_ends_of_long_images_alone_are_cut_before_scaling(width, height, size, more, seed):
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    scale = (size + more) / min(width, height)
+    sides = [max(size + more, round(side * scale)) for side in (width, height)]
+    x, y = ((side - size) // 2 for side in sides)
+    expected = image.resize(sides, Image.Resampling.BILINEAR).crop((x, y, x + size, y + size))
+    found = _fit(image, "RGB", size, size + more)
+    assert found.size == (size, size)
+    if max(width, height) <= THIN * min(width, height):
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)])
+def test_a_thin_image_costs_what_it_holds(tmp_path, size):
+    zipped(tmp_path, {**members(), "test/cat/00.png": png(77, size)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = load_images(folder(size=224, channels=1), "test", tmp_path).images
+    assert sum((image == 77).all().item() for image in images) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def header(width, height):
+    """A PNG that says it is this large and holds one row."""
+    content = bytearray(png(0, (1, 1)))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "allowed"),
+    [
+        ((13_000, 13_000), {}, 50_000_000),
+        ((60_000_000, 1), {}, 50_000_000),
+        ((101, 100), {"pixels": 10_000}, 10_000),
+    ],
+)
+def test_pixels_are_counted_in_the_header(tmp_path, size, limits, allowed):
+    with_image(tmp_path, header(*size))
+    with pytest.raises(InputError) as caught:
+        load_images(folder(limits=limits), "test", tmp_path)
+    found = f"images.zip: test/cat/00.png: found {size[0]} x {size[1]} pixels; allowed: {allowed} "
+    assert found in str(caught.value)
+
+
+def test_the_limit_grows_with_what_is_asked_for():
+    Decoder("x", None, 4000, 4000, 3, "upright")._check_pixels("a", 8000, 8000)
+    with pytest.raises(InputError, match="allowed: 64000000"):
+        Decoder("x", None, 4000, 4000, 3, "upright")._check_pixels("a", 8000, 8001)
+
+
+@pytest.mark.parametrize("form", ["EPS", "TIFF", "PPM", "ICO", "TGA", "PCX"])
+def test_other_formats_by_the_name_of_an_image_are_refused_and_start_nothing(tmp_path, monkeypatch, form):
+    with_image(tmp_path, saved(np.zeros((16, 16, 3), np.uint8), form))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("started a program"))
+    with pytest.raises(InputError, match=r"00\.png: not a readable image; allowed: JPEG, PNG"):
+        load_images(folder(), "test", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "GIF"])
+def test_an_image_is_what_its_content_says(tmp_path, form):
+    with_image(tmp_path, saved(np.full((8, 8, 3), 90, np.uint8), form), "test/cat/00.jpg")
+    images = load_images(folder(), "test", tmp_path).images.float()
+    assert ((images - 90).abs().amax((1, 2, 3)) < 4).any()

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from stages.core.recipe.methods import Fit, MatchSettings
+from stages.core.recipe.methods import Fit, MatchSettings, Refine
 from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.errors import InputError
-from stages.core.settings.params import load_params, parse_params
+from stages.core.settings.params import load_params, nearest, parse_params
 
 ROOT = Path(__file__).parents[3]
 GIVEN = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -44,6 +46,7 @@ def test_the_default_methods_are_there():
         "pleas",
         "pleas_adam",
         "progressive",
+        "progressive_refined",
     ]
 
 
@@ -62,7 +65,9 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["budget"], 0.9, "budget: found 0.9; allowed: a number from 1 to 2"),
         (["budget"], 2.01, "budget: found 2.01; allowed: a number from 1 to 2"),
         (["budget"], True, "budget: found True (bool); allowed: number"),
-        (["profile"], "cats", "profile: found 'cats'; allowed: digits, digits_inverted, digits_split"),
+        (["profile"], "digits_splt", "profile: found 'digits_splt'; allowed: digits_split, digits, "),
+        (["profile"], "cats", "profile: found 'cats'; allowed: "),
+        (["methods"], {}, "methods: found none; allowed: one or more rows"),
         (["profil"], "digits", "profil: unknown key; allowed: profile, profiles_from, source, own"),
         (["source"], "web", "source: found 'web' (str); allowed: 'embedded', 's3' or 'local'"),
         (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
@@ -156,13 +161,13 @@ def test_combinations_that_mean_nothing_are_refused(row, message):
 
 FIT = {
     "inputs": "merged", "targets": "own", "norm": "fold", "ridge": 0.1, "steps": 3, "learning_rate": 0.1,
-    "batch_size": 4, "off_diagonal": 0.5,
+    "batch_size": 4, "off_diagonal": 0.5, "refine": Refine(steps=7),
 }  # fmt: skip
 USED = {
-    "average": set(),
-    "exact": {"inputs", "targets", "norm", "ridge"},
-    "adam": {"inputs", "targets", "steps", "learning_rate", "batch_size"},
-    "regmean": {"ridge", "off_diagonal"},
+    "average": {"refine"},
+    "exact": {"inputs", "targets", "norm", "ridge", "refine"},
+    "adam": {"inputs", "targets", "steps", "learning_rate", "batch_size", "refine"},
+    "regmean": {"ridge", "off_diagonal", "refine"},
 }
 
 
@@ -216,3 +221,85 @@ def test_published_profiles_are_found_where_the_parameter_says():
     published = changed(["profiles_from"], "elsewhere.yaml")
     with pytest.raises(InputError, match=r"profiles_from: found 'elsewhere.yaml'"):
         parse_params(published)
+
+
+def test_of_many_names_the_nearest_are_said_and_how_many_more():
+    assert nearest("b", ["a", "b", "c"]) == "a, b, c"
+    names = [f"pair_rn{depth}" for depth in (18, 50, 101)] + [f"other{index}" for index in range(40)]
+    said = nearest("pair_rn19", names)
+    assert said.startswith("pair_rn18, ")
+    assert said.endswith(", and 38 more")
+    assert len(said.split(", ")) == 6
+
+
+def refused(path, value):
+    with pytest.raises(InputError) as caught:
+        parse_params(changed(path, value))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) <= 300
+    return line
+
+
+def whole_numbers(found, path=()):
+    """Paths of all whole numbers of params.yaml that training reads."""
+    if isinstance(found, dict):
+        return [p for key, value in found.items() for p in whole_numbers(value, (*path, key))]
+    return [path] if isinstance(found, int) and not isinstance(found, bool) else []
+
+
+LATER = ("statistics", "match", "allocate", "fit", "recalibrate", "probe", "methods", "full", "budget")
+NUMBERS = [path for path in whole_numbers(GIVEN) if path[0] not in LATER]
+
+
+@given(st.sampled_from(NUMBERS), st.integers(2**31, 2**70) | st.just(10**5000))
+@settings(max_examples=60, deadline=None)
+def test_whole_numbers_that_no_kernel_can_index_are_refused(path, value):
+    assert str(path[-1]) in refused(list(path), value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("channels", True, "channels: found True (bool); allowed: 1 or 3"),
+        ("classes", ["1", "2", "1"], "classes: found 1 twice; allowed: each name once"),
+        ("classes", "12", "classes: found '12' (str); allowed: list"),
+        ("classes", [1, 2], "classes.0: found 1 (int); allowed: string"),
+        ("classes", ["1"], "at least two names"),
+        ("classes", [str(i % 40) for i in range(80)], "found 0, 1, 2, 3, ... (40) twice"),
+        ("limits", {"pixels": 0}, "limits.pixels: found 0"),
+        ("limits", {"unfold": 0.5}, "limits.unfold: found 0.5"),
+        ("limits", {"files": 1}, "limits.files: unknown key; allowed: pixels, entries, unfold"),
+    ],
+)
+def test_data_that_cannot_be_meant_are_refused(key, value, message):
+    assert message in refused([*DATA, key], value)
+
+
+@pytest.mark.parametrize("name", ["a", "A-b", "a..b", "a.-b", "1.2.3.4", "xn--abc", "a_b", "-ab", "a" * 64])
+def test_a_bucket_name_is_refused_with_the_rule(name):
+    line = refused(["artifacts", "bucket"], name)
+    assert "artifacts.bucket: found" in line
+    assert "allowed: 3 to 63 small letters" in line
+
+
+def test_named_classes_of_shared_labels_are_the_same_in_the_same_order():
+    found = copy.deepcopy(GIVEN)
+    for classes, name in ((["3", "5", "7"], "upright"), (["3", "7", "5"], "rotated")):
+        found["profiles"]["digits"]["tasks"][name]["data"]["classes"] = classes
+    with pytest.raises(
+        InputError, match=r"task rotated: data\.classes: found '7' where task upright has '5'"
+    ):
+        parse_params(found)
+    found["profiles"]["digits"]["labels"] = "separate"
+    parse_params(found)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".th", ".tar", ".pth.tar", ".ckpt", ".bin", ".pkl", ".pth", ".pt", ".safetensors", ""]
+)
+@pytest.mark.parametrize("place", ["a/net{}", "./net{}", "s3://bucket/net{}"])
+def test_a_checkpoint_has_any_suffix(place, suffix):
+    found = copy.deepcopy(GIVEN)
+    found["profiles"]["digits"]["tasks"]["upright"]["checkpoint"] = place.format(suffix)
+    parse_params(found)

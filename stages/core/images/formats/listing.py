@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "WEBP",
+    "GIF",
+)  # by content; some of Oxford's and Stanford's .jpg are others of these
 
 Entries = list[tuple[str, int]]  # (name of an image, index of its class)
 
@@ -35,9 +42,18 @@ class Listing:
 
 
 def open_image(archive: Archive, name: str) -> "Image":
-    from PIL import Image
+    """An image whose header is read. No other decoder is asked: that of PostScript starts a program.
 
-    return Image.open(io.BytesIO(archive.read(name)))
+    Raises InputError, and what PIL raises for a damaged header.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(archive.read(name)), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{archive.path}: {name}: not a readable image; allowed: {', '.join(FORMATS)}"
+        ) from error
 
 
 def folder_of(archive: Archive, landmark: str, title: str) -> str:

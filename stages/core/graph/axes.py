@@ -1,0 +1,152 @@
+"""Where units lie while a graph is laid out: every entry of a value says which unit it belongs to.
+
+An entry's *label* is the number of its unit, ``NONE`` where it has none (zeros that were padded, a table). Labels are
+those of one image, and a value's labels have extent 1 on every dimension along which they do not vary. What moves
+entries about (rearrange, slice, pad, concatenate, select) moves labels about by the same code, so that heads, channel
+shuffle, windows, chunks and flatten need no rules of their own. Three relations between units are recorded:
+
+- two units are *tied* (they must be permuted together): what is joined elementwise, what a contraction pairs;
+- a unit is *inside* another: the channels of a head, of a group of a convolution or of a norm, stay together;
+- a unit lies at *places*: entries of dimensions of parameters.
+
+From them ``stages.core.graph.resolve`` computes the groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stages.core.runtime.errors import InputError
+
+NONE = -1
+
+
+@dataclass(frozen=True)
+class Value:
+    """labels: int64, broadcasts to ``shape``. dims: the dimensions units lie on, ascending.
+
+    common: whether it is computed from the input alone, and so is the same in every network.
+    """
+
+    labels: Tensor
+    dims: tuple[int, ...]
+    shape: torch.Size
+    common: bool = False
+
+    @property
+    def full(self) -> Tensor:
+        return self.labels.expand(self.shape)
+
+    def along(self, dim: int) -> Tensor:
+        """Labels along the one dimension that has units: (extent,)."""
+        return self.labels.expand(
+            *[self.shape[d] if d == dim else 1 for d in range(len(self.shape))]
+        ).reshape(-1)
+
+
+def compact(labels: Tensor, shape: torch.Size, dims: Sequence[int] = (), common: bool = False) -> Value:
+    """A value from the labels of all its entries. dims: those that hold units whether labels vary there or not."""
+    found = set(dims)
+    for dim in range(labels.dim()):
+        first = labels.narrow(dim, 0, 1) if labels.shape[dim] else labels
+        if labels.shape[dim] > 1 and bool((labels != first).any()):
+            found.add(dim)
+        else:
+            labels = first
+    return Value(labels.contiguous(), tuple(sorted(found)), shape, common)
+
+
+@dataclass
+class Units:
+    """All units of a network, and what was found about them."""
+
+    count: int = 0
+    origins: list[tuple[str, int, int]] = field(default_factory=list)  # name, first unit, number
+    ties: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)
+    inside: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)  # unit, the one it is inside, node
+    places: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    kernels: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # grouped weight -> (parts, size) units its rows read
+    fixed: list[Tensor] = field(default_factory=list)
+    pinned: list[Tensor] = field(default_factory=list)  # (parts, size): the order inside is one for all parts
+    hints: list[tuple[Tensor, str]] = field(default_factory=list)  # units, the end of their group's name
+
+    def new(self, size: int, name: str) -> Tensor:
+        """Units that were not there before: int64 (size,)."""
+        self.origins.append((name, self.count, size))
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def tie(self, node: str, a: Tensor, b: Tensor) -> None:
+        """a, b: labels of one shape. Where either has no unit there is nothing to tie."""
+        both = (a != NONE) & (b != NONE)
+        if bool(both.any()):
+            self.ties.append((a[both], b[both], node))
+
+    def put_inside(self, node: str, parts: Tensor, outer: Tensor) -> None:
+        """parts: labels (P, ...), those of each part; outer: (P,) the units they are inside."""
+        rows = [own.unique() for own in parts.flatten(1)]
+        rows = [own[own != NONE] for own in rows]
+        if all(len(own) == 1 for own in rows):  # parts of one unit
+            self.tie(node, torch.cat(rows), outer)
+            return
+        self.inside.append(
+            (torch.cat(rows), outer.repeat_interleave(torch.tensor([len(own) for own in rows])), node)
+        )
+
+    def place(self, node: str, parameter: str, dim: int, labels: Tensor) -> None:
+        """A parameter's dimension has these units. One that is used twice has both, which are tied."""
+        known = self.places.setdefault((parameter, dim), labels)
+        if known is not labels:
+            if known.shape != labels.shape or bool(((known == NONE) != (labels == NONE)).any()):
+                raise InputError(f"{node}: {parameter} is used again on other units; allowed: the same ones")
+            self.tie(node, known, labels)
+
+
+def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Value:
+    """What is elementwise of two values: units are tied, or inside one another where one value is coarser."""
+    a, b = _ranked(a, shape), _ranked(b, shape)
+    dims, common = tuple(sorted({*a.dims, *b.dims})), a.common and b.common
+    if not a.dims or (a.common and not b.common and not _varies(a, b.dims)):
+        return Value(b.labels, b.dims, shape, common)
+    if not b.dims or (b.common and not a.common and not _varies(b, a.dims)):
+        return Value(a.labels, a.dims, shape, common)
+    extent = [shape[d] if max(a.labels.shape[d], b.labels.shape[d]) > 1 else 1 for d in range(len(shape))]
+    x, y = a.labels.expand(extent), b.labels.expand(extent)
+    if a.dims != b.dims:
+        coarse, fine = (x, y) if set(a.dims) < set(b.dims) else (y, x)
+        if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims)):
+            raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
+        _nest(units, node, coarse, fine)
+        return Value(fine.contiguous(), dims, shape, common)
+    if a.labels.shape != b.labels.shape and a.labels.numel() != b.labels.numel():
+        coarse, fine = (x, y) if a.labels.numel() < b.labels.numel() else (y, x)
+        _nest(units, node, coarse, fine)
+        return Value(fine.contiguous(), dims, shape, common)
+    units.tie(node, x, y)
+    return Value(torch.where(x == NONE, y, x), dims, shape, common)
+
+
+def _ranked(value: Value, shape: torch.Size) -> Value:
+    missing = len(shape) - value.labels.dim()
+    labels = value.labels.reshape([1] * missing + list(value.labels.shape))
+    return Value(labels, tuple(d + missing for d in value.dims), shape, value.common)
+
+
+def _varies(value: Value, dims: Sequence[int]) -> bool:
+    return any(value.labels.shape[d] > 1 for d in dims)
+
+
+def _nest(units: Units, node: str, coarse: Tensor, fine: Tensor) -> None:
+    """Units of ``fine`` are inside those of ``coarse``, entry by entry."""
+    outer = coarse.unique()
+    outer = outer[outer != NONE]
+    rows = [fine[coarse == own].unique() for own in outer]
+    widest = max((len(own) for own in rows), default=0)
+    parts = torch.full((len(rows), widest), NONE)
+    for row, own in zip(parts, rows, strict=True):
+        row[: len(own)] = own
+    units.put_inside(node, parts, outer)

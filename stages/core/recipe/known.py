@@ -1,0 +1,25 @@
+"""The full list of methods, where there is no params.yaml: in a notebook, in any folder."""
+
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from stages.core.recipe.methods import MatchSettings, Method
+from stages.core.settings.sections import Name, Section
+
+FILE = Path(__file__).with_name("known.yaml")  # `match` and `full` of params.yaml; a test keeps them equal
+
+
+class Known(Section):
+    """Matchings and methods by name."""
+
+    match: dict[Name, MatchSettings]
+    methods: dict[Name, Method]
+
+
+@cache
+def known_methods() -> Known:
+    """Every row of the full list, and the matchings they use."""
+    found = yaml.safe_load(FILE.read_text())
+    return Known(match=found["match"], methods=found["full"])

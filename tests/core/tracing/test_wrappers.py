@@ -1,0 +1,73 @@
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from stages.core.graph.nodes import graph_from_json, graph_to_json
+from stages.core.graph.trace import lay_out
+from stages.core.runtime.errors import InputError
+from stages.core.tracing.trace import trace
+from stages.core.tracing.verify import verify
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapper_is_read_as_what_it_wraps(small, images, wrap, caplog):
+    network = small()
+    with caplog.at_level(logging.INFO, "stages.core.tracing.export"):
+        traced = trace(wrap(network), images())
+    assert traced == trace(network, images())
+    verify(wrap(network), traced, images())
+    assert any("read as the module it wraps" in record.message for record in caplog.records)
+
+
+def test_a_synchronised_batch_norm_is_a_batch_norm(small, images):
+    network = small()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    assert trace(synchronised, images()).graph == trace(network, images()).graph
+
+
+def test_a_scripted_module_is_refused(small, images):
+    with pytest.raises(InputError, match="a scripted module; allowed"):
+        trace(torch.jit.trace(small(), images()), images())
+
+
+# -- a graph in a file is data ------------------------------------------------------------------------------------
+
+
+def altered(traced, change):
+    nodes = graph_to_json(traced.graph)
+    change(nodes)
+    return lay_out(graph_from_json(nodes), traced.parameters, (1, 2, 8, 8))
+
+
+BROKEN = {
+    "operation": (lambda nodes: nodes[1].update(operation="eval"), "no rule for eval"),
+    "input": (lambda nodes: nodes[2].update(inputs=["later"]), "reads 'later', which is not there"),
+    "tensor": (lambda nodes: nodes[1]["parameters"].update(weight="absent"), "reads 'absent'"),
+    "twice": (lambda nodes: nodes[2].update(name=nodes[1]["name"]), "is there twice"),
+    "pads": (
+        lambda nodes: nodes[2].update(operation="pad", parameters={}, attributes={"pad": [0, 2**40]}),
+        "found shape"),
+    "setting": (lambda nodes: nodes[1]["attributes"].update(stride="far"), "conv2d cannot run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_graph_from_a_file_is_checked_before_anything_is_allocated(small, images, what):
+    change, message = BROKEN[what]
+    with pytest.raises(InputError, match=message) as error:
+        altered(trace(small(), images()), change)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_out_of_proportion_is_refused(small, images):
+    traced = trace(small(), images())
+    with pytest.raises(InputError, match=r"conv1\.weight: found shape"):
+        lay_out(traced.graph, {**traced.parameters, "conv1.weight": (2**20, 2**20)}, (1, 2, 8, 8))
+
+
+def test_a_graph_survives_its_file(small, images):
+    traced = trace(small(), images())
+    assert altered(traced, lambda nodes: None) == traced

@@ -1,0 +1,138 @@
+"""The hard gates on networks in the styles in which people write theirs."""
+
+import pytest
+import torch
+from styles import STYLES
+
+from stages.allocate.model import cost_model
+from stages.api import merge
+from stages.core.graph.source import Source, Task
+from stages.core.graph.trace import lay_out
+from stages.core.merged.cost import built_cost, split_cost
+from stages.core.merged.file import load_merged
+from stages.core.recipe.methods import Fit
+from stages.core.sweep.batches import Batch
+from stages.core.tracing.known import read_known
+from stages.core.tracing.verify import verify
+from stages.core.units.groups import permute
+from stages.core.units.matching import Matching, full_split, identity_matching
+from stages.fit.network import fit_network
+
+AVERAGE = Fit(solver="average")
+PROGRESSIVE = Fit(solver="exact", inputs="merged", targets="own", norm="fold")
+LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
+
+
+@pytest.fixture(params=STYLES)
+def style(request):
+    """(name, seed -> a network, its input)."""
+    make, shape = STYLES[request.param]
+    generator = torch.Generator().manual_seed(5)
+    if len(shape) == 1:
+        x = torch.randint(0, 11, (6, *shape), generator=generator)
+    else:
+        x = torch.randn(6, *shape, generator=generator, dtype=torch.float64)
+
+    def made(seed):
+        torch.manual_seed(seed)
+        network = make().double().eval()
+        with torch.no_grad():
+            for name, tensor in network.state_dict().items():
+                if name.endswith("running_var"):
+                    tensor.add_(torch.rand_like(tensor))
+                elif tensor.is_floating_point():
+                    tensor.add_(0.05 * torch.randn_like(tensor))
+        return network
+
+    return request.param, made, x
+
+
+def source(network, x, name):
+    reading = read_known(network, x)
+    state = reading.state(network)
+    traced = lay_out(reading.graph, {n: tuple(t.shape) for n, t in state.items()}, x[:1].shape)
+    return Source(traced, state, Task(name, ("0", "1", "2")))
+
+
+def permuted(first, seed=0):
+    """A copy with its units in other orders, and the matching that undoes it."""
+    spec, generator = first.trace.spec, torch.Generator().manual_seed(seed)
+    orders = {g: torch.randperm(v.size, generator=generator) for g, v in spec.free.items()}
+    units = {g: torch.stack([torch.arange(len(o)), o.argsort()]) for g, o in orders.items()}
+    for name, inner in spec.inner.items():
+        rows = [torch.randperm(inner.size, generator=generator) for _ in range(inner.parts)]
+        orders[name] = torch.stack(rows)
+        undone = orders[inner.outer].argsort() if inner.outer in orders else torch.arange(inner.parts)
+        plain = torch.arange(inner.size).repeat(inner.parts, 1)
+        units[name] = torch.stack([plain, orders[name][undone].argsort(-1)])
+    state = permute(first.state, spec, orders)
+    like = {g: torch.ones(u.shape).double() for g, u in units.items()}
+    return Source(first.trace, state, Task("b", first.task.classes)), Matching(units, like)
+
+
+def fitted(sources, matching, split, x, fit, labels="shared"):
+    batches = [Batch(x[:3], 0), Batch(x[3:], 1)]
+    return fit_network(sources, matching, split, batches, fit, labels=labels, storage=torch.float64)[0]
+
+
+@torch.no_grad()
+def test_the_trace_is_verified_and_a_permuted_copy_merges_to_the_network_itself(style, splits):
+    name, make, x = style
+    network = make(0)
+    first = source(network, x, "a")
+    verify(network, first.trace, x, state_of=read_known(network, x).state)
+    second, matching = permuted(first)
+    assert first.trace.spec.free
+    for split in (full_split(first.trace.spec), splits(first.trace.spec, 1)):
+        found = fitted([first, second], matching, split, x, AVERAGE)
+        torch.testing.assert_close(found(x), network(x), rtol=1e-8, atol=1e-8)
+        if name not in LOOSE:
+            found = fitted([first, second], matching, split, x, PROGRESSIVE)
+            assert torch.isfinite(found(x)).all()
+
+
+@torch.no_grad()
+def test_everything_separate_gives_the_sources_side_by_side(style):
+    _, make, x = style
+    networks = [make(0), make(1)]
+    sources = [source(network, x, name) for network, name in zip(networks, "ab", strict=True)]
+    spec = sources[0].trace.spec
+    split = full_split(spec, dict.fromkeys(spec.free, ()))
+    for fit in (AVERAGE, PROGRESSIVE):
+        found = fitted(sources, identity_matching(spec, 2), split, x, fit, "separate")
+        features, value = found.features(x), found.head.inputs[0]
+        dim = found.trace.layouts[value].dim
+        for own, positions in zip(sources, found.arrangement(value).positions, strict=True):
+            torch.testing.assert_close(
+                features.index_select(dim, positions), own.features(x), rtol=1e-8, atol=1e-8
+            )
+        if fit is AVERAGE:  # the heads, and what follows them, are the sources' own
+            for network, name in zip(networks, "ab", strict=True):
+                torch.testing.assert_close(found(x, task=name), network(x), rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_the_cost_is_what_was_allocated_and_a_file_gives_the_network_back(style, splits, tmp_path):
+    _, make, x = style
+    sources = [source(make(seed), x, name) for seed, name in enumerate("ab")]
+    spec, state = sources[0].trace.spec, sources[0].state
+    split = splits(spec, 3)
+    found = fitted(sources, identity_matching(spec, 2), split, x, AVERAGE)
+    shared = {name: len(s.shared) for name, s in split.items()}
+    for kind in ("macs", "parameters"):
+        counted = built_cost(found, kind)
+        assert counted == split_cost(sources[0].trace, state, "shared", kind, shared, 2)
+        model = cost_model(sources[0].trace, state, "shared", kind, 2)
+        assert counted == model.cost({name: len(s.separate) for name, s in split.items()})
+    found.save(tmp_path / "merged")
+    assert torch.equal(load_merged(tmp_path / "merged")(x), found(x))
+
+
+def test_independent_networks_merge_at_any_budget(style):
+    _, make, x = style
+    networks, images = {"a": make(0), "b": make(1)}, {"a": [x[:3]], "b": [x[3:]]}
+    for by, budget in (("weights", 1.0), ("activations", 1.4), ("activations", 2.0)):
+        found = merge(networks, images, budget, match={"by": by}, progress=False)
+        assert found.about["budget"]["reached"] <= budget
+        with torch.no_grad():
+            assert torch.isfinite(found(x)).all()
