@@ -74,12 +74,10 @@ class LayerProblem:
 
     def _input_rows(self, z: Tensor, drawn: Tensor | None) -> Tensor:
         """Of some images, at the drawn places or at all."""
-        if drawn is None:
-            return input_rows(self.node, z, self.layer.kernel)
-        if self.node.operation == "conv2d":
+        if drawn is not None and self.node.operation == "conv2d":
             return drawn_rows(self.node, z, self.layer.kernel, drawn)
-        every = input_rows(self.node, z, self.layer.kernel)
-        return every[place_rows(drawn, self.layer.places).to(every.device)]
+        rows = input_rows(self.node, z, self.layer.kernel)
+        return rows if drawn is None else rows[place_rows(drawn, self.layer.places).to(rows.device)]
 
     def _drawn(self, images: int) -> Tensor | None:
         """The places of each image whose rows are used, where that is not all of them."""

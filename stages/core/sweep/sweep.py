@@ -108,10 +108,10 @@ class Sweep:
         out: list[Tensor | None] = []
         for index in range(len(self.batches)):
             inputs = [values[name][index].to(self.dtype) for name in node.inputs]
-            if (
-                node.operation == "conv2d" and inputs[0].device.type == "cpu"
-            ):  # faster; what follows keeps the order
-                inputs = [inputs[0].contiguous(memory_format=torch.channels_last)]
+            if node.operation == "conv2d" and inputs[0].device.type == "cpu":
+                inputs = [
+                    inputs[0].contiguous(memory_format=torch.channels_last)
+                ]  # faster; the order is kept
             run = self._actors[actor].run_node
             out.append(run(node, inputs, self.batches[index].task).to(self.storage))
             for name in done:
