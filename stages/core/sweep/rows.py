@@ -117,18 +117,6 @@ def drawn_rows(node: Node, x: Tensor, kernel: Sequence[int], drawn: Tensor) -> T
     return rows.view(-1, len(taps), c).transpose(1, 2).reshape(len(first.flatten()), -1)
 
 
-def _each_side(
-    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Padding before and behind, dimension by dimension."""
-    if padding == "valid":
-        return [(0, 0)] * len(kernel)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return [(n // 2, n - n // 2) for n in total]
-    return [(n, n) for n in padding]
-
-
 def explicit_padding(node: Node, kernel: Sequence[int]) -> list[int]:
     """A Conv2d's padding as F.pad wants it: left, right, top, bottom."""
     padding, dilation = node.attributes["padding"], node.attributes["dilation"]

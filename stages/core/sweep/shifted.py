@@ -33,7 +33,7 @@ Stretch = tuple[int, int]  # from, to (exclusive)
 
 
 @dataclass(frozen=True)
-class Side:
+class MapAxis:
     """One axis of a convolution. ``taps``: (phase, q) of each tap."""
 
     size: int
@@ -57,11 +57,11 @@ class Side:
         return span[0] + shift < self.length(phase) and span[1] + shift > 0
 
 
-def line(size: int, kernel: int, stride: int, dilation: int, padding: Stretch) -> Side:
+def line(size: int, kernel: int, stride: int, dilation: int, padding: Stretch) -> MapAxis:
     """padding: before and behind."""
     places = (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
     starts = [dilation * tap - padding[0] for tap in range(kernel)]
-    return Side(size, places, stride, tuple((start % stride, start // stride) for start in starts))
+    return MapAxis(size, places, stride, tuple((start % stride, start // stride) for start in starts))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Plan:
     that are missing are transposes of those of (tap', tap). Taps are counted row by row.
     """
 
-    lines: tuple[Side, Side]
+    lines: tuple[MapAxis, MapAxis]
     correlations: tuple[Correlation, ...]
     blocks: dict[tuple[int, int], tuple[tuple[int, int, tuple[int, int]], ...]]
 
@@ -137,7 +137,7 @@ def plan(node: Node, kernel: Sequence[int], size: Sequence[int]) -> Plan:
 
 
 @cache
-def _plan(*lines: Side) -> Plan:
+def _plan(*lines: MapAxis) -> Plan:
     wanted: dict[tuple, list[tuple]] = {}  # (phase, phase', box) -> (sign, tap, tap', shift)
     taps = list(product(*(range(len(own.taps)) for own in lines)))
     for (i, t), (j, u) in product(enumerate(taps), repeat=2):
@@ -151,7 +151,7 @@ def _plan(*lines: Side) -> Plan:
     return _planned(lines, wanted, len(taps))
 
 
-def _planned(lines: tuple[Side, Side], wanted: dict[tuple, list[tuple]], taps: int) -> Plan:
+def _planned(lines: tuple[MapAxis, MapAxis], wanted: dict[tuple, list[tuple]], taps: int) -> Plan:
     correlations, blocks = [], {}
     for index, ((left, right, box), terms) in enumerate(wanted.items()):
         shifts = [term[3] for term in terms]
@@ -162,14 +162,14 @@ def _planned(lines: tuple[Side, Side], wanted: dict[tuple, list[tuple]], taps: i
     return Plan(lines, tuple(correlations), {pair: tuple(terms) for pair, terms in blocks.items()})
 
 
-def _tap(lines: tuple[Side, Side], tap: Stretch) -> tuple[Stretch, Stretch]:
+def _tap(lines: tuple[MapAxis, MapAxis], tap: Stretch) -> tuple[Stretch, Stretch]:
     """Phase and q of a tap, (height, width) each."""
     down, on = (own.taps[t] for own, t in zip(lines, tap, strict=True))
     return (down[0], on[0]), (down[1], on[1])
 
 
 def _boxes(
-    lines: tuple[Side, Side], phase: Stretch, tap: Stretch
+    lines: tuple[MapAxis, MapAxis], phase: Stretch, tap: Stretch
 ) -> Iterator[tuple[int, tuple[Stretch, Stretch]]]:
     """What is taken (1) and taken off again (-1): all of the map, strips at its border, what two strips share."""
     down, on = (
