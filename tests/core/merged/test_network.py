@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +358,11 @@ def test_how_units_lie_in_a_value_is_computed_once(small, images, labels, monkey
         monkeypatch.setattr(f"stages.core.merged.network.{function}", None)
     for name in traced.layouts:
         assert merged.arrangement(name) is merged.arrangement(name)
+
+
+def test_the_header_is_documented_field_by_field(merged, tmp_path):
+    merged().save(tmp_path / "saved")
+    _, metadata = read_tensors(tmp_path / "saved")
+    page = (Path(__file__).parents[3] / "docs/format.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(json.loads(metadata["merged"]))
+    assert f"`{json.loads(metadata['merged'])['format']}`" in page
