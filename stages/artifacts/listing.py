@@ -15,11 +15,11 @@ from stages.core.runtime.errors import InputError
 from stages.core.settings.places import kind_of, split_url
 from stages.core.settings.profiles import Profile
 
-PAGE = 1000  # keys, the most that S3 gives at once
-MOST = 10_000  # keys that are asked for
+KEYS_A_PAGE = 1000  # keys, the most that S3 gives at once
+MOST_KEYS = 10_000  # keys that are asked for
 NEAR = 3  # keys named for one that is missing
 ROOM = 130  # characters for them in a line
-SHOWN = 4  # profiles named for one key
+PROFILES_SHOWN = 4  # profiles named for one key
 
 Uses = Mapping[str, Sequence[str]]  # key -> the profiles that use it
 
@@ -32,7 +32,7 @@ class Entry:
     size: int
 
 
-def listed(store: Store, prefix: str = "", most: int = MOST) -> tuple[list[Entry], bool]:
+def listed(store: Store, prefix: str = "", most: int = MOST_KEYS) -> tuple[list[Entry], bool]:
     """The first ``most`` objects whose keys start with ``prefix``, by key, and whether there are more.
 
     Raises InputError in one line: unreachable endpoint, missing bucket, a bucket that may not be listed.
@@ -49,7 +49,11 @@ def listed(store: Store, prefix: str = "", most: int = MOST) -> tuple[list[Entry
 def _pages(store: Store, prefix: str, most: int) -> Iterator[list[Entry]]:
     token, cut = None, len(store.object(""))
     while True:
-        given = {"Bucket": store.bucket, "Prefix": store.object(prefix), "MaxKeys": min(PAGE, most + 1)}
+        given = {
+            "Bucket": store.bucket,
+            "Prefix": store.object(prefix),
+            "MaxKeys": min(KEYS_A_PAGE, most + 1),
+        }
         given |= {"ContinuationToken": token} if token else {}
         answer = store.ask(
             lambda given=given: store.client.list_objects_v2(**given), f"{store.name(prefix)}*"
@@ -129,5 +133,5 @@ def nearest(key: str, keys: Sequence[str], count: int = NEAR) -> list[str]:
 
 
 def _some(profiles: Sequence[str]) -> str:
-    more = len(profiles) - SHOWN
-    return (", ".join(profiles[:SHOWN]) + (f" and {more} more" if more > 0 else "")) or "-"
+    more = len(profiles) - PROFILES_SHOWN
+    return (", ".join(profiles[:PROFILES_SHOWN]) + (f" and {more} more" if more > 0 else "")) or "-"

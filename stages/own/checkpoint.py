@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.core.networks.architectures import NAMES, build
+from stages.core.networks.architectures import ARCHITECTURES, build
 from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Architecture
 
-State = Mapping[str, Tensor]
-_COUNTER = "num_batches_tracked"  # old files lack it
+Tensors = Mapping[str, Tensor]
+_UNUSED_TENSOR = "num_batches_tracked"  # old files lack it
 
 
 def recognise(
-    state: State, where: str, network: str | None = None, given: Mapping[str, Any] = {}
+    state: Tensors, where: str, network: str | None = None, given: Mapping[str, Any] = {}
 ) -> Architecture:
     """The architecture that has exactly the keys and shapes of ``state``.
 
@@ -45,7 +45,7 @@ def recognise(
     )
 
 
-def classes_of(state: State, where: str = "checkpoint") -> int:
+def classes_of(state: Tensors, where: str = "checkpoint") -> int:
     """The rows of the last matrix: the outputs of the head. Raises InputError where there is no matrix."""
     matrices = [tensor for name, tensor in state.items() if tensor.dim() == 2 and name.endswith("weight")]
     if not matrices:
@@ -59,9 +59,9 @@ def norms(network: nn.Module) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no norm layers"
 
 
-def difference(own: Mapping[str, tuple[int, ...]], state: State) -> list[str]:
+def difference(own: Mapping[str, tuple[int, ...]], state: Tensors) -> list[str]:
     """One phrase for each tensor that only one of the two has, or that has another shape."""
-    needed = {name for name in own if not name.endswith(_COUNTER)}
+    needed = {name for name in own if not name.endswith(_UNUSED_TENSOR)}
     return [
         *(f"{name}: not in the file" for name in needed - set(state)),
         *(f"{name}: in the file alone" for name in state if name not in own),
@@ -79,15 +79,15 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _known(state: State, classes: int) -> Iterator[Architecture]:
+def _known(state: Tensors, classes: int) -> Iterator[Architecture]:
     """Every architecture with a name, with the arguments that ``state`` must come from, if it comes from it."""
-    for name in NAMES:
+    for name in ARCHITECTURES:
         arguments = {"resnet": _resnet, "mlp": _mlp, "vit_b_16": _vit}.get(name, lambda state: {})(state)
         if arguments is not None:
             yield Architecture(name=name, arguments={**arguments, "classes": classes})
 
 
-def _resnet(state: State) -> dict[str, Any] | None:
+def _resnet(state: Tensors) -> dict[str, Any] | None:
     stem = state.get("conv1.weight")
     blocks = sum(f"layer1.{index}.conv1.weight" in state for index in range(len(state)))
     if stem is None or stem.dim() != 4 or not blocks or stem.shape[1] not in (1, 3):
@@ -95,14 +95,14 @@ def _resnet(state: State) -> dict[str, Any] | None:
     return {"depth": 6 * blocks + 2, "width": int(stem.shape[0]), "channels": int(stem.shape[1])}
 
 
-def _mlp(state: State) -> dict[str, Any] | None:
+def _mlp(state: Tensors) -> dict[str, Any] | None:
     layers = [state[name] for index in range(1, len(state)) if (name := f"linear{index}.weight") in state]
     if not layers or any(tensor.dim() != 2 for tensor in layers):
         return None
     return {"inputs": int(layers[0].shape[1]), "widths": [int(tensor.shape[0]) for tensor in layers]}
 
 
-def _vit(state: State) -> dict[str, Any] | None:
+def _vit(state: Tensors) -> dict[str, Any] | None:
     positions = state.get("encoder.pos_embedding")
     if positions is None or positions.dim() != 3:
         return None
