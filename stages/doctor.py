@@ -16,7 +16,7 @@ from pathlib import Path
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 
-Line = tuple[str, str]  # (ok | note | wrong, what was found)
+Checked = tuple[str, str]  # (ok | note | wrong, what was found)
 
 TIMEOUT = 2.0  # seconds that the bucket has to answer; artifacts.timeout where that is less
 LEAST_PYTHON, LEAST_MEMORY, LEAST_DISK = (3, 11), 2.0, 2.0  # GiB: the embedded default needs less
@@ -34,9 +34,9 @@ def main() -> None:
         raise InputError(f"doctor: {', '.join(wrong)}: not fit yet, see above")
 
 
-def lines(top: Path) -> Iterator[tuple[str, Line]]:
+def lines(top: Path) -> Iterator[tuple[str, Checked]]:
     """(name, line) of every check of the project in the folder ``top``; a check that fails in itself is a line too."""
-    checks: dict[str, Callable[[Path], Line]] = {
+    checks: dict[str, Callable[[Path], Checked]] = {
         "python": python,
         "packages": packages,
         "torch": torch,
@@ -57,7 +57,7 @@ def lines(top: Path) -> Iterator[tuple[str, Line]]:
             yield name, ("wrong", " ".join(str(error).split()))
 
 
-def python(top: Path) -> Line:
+def python(top: Path) -> Checked:
     """The interpreter."""
     found = f"{sys.version.split()[0]}, {sys.executable}"
     if sys.version_info < LEAST_PYTHON:
@@ -65,7 +65,7 @@ def python(top: Path) -> Line:
     return "ok", found
 
 
-def packages(top: Path) -> Line:
+def packages(top: Path) -> Checked:
     """What requirements.txt pins against what is installed."""
     pinned = pins(top / "requirements.txt")
     missing, other = [], []
@@ -91,7 +91,7 @@ def pins(path: Path) -> dict[str, str]:
     return {name.split("[")[0]: version for name, _, version in found if name}
 
 
-def torch(top: Path) -> Line:
+def torch(top: Path) -> Checked:
     """The versions, and how many threads there are for them."""
     import torch
     import torchvision  # a pair that does not fit together fails here
@@ -99,7 +99,7 @@ def torch(top: Path) -> Line:
     return "ok", f"{torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} processors"
 
 
-def gpu(top: Path) -> Line:
+def gpu(top: Path) -> Checked:
     """Every GPU that torch can use."""
     import torch
 
@@ -117,7 +117,7 @@ def gpu(top: Path) -> Line:
     return "ok", "; ".join(found)
 
 
-def memory(top: Path) -> Line:
+def memory(top: Path) -> Checked:
     """What is free now: what a sweep may use by default."""
     import psutil
 
@@ -128,7 +128,7 @@ def memory(top: Path) -> Line:
     return "ok", line
 
 
-def disk(top: Path) -> Line:
+def disk(top: Path) -> Checked:
     """The disk that the project is on: data, models and DVC's cache."""
     free = shutil.disk_usage(top).free
     line = f"{_gib(free)} GiB free for the project in {top.resolve()}"
@@ -137,7 +137,7 @@ def disk(top: Path) -> Line:
     return "ok", line
 
 
-def cache(top: Path) -> Line:
+def cache(top: Path) -> Checked:
     """The folder for what is kept between runs: downloads and decoded images."""
     from stages.core.runtime.cache import cache_folder
 
@@ -148,7 +148,7 @@ def cache(top: Path) -> Line:
     return "ok", f"{folder}, {_gib(shutil.disk_usage(there).free)} GiB free"
 
 
-def project(top: Path) -> Line:
+def project(top: Path) -> Checked:
     """DVC works in a git repository, and params.yaml can be read."""
     if shutil.which("git") is None:
         return "wrong", "git is not installed, which DVC needs"
@@ -161,7 +161,7 @@ def project(top: Path) -> Line:
     )
 
 
-def remote(top: Path) -> Line:
+def remote(top: Path) -> Checked:
     """The default DVC remote, where `dvc push` puts results."""
     config = ConfigParser()
     for name in ("config", "config.local"):
@@ -179,7 +179,7 @@ def remote(top: Path) -> Line:
     return "ok", f"{name}: {folder}" + ("" if folder.is_dir() else ", made by the first dvc push")
 
 
-def bucket(top: Path) -> Line:
+def bucket(top: Path) -> Checked:
     """Whether the artifact bucket answers, and may be listed."""
     section = _params(top).artifacts
     from stages.artifacts.client import Store

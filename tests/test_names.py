@@ -58,9 +58,9 @@ def names_of_two(root: Path) -> dict[str, list[str]]:
 
 CALLED_BY_OTHERS = {  # methods of interfaces that are not ours
     "stages/core/images/windows.py: readable",
+    "stages/core/runtime/progress.py: display",
     "stages/core/images/windows.py: seekable",
     "stages/core/images/windows.py: readinto",
-    "stages/core/runtime/progress.py: display",
     "stages/core/images/formats/cifar.py: find_class",
 }
 

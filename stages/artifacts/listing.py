@@ -15,7 +15,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.settings.places import kind_of, split_url
 from stages.core.settings.profiles import Profile
 
-KEYS_AT_A_TIME = 1000  # keys, the most that S3 gives at once
+KEYS_A_PAGE = 1000  # keys, the most that S3 gives at once
 MOST_KEYS = 10_000  # keys that are asked for
 NEAR = 3  # keys named for one that is missing
 ROOM = 130  # characters for them in a line
@@ -52,7 +52,7 @@ def _pages(store: Store, prefix: str, most: int) -> Iterator[list[Entry]]:
         given = {
             "Bucket": store.bucket,
             "Prefix": store.object(prefix),
-            "MaxKeys": min(KEYS_AT_A_TIME, most + 1),
+            "MaxKeys": min(KEYS_A_PAGE, most + 1),
         }
         given |= {"ContinuationToken": token} if token else {}
         answer = store.ask(

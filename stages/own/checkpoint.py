@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.core.networks.architectures import NAMES, build
+from stages.core.networks.architectures import ARCHITECTURES, build
 from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Architecture
 
 Tensors = Mapping[str, Tensor]
-_COUNTER_KEY = "num_batches_tracked"  # old files lack it
+_UNUSED_TENSOR = "num_batches_tracked"  # old files lack it
 
 
 def recognise(
@@ -61,7 +61,7 @@ def norms(network: nn.Module) -> str:
 
 def difference(own: Mapping[str, tuple[int, ...]], state: Tensors) -> list[str]:
     """One phrase for each tensor that only one of the two has, or that has another shape."""
-    needed = {name for name in own if not name.endswith(_COUNTER_KEY)}
+    needed = {name for name in own if not name.endswith(_UNUSED_TENSOR)}
     return [
         *(f"{name}: not in the file" for name in needed - set(state)),
         *(f"{name}: in the file alone" for name in state if name not in own),
@@ -81,7 +81,7 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 def _known(state: Tensors, classes: int) -> Iterator[Architecture]:
     """Every architecture with a name, with the arguments that ``state`` must come from, if it comes from it."""
-    for name in NAMES:
+    for name in ARCHITECTURES:
         arguments = {"resnet": _resnet, "mlp": _mlp, "vit_b_16": _vit}.get(name, lambda state: {})(state)
         if arguments is not None:
             yield Architecture(name=name, arguments={**arguments, "classes": classes})

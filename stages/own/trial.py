@@ -14,7 +14,7 @@ from stages.core.settings.profiles import Architecture, Data
 from stages.own.folder import Folder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-TRIED_PIXELS = 200 * 64**2  # of one try: 200 images of 64 pixels
+PIXELS_OF_A_TRY = 200 * 64**2  # of one try: 200 images of 64 pixels
 SMALL = 96  # images of at most as many pixels are taken as they are
 
 
@@ -54,7 +54,7 @@ def right(network: nn.Module, images: Tensor, labels: Tensor, data: Data) -> tup
 
 def how_many(data: Data) -> int:
     """Images of one try, so that it takes seconds."""
-    return max(40, min(400, TRIED_PIXELS // data.size**2))
+    return max(40, min(400, PIXELS_OF_A_TRY // data.size**2))
 
 
 def compare(

@@ -42,7 +42,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class PageRow:
+class Line:
     cells: Sequence[str]
     best: bool = False
 
@@ -52,7 +52,7 @@ class Table:
     name: str
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[PageRow] = field(default_factory=list)
+    rows: Sequence[Line] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def report_page(
         "results",
         "Accuracy in percent; costs and latency relative to one source network; seconds: matching and fit",
         _columns(header),
-        [PageRow(cells, cells[0] in best) for cells in rows],
+        [Line(cells, cells[0] in best) for cells in rows],
     )
     sections = [
         {"title": "Widths", "text": "Units of each group in one source network, and in the merged one.",
@@ -116,7 +116,7 @@ def experiments_page(runs: pd.DataFrame, pictures: Mapping[str, bytes]) -> str:
         for method in order(runs):
             if (profile, budget, method) in own.index:
                 line = own.loc[(profile, budget, method)]
-                rows.append(PageRow([method, profile, f"{budget:g}", *(_mean(line, name) for name in metrics),
+                rows.append(Line([method, profile, f"{budget:g}", *(_mean(line, name) for name in metrics),
                                  f"{line['seeds', '']:.0f}"]))  # fmt: skip
     columns = [
         Column("method"),
@@ -173,9 +173,7 @@ def _widths(allocations: Mapping[str, pd.DataFrame], networks: int) -> Table:
         for name, table in allocations.items()
     }
     rows = [
-        PageRow(
-            [group, f"{units[group]:.0f}", *(_number(own.get(group), "{:.0f}") for own in merged.values())]
-        )
+        Line([group, f"{units[group]:.0f}", *(_number(own.get(group), "{:.0f}") for own in merged.values())])
         for group in groups
     ]
     return Table("widths", "Units by group and matching", _columns(["group", "one source", *merged]), rows)
@@ -184,15 +182,13 @@ def _widths(allocations: Mapping[str, pd.DataFrame], networks: int) -> Table:
 def _residuals(fits: Mapping[str, pd.DataFrame]) -> Table:
     means = {name: table.groupby("layer", sort=False)["residual"].mean() for name, table in fits.items()}
     layers = list(dict.fromkeys(layer for own in means.values() for layer in own.index))
-    rows = [
-        PageRow([layer, *(_number(own.get(layer), "{:.4f}") for own in means.values())]) for layer in layers
-    ]
+    rows = [Line([layer, *(_number(own.get(layer), "{:.4f}") for own in means.values())]) for layer in layers]
     return Table("residuals", "Residual by layer and method", _columns(["layer", *means]), rows)
 
 
 def _hashes(hashes: Mapping[str, str]) -> Table:
     columns = [Column("file", text=True), Column("sha256", text=True, code=True)]
-    return Table("hashes", "SHA-256 of network files", columns, [PageRow(pair) for pair in hashes.items()])
+    return Table("hashes", "SHA-256 of network files", columns, [Line(pair) for pair in hashes.items()])
 
 
 def _pictures(pictures: Mapping[str, bytes]) -> list[Picture]:

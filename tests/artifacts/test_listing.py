@@ -22,7 +22,7 @@ def public(store):
 
 class TestListed:
     def test_every_key_in_order_over_several_pages(self, front, public, section, monkeypatch):
-        monkeypatch.setattr(listing, "KEYS_AT_A_TIME", 3)
+        monkeypatch.setattr(listing, "KEYS_A_PAGE", 3)
         for number in range(8):
             public.put(f"a/{number}", bytes(number))
         assert listed(Store(section())) == ([Entry(f"a/{n}", n) for n in range(8)], False)
@@ -31,7 +31,7 @@ class TestListed:
         assert all("max-keys=3" in page for page in pages)
 
     def test_no_more_is_asked_for_than_shown(self, front, public, section, monkeypatch):
-        monkeypatch.setattr(listing, "KEYS_AT_A_TIME", 2)
+        monkeypatch.setattr(listing, "KEYS_A_PAGE", 2)
         for number in range(9):
             public.put(f"a/{number}", b"")
         found, more = listed(Store(section()), most=3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.networks.architectures import NAMES, build
+from stages.core.networks.architectures import ARCHITECTURES, build
 from stages.core.runtime.errors import InputError
 from stages.own.checkpoint import classes_of, norms, recognise
 
@@ -24,7 +24,7 @@ def state(name, classes=7):
         return build(name, {**ARGUMENTS.get(name, {}), "classes": classes}).state_dict()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_known_architecture_is_found_with_its_arguments(name):
     found = recognise(state(name), "x.pth")
     assert (found.name, found.arguments) == (name, {**ARGUMENTS.get(name, {}), "classes": 7})

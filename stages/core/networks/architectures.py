@@ -138,7 +138,7 @@ _REGISTRY: dict[str, _Entry] = {
     **{name: _Entry(_torchvision(name), {"classes": _CLASSES}) for name in _TORCHVISION},
     "vit_b_16": _Entry(_torchvision("vit_b_16"), _VIT),
 }
-NAMES = tuple(_REGISTRY)
+ARCHITECTURES = tuple(_REGISTRY)
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -3,7 +3,7 @@
 import logging
 import sys
 
-OURS = ("stages", "__main__")
+LOGGERS = ("stages", "__main__")
 VERBOSE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -20,5 +20,5 @@ def start_logging(verbose: bool = False) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(VERBOSE, "%H:%M:%S") if verbose else Lines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in OURS:
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)

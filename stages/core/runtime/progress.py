@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 DELAY = 2.0  # seconds of work before anything is shown on a terminal
-PERIOD = 60.0  # seconds between two lines where there is none
+LINE_PERIOD = 60.0  # seconds between two lines where there is none
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Bar(tqdm):
     def __init__(self, *given: Any, shown: bool = True, **named: Any) -> None:
         self.lines = not sys.stderr.isatty()
         if self.lines:
-            named |= {"file": io.StringIO(), "delay": PERIOD, "mininterval": PERIOD, "miniters": 1}
+            named |= {"file": io.StringIO(), "delay": LINE_PERIOD, "mininterval": LINE_PERIOD, "miniters": 1}
         super().__init__(*given, **{"delay": DELAY, **named, "leave": False, "disable": not shown})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

@@ -29,7 +29,7 @@ def test_without_a_terminal_short_work_says_nothing(no_terminal, capsys):
 
 def test_without_a_terminal_long_work_is_a_line_each_period(no_terminal, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(progress, "PERIOD", 60.0)
+    monkeypatch.setattr(progress, "LINE_PERIOD", 60.0)
     bar = Bar(total=40, desc="fit pleas", unit="node")
     bar._time = lambda: now[0]
     bar.start_t = bar.last_print_t = now[0]
@@ -48,7 +48,7 @@ def test_bytes_are_readable(no_terminal):
 
 
 def test_hidden_work_says_nothing(no_terminal, monkeypatch):
-    monkeypatch.setattr(progress, "PERIOD", 0.0)
+    monkeypatch.setattr(progress, "LINE_PERIOD", 0.0)
     assert list(Bar(range(3), desc="x", shown=False)) == [0, 1, 2]
     assert no_terminal.messages == []
 
