@@ -64,7 +64,9 @@ def test_a_merge_leaves_nothing_on_the_wrong_device(family, randomise):
         found = merge({n: net.to(gpu) for n, net in networks.items()}, images, 1.3, progress=False)
         x = torch.cat(images["a"])
         assert all(p.device == gpu for p in found.parameters())
-        assert found(x.to(gpu)).cpu().equal(expected(x))
+        torch.testing.assert_close(
+            found(x.to(gpu)).cpu(), expected(x)
+        )  # other layouts of memory round otherwise
 
 
 @pytest.mark.parametrize("family", FAMILIES)

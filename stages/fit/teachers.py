@@ -39,10 +39,12 @@ def watched_values(trace: Trace, features: str) -> list[str]:
     output = logits_of(trace.graph)
     found = list(output.inputs[:1]) if output.operation == "linear" else []
     if features == "stages":
+        maps = {trace.shapes[node.name][2:] for node in trace.graph.nodes if node.operation == "conv2d"}
         ends = {
             trace.shapes[node.name][2:]: node.name
             for node in trace.graph.nodes[1:]
-            if len(trace.shapes[node.name]) == 4 and trace.shapes[node.name][2:].numel() > 1
+            if len(trace.shapes[node.name]) == 4 and trace.layouts[node.name].dim == 1
+            if trace.shapes[node.name][2:] in maps and trace.shapes[node.name][2:].numel() > 1
         }
         found = [*ends.values(), *(name for name in found if name not in ends.values())]
     return found

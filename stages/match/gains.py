@@ -72,9 +72,9 @@ class Gains:
             there, here = torch.arange(shape[dim]), torch.arange(shape[dim])
             for inner, own in self.on[span.axis.parameter]:
                 if own.axis.dim == dim:
-                    stretch = slice(own.start, own.start + inner.parts * inner.size * own.block)
-                    there[stretch] = span_index(inside_order(units, inner, n), own)
-                    here[stretch] = span_index(inside_order(units, inner, m), own)
+                    entries = span_index(torch.arange(inner.parts * inner.size), own)
+                    there[entries] = span_index(inside_order(units, inner, n), own)
+                    here[entries] = span_index(inside_order(units, inner, m), own)
             found[dim] = torch.empty_like(here)
             found[dim][there] = here
         return found
@@ -88,5 +88,7 @@ def _placed(tensor: Tensor, partners: Partners) -> Tensor:
 
 def _rows(tensor: Tensor, span: Span, size: int) -> Tensor:
     """A tensor as one row per unit: (size, everything else)."""
-    own = tensor.movedim(span.axis.dim, 0).narrow(0, span.start, size * span.block)
-    return own.reshape(size, -1)
+    own = tensor.movedim(span.axis.dim, 0)
+    if span.entries:  # not one behind the other
+        return own[span_index(torch.arange(size), span)].reshape(size, -1)
+    return own.narrow(0, span.start, size * span.block).reshape(size, -1)

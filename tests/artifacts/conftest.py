@@ -9,7 +9,7 @@ import pytest
 from loopback import KEY, Front, Store, Workspace
 from moto.server import ThreadedMotoServer
 
-from stages.artifacts import bucket
+from stages.artifacts import bucket, client
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import ArtifactsSection
 
@@ -85,6 +85,7 @@ def workspace(clean_machine, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(bucket, "PAUSE", 0.01)
+    monkeypatch.setattr(client, "BUSY_PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ none: it is taken from the map, and put back into the sums by what each tap sees
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -189,6 +189,11 @@ def weight_gradient(x: Tensor, size: Sequence[int], y: Tensor, **convolution: Se
 
     In the type of x, and no shorter: on GPUs convolutions would else be taken in TF32.
     """
-    own = torch.backends.cudnn.flags(True, False, True, False) if x.is_cuda else nullcontext()
+    own = _exact() if x.is_cuda else nullcontext()
     with own:
         return conv2d_weight(x, size, y, **convolution)
+
+
+def _exact() -> AbstractContextManager[None]:
+    """cuDNN without TF32, by the same kernel each time."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -89,8 +89,9 @@ def export(module: nn.Module, example: Tensor) -> Exported:
         except (
             Exception
         ) as error:  # whatever torch or a forward raises is about the user's module: said in one line
+            said = _first_line(error).replace(str(INPUT), "n")  # the number that stands for the batch
             raise InputError(
-                f"{type(module).__name__}: torch.export cannot read it ({_first_line(error)}); "
+                f"{type(module).__name__}: torch.export cannot read it ({said}); "
                 "allowed: a forward of one tensor without branches on its values"
             ) from error
     signature = program.graph_signature

@@ -259,7 +259,8 @@ def test_an_alignment_of_nothing_leaves_values_as_they_are():
     alignment = Alignment(2)
     assert not alignment.groups
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    layout = trace(network, torch.zeros(1, 3)).layouts["_0"]
+    layout = trace(network, torch.zeros(1, 3)).layouts
+    layout = list(layout.values())[1]
     assert not alignment.touches(layout)
     value = torch.randn(2, 4)
     assert alignment.view(value, layout, 1, {"0": 4}, 0) is value
