@@ -13,7 +13,7 @@ from stages.core.images.batches import normalise
 from stages.core.images.decoding import ahead
 from stages.core.images.load import ImageSet
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.schedule import cycle
+from stages.core.runtime.schedule import cycle, parameter_groups
 from stages.core.settings.profiles import Data, Finetune
 
 COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy")
@@ -82,13 +82,6 @@ def _row(epoch: int, rate: float, means: Tensor, settings: Finetune) -> dict[str
             f"allowed: a learning_rate below {settings.learning_rate:g}"
         )
     return dict(zip(COLUMNS, (epoch, *(f"{number:.6g}" for number in (rate, loss, accuracy))), strict=True))
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of linear maps decay; vectors (biases, norm scales and shifts) do not."""
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _check(network: nn.Module, images: ImageSet, data: Data, device: torch.device) -> None:

@@ -57,7 +57,7 @@ class KeptEntries:
 
 def _parameters(network: MergedNetwork, node: Node) -> Iterator[tuple[nn.Parameter, int, slice]]:
     """A node's parameters, the dimension of each that lies on the outputs, and which outputs they are."""
-    if f"{node.name}_" not in network.maps:
+    if not network.has_map(node):
         return
     module = network.map_of(node)
     if isinstance(module, BlockMap):

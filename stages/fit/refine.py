@@ -28,7 +28,7 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Refine
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.progress import Bar
-from stages.core.runtime.schedule import cycle
+from stages.core.runtime.schedule import cycle, parameter_groups
 from stages.core.sweep.memory import check_memory
 from stages.core.sweep.norms import statistics_bytes
 from stages.fit.held_out import Examiner, Images, Look, read
@@ -255,13 +255,7 @@ def _check(network: MergedNetwork, images: Sequence[Images], settings: Refine, o
 
 
 def _optimizer(network: MergedNetwork, settings: Refine) -> torch.optim.AdamW:
-    """Linear maps decay; vectors (biases, norm scales and shifts) do not."""
-    maps = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": maps, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(network, settings.weight_decay)
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.networks.architectures import ARCHITECTURES, build
+from stages.core.networks.checkpoints import COUNTER
 from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Architecture
 
 Tensors = Mapping[str, Tensor]
-_UNUSED_TENSOR = "num_batches_tracked"  # old files lack it
 
 
 def recognise(
@@ -61,7 +61,7 @@ def norms(network: nn.Module) -> str:
 
 def difference(own: Mapping[str, tuple[int, ...]], state: Tensors) -> list[str]:
     """One phrase for each tensor that only one of the two has, or that has another shape."""
-    needed = {name for name in own if not name.endswith(_UNUSED_TENSOR)}
+    needed = {name for name in own if not name.endswith(COUNTER)}
     return [
         *(f"{name}: not in the file" for name in needed - set(state)),
         *(f"{name}: in the file alone" for name in state if name not in own),

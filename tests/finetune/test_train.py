@@ -5,8 +5,9 @@ from torch import nn
 from stages.core.images.load import ImageSet
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.schedule import parameter_groups
 from stages.core.settings.profiles import Data, Finetune
-from stages.finetune.train import COLUMNS, parameter_groups, train
+from stages.finetune.train import COLUMNS, train
 
 CPU = torch.device("cpu")
 DATA = Data(kind="digits", key="x", size=8, channels=1)

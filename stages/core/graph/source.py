@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stages.core.graph.nodes import Graph, Node, node_parameters
 from stages.core.graph.operations import run_graph, run_node
-from stages.core.graph.trace import Trace
+from stages.core.graph.trace import Trace, lay_out
 from stages.core.units.groups import State
 
 
@@ -51,3 +51,14 @@ class Source:
     def __call__(self, x: Tensor) -> Tensor:
         """The source's own logits."""
         return run_graph(self.graph, self.state, x)
+
+
+def trace_among(
+    sources: Sequence[Source],
+    graph: Graph,
+    parameters: Mapping[str, tuple[int, ...]],
+    example: Sequence[int],
+) -> Trace:
+    """The trace of one of ``sources`` of the same graph and tensors, or one that is made: as ``lay_out``."""
+    found = (s.trace for s in sources if s.trace.graph == graph and s.trace.parameters == parameters)
+    return next(found, None) or lay_out(graph, parameters, example)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from stages.core.graph.compare import check_alike
 from stages.core.graph.nodes import graph_from_json, graph_to_json
-from stages.core.graph.source import Source, Task
-from stages.core.graph.trace import lay_out
+from stages.core.graph.source import Source, Task, trace_among
 from stages.core.runtime.files import read_json, read_tensors, sha256, write_json, write_tensors
 from stages.core.settings.params import Params
 
@@ -49,11 +48,7 @@ def load_sources(params: Params, device: torch.device) -> list[Source]:
         about, (tensors, _) = read_json(path.with_suffix(".json")), read_tensors(path)
         state = {key: tensor.to(device) for key, tensor in tensors.items()}
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        graph, first = graph_from_json(about["graph"]), sources[0].trace if sources else None
-        if first is not None and first.graph == graph and first.parameters == shapes:
-            trace = first
-        else:
-            trace = lay_out(graph, shapes, about["example"])
+        trace = trace_among(sources, graph_from_json(about["graph"]), shapes, about["example"])
         sources.append(Source(trace, state, Task(name, tuple(about["classes"])), {"sha256": sha256(path)}))
     check_alike(sources, params.active.labels)
     return sources

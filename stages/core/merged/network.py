@@ -122,7 +122,7 @@ class MergedNetwork(nn.Module):
     def _runs_apart(self, node: Node) -> bool:
         """Whether a node without parameters may run on each piece of its inputs alone."""
         lined_up = any(f"{_key(node)}{i}" in self.maps for i in range(len(node.inputs)))
-        if node.parameters or _key(node) in self.maps or lined_up:
+        if node.parameters or self.has_map(node) or lined_up:
             return False
         held = {len(self._pieces[name]) for name in (*node.inputs, node.name)}
         dims = {self.trace.layouts[name].dim for name in node.inputs}
@@ -152,7 +152,7 @@ class MergedNetwork(nn.Module):
 
     def run_node(self, node: Node, inputs: Sequence[Tensor], task: int | None = None) -> Tensor:
         """One operation of the merged network. task: whose correction is applied, where there is one."""
-        if _key(node) not in self.maps:
+        if not self.has_map(node):
             return run_node(node, self._lined_up(node, inputs), {})
         return self._corrected(node, self.maps[_key(node)](*inputs), task, slice(None))
 
@@ -174,6 +174,10 @@ class MergedNetwork(nn.Module):
             2, *[-1 if d == dim else 1 for d in range(value.dim())]
         )
         return value * scale + shift
+
+    def has_map(self, node: Node) -> bool:
+        """Whether a node has parameters or entries of its own here: ``map_of`` gives them."""
+        return _key(node) in self.maps
 
     def map_of(self, node: Node) -> nn.Module:
         """The BlockMap of a linear node, the batch norm of a batch_norm node, the MergedLayer of others."""
@@ -198,7 +202,7 @@ class MergedNetwork(nn.Module):
         every = task is None or any(node.parameters for node in tail)
         pieces = self.map_of(self.head).on_pieces(features, None if every else task)
         for node in tail:
-            if _key(node) in self.maps:
+            if self.has_map(node):
                 sizes = [piece.shape[1] for piece in pieces]
                 pieces = list(self.run_node(node, [torch.cat(pieces, 1)]).split(sizes, 1))
             else:

@@ -18,7 +18,7 @@ _WRAPPERS = ("model", "net", "state_dict", "model_state_dict", "model_ema", "ema
 # What wraps of DataParallel, torch.compile and a script's own classes put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 # Files from before PyTorch 0.4.1 lack it, and it does not affect the outputs.
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -65,7 +65,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None
     """
     own = module.state_dict()
     state = _fitted(state, own)
-    missing = [key for key in own if key not in state and not key.endswith(_COUNTER)]
+    missing = [key for key in own if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
         raise InputError(

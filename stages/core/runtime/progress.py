@@ -25,6 +25,10 @@ class Bar(tqdm):
             named |= {"file": io.StringIO(), "delay": LINE_PERIOD, "mininterval": LINE_PERIOD, "miniters": 1}
         super().__init__(*given, **{"delay": DELAY, **named, "leave": False, "disable": not shown})
 
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **named: Any) -> None:
+        """tqdm's; a line is never said before its time."""
+        super().set_postfix(ordered_dict, refresh and not self.lines, **named)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self.lines:
             return super().display(msg, pos)

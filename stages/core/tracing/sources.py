@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from stages.core.graph.compare import check_alike
-from stages.core.graph.source import Source, Task
-from stages.core.graph.trace import lay_out
+from stages.core.graph.source import Source, Task, trace_among
 from stages.core.tracing.known import read_known
 from stages.core.tracing.verify import verify
 
@@ -25,11 +24,8 @@ def make_sources(
         readings.append(reading := read_known(network, example))
         state = {name: tensor.detach().to(example.device) for name, tensor in reading.state(network).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        first = next(
-            (s.trace for s, r in zip(sources, readings, strict=False) if r.graph == reading.graph), None
-        )
-        known = first if first is not None and first.parameters == shapes else None
-        sources.append(Source(known or lay_out(reading.graph, shapes, example[:1].shape), state, task))
+        trace = trace_among(sources, reading.graph, shapes, example[:1].shape)
+        sources.append(Source(trace, state, task))
     check_alike(sources, labels)
     verify(networks[0], sources[0].trace, example[:2].cpu(), state_of=readings[0].state)
     return sources

@@ -41,6 +41,14 @@ def test_without_a_terminal_long_work_is_a_line_each_period(no_terminal, monkeyp
     assert no_terminal.messages[1] == "fit pleas: 12 of 40 node, 02:00 gone, about 04:40 left"
 
 
+def test_what_stands_behind_the_bar_is_no_line_of_its_own(no_terminal):
+    with Bar(total=3, desc="refine") as bar:
+        for loss in (3.0, 2.0, 1.0):
+            bar.set_postfix({"held out": loss})
+            bar.update()
+    assert no_terminal.messages == []
+
+
 def test_bytes_are_readable(no_terminal):
     bar = Bar(total=4_000_000, desc="model.pth", unit="B", unit_scale=True, initial=1_000_000)
     assert bar.line().startswith("model.pth: 1.00MB of 4.00MB, 00:00 gone")

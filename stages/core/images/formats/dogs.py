@@ -3,7 +3,7 @@
 import io
 
 from stages.core.images.archives import Archive
-from stages.core.images.formats.listing import Entries, Listing, check_present, folder_of
+from stages.core.images.formats.listing import Entries, Listing, check_present, folder_of, numbered_from_one
 from stages.core.runtime.errors import InputError
 
 
@@ -24,11 +24,7 @@ def read(archive: Archive, title: str) -> Listing:
         found = [(f"{images}Images/{file}", label) for file, label in rows]
         check_present(archive, (name for name, _ in found), source, title)
         splits.append(found)
-    labels = sorted(names)  # the lists count from 1
-    index = {label: position for position, label in enumerate(labels)}
-    train, test = ([(name, index[label]) for name, label in rows] for rows in splits)
-    classes = tuple(names[label] for label in labels)
-    return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))
+    return numbered_from_one(names, *splits)
 
 
 def _rows(archive: Archive, source: str) -> Entries:

@@ -41,6 +41,15 @@ class Listing:
     numbers: tuple[int, ...] | None = None
 
 
+def numbered_from_one(names: dict[int, str], train: Entries, test: Entries) -> Listing:
+    """A listing of images by the data set's own class numbers, which count from 1. names: of the classes."""
+    labels = sorted(names)
+    index = {label: position for position, label in enumerate(labels)}
+    train, test = ([(name, index[label]) for name, label in rows] for rows in (train, test))
+    classes = tuple(names[label] for label in labels)
+    return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))
+
+
 def open_image(archive: Archive, name: str) -> "Image":
     """An image whose header is read. No other decoder is asked: that of PostScript starts a program.
 

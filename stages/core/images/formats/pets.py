@@ -1,7 +1,14 @@
 """Oxford-IIIT Pets: `images/*.jpg` and the lists `annotations/trainval.txt` and `test.txt`, 37 breeds."""
 
 from stages.core.images.archives import Archive
-from stages.core.images.formats.listing import Listing, check_present, folder_of, table, whole_number
+from stages.core.images.formats.listing import (
+    Listing,
+    check_present,
+    folder_of,
+    numbered_from_one,
+    table,
+    whole_number,
+)
 from stages.core.runtime.errors import InputError
 
 
@@ -26,8 +33,4 @@ def read(archive: Archive, title: str) -> Listing:
             rows.append((f"{images}images/{image}.jpg", label))
         check_present(archive, (name for name, _ in rows), source, title)
         splits.append(rows)
-    labels = sorted(names)  # the lists count from 1
-    index = {label: position for position, label in enumerate(labels)}
-    train, test = ([(name, index[label]) for name, label in rows] for rows in splits)
-    classes = tuple(names[label] for label in labels)
-    return Listing(classes, train, test, numbers=tuple(label - 1 for label in labels))
+    return numbered_from_one(names, *splits)
