@@ -6,6 +6,7 @@ kernels, of its memory and of its speed.
 """
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -119,6 +120,19 @@ def _check(function, args, kwargs):
         raise RuntimeError(f"{SPREAD} ({getattr(function, '__name__', function)})")
 
 
+_plain_submit = ThreadPoolExecutor.submit
+
+
+def _submit(pool, function, /, *args, **kwargs):
+    """``submit`` into a thread that has the mode too: modes belong to the thread that enters them."""
+
+    def within(*args, **kwargs):
+        with _Mode():
+            return function(*args, **kwargs)
+
+    return _plain_submit(pool, within, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def pretend_gpu(free=64 * 2**30):
     """A machine with one GPU and so many bytes free on it."""
@@ -138,6 +152,7 @@ def pretend_gpu(free=64 * 2**30):
         with contextlib.ExitStack() as stack:
             for name, answer in answers.items():
                 stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=answer))
+            stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", _submit))
             stack.enter_context(_Mode())
             yield GPU
     finally:
