@@ -25,11 +25,11 @@ def images(style):
     return torch.randint(0, 11, (6, *shape)) if len(shape) == 1 else torch.randn(6, *shape)
 
 
-def merged(networks, x, budget, labels="shared"):
+def merged(networks, x, budget, labels="shared", by="weights"):
     given = {"a": [x[: len(x) // 2]], "b": [x[len(x) // 2 :]]}
     return merge(
         dict(zip("ab", networks, strict=True)), given, budget, labels=labels, fit={"solver": "average"},
-        match={"by": "weights"}, progress=False,
+        match={"by": by}, progress=False,
     ).double()  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _small_vgg():
 def test_of_the_sources_size_its_state_loads_into_the_original_class(make):
     make, size = make
     networks, x = [make().eval() for _ in range(2)], torch.randn(4, 3, size, size)
-    network = merged(networks, x, 1.0, "separate")
+    network = merged(networks, x, 1.0, "separate", "identity")
     plain, original = network.plain(task="b"), make().double().eval()
     original.load_state_dict(plain.state_dict(), strict=True)
     torch.testing.assert_close(original(x.double()), network(x.double(), "b"), rtol=1e-6, atol=1e-6)
@@ -105,7 +105,7 @@ def trained(network, x, steps=10):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
