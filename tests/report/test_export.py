@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +95,12 @@ def test_it_runs_as_a_command(tmp_path, monkeypatch):
     network.save("models/recalibrate/one.safetensors")
     main("one", "--to", "model.pt2")
     assert (tmp_path / "model.pt2").stat().st_size > 1000
+
+
+def test_the_page_runs_as_it_is_written(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    network, images = merged("option A")
+    network.save("merged.safetensors")
+    exec(compile(code, "docs/export.md", "exec"), {"images": images})
