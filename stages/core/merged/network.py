@@ -20,6 +20,7 @@ from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, held_pieces
 from stages.core.merged.blocks import BlockMap
+from stages.core.merged.plain import make_plain
 from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_tensors
@@ -282,6 +283,14 @@ class MergedNetwork(nn.Module):
     def _apart(self, name: str, whole: Tensor) -> list[Tensor]:
         sizes = [piece.stop - piece.start for piece in self._pieces[name]]
         return list(whole.split(sizes, self.trace.layouts[name].dim))
+
+    def plain(self, task: str | None = None, fold: bool = False) -> nn.Module:
+        """An ordinary network of torch's own layers under the sources' names, which gives what ``net(x, task)`` gives.
+
+        A torch.fx.GraphModule with copies of the weights, zeros where there is no block. fold: batch norms are
+        folded into the linear maps that they alone read. Raises InputError for a task that is not there.
+        """
+        return make_plain(self, self._index(task), fold)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that ``load_merged`` reads without the code of the source networks."""

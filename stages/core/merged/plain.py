@@ -1,0 +1,346 @@
+"""A merged network as an ordinary network: torch's own layers under the sources' module paths, zeros between blocks.
+
+The result is a torch.fx.GraphModule whose code calls torch alone.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from stages.core.graph.folding import exclusive_norms
+from stages.core.graph.nodes import Node, oriented
+from stages.core.graph.operations import OPERATIONS
+from stages.core.merged.arrangement import pieces_of
+from stages.core.merged.blocks import BlockMap
+from stages.core.merged.plain_layers import layer_of
+from stages.core.merged.unit_layers import Moved, ViewNorm, reduced_dims
+from stages.core.runtime.errors import InputError
+
+
+@torch.no_grad()
+def make_plain(network: nn.Module, task: int | None, fold: bool) -> torch.fx.GraphModule:
+    """The merged network ``network``, or one task's own head of it. fold: batch norms into the layers before them.
+
+    Where several nodes use one tensor of the source (a layer that is called twice) and their merged tensors differ,
+    the second and later ones get a name of their own: ``<name>_1``. Raises InputError for a module path that torch.fx
+    keeps for itself.
+    """
+    writer = _Writer(network, fold)
+    x = writer.proxy(writer.graph.placeholder("x"))
+    output = writer.whole(x, task)
+    writer.graph.output(output.node)
+    writer.graph.lint()
+    plain = torch.fx.GraphModule(writer.root, writer.graph, "Plain")
+    return plain.train(network.training)
+
+
+class _Writer:
+    """Writes a merged network's nodes as calls of torch.fx, with the tensors and layers that they need."""
+
+    def __init__(self, network: nn.Module, fold: bool) -> None:
+        self.net, self.trace = network, network.trace
+        self.root, self.graph = nn.Module(), torch.fx.Graph()
+        self.tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        self.made: dict[str, nn.Module | Tensor] = {}  # path: what is there
+        self.norms: dict[str, Node] = {}
+        if fold:
+            outside = {*network.corrected, *self.trace.graph.logits}
+            inside = exclusive_norms(self.trace.graph)
+            outside |= {node.name for node in self.trace.graph.nodes if not node.linear}
+            self.norms = {name: norm for name, norm in inside.items() if name not in outside}
+        self.gone = {norm.name for norm in self.norms.values()}
+
+    def proxy(self, node: torch.fx.Node) -> Proxy:
+        return Proxy(node, self.tracer)
+
+    def whole(self, x: Proxy, task: int | None) -> Proxy:
+        """The output, as ``MergedNetwork.forward`` has it."""
+        if task is None and self.net.corrected:
+            return torch.cat([self.whole(x, m) for m in range(self.net.networks)], 1)
+        logits = self.trace.graph.logits if self.net.labels == "separate" else set()
+        values = {self.trace.graph.nodes[0].name: x}
+        for node in self.trace.graph.nodes[1:]:
+            if node.name in logits:
+                return self._heads(values[self.net.head.inputs[0]], task)
+            values[node.name] = self.node(node, [values[name] for name in node.inputs], task)
+        return values[self.trace.graph.output.name]
+
+    def _heads(self, x: Proxy, task: int | None) -> Proxy:
+        tail, head = self.trace.graph.tail, self.net.head
+        alone = task is not None and not self.net.corrected and not any(node.parameters for node in tail)
+        if alone:
+            value = self.linear(head, x, self.net.arrangement(head.name).positions[task])
+            pieces = [value]
+        else:
+            pieces = self._cut(self.linear(head, x))
+        for node in tail:
+            if self.net.has_map(node):
+                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+                pieces = self._cut(self.node(node, [whole], None))
+            else:
+                pieces = [self.node(node, [piece], None) for piece in pieces]
+        if task is not None:
+            return pieces[0 if alone else task]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def _cut(self, whole: Proxy) -> list[Proxy]:
+        own = pieces_of(self.net.arrangement(self.net.head.name))
+        return [whole.narrow(1, p.start, p.stop - p.start) for p in own] if len(own) > 1 else [whole]
+
+    def node(self, node: Node, inputs: Sequence[Proxy], task: int | None) -> Proxy:
+        """One operation, with its correction for a task."""
+        value = inputs[0] if node.name in self.gone else self._operation(node, list(inputs))
+        if task is None or node.name not in self.net.corrected:
+            return value
+        own = getattr(self.net, f"correction_{node.name}")[:, task]
+        dim = self.trace.layouts[node.name].dim
+        scale, shift = own.view(2, *[-1 if d == dim else 1 for d in range(len(self.trace.shapes[node.name]))])
+        names = f"corrections.{node.name}.scale{task}", f"corrections.{node.name}.shift{task}"
+        return value * self._tensor(names[0], scale, False) + self._tensor(names[1], shift, False)
+
+    def _operation(self, node: Node, inputs: list[Proxy]) -> Proxy:
+        if not self.net.has_map(node):
+            for i, name in enumerate(node.inputs):
+                key = f"{node.name}_{i}"
+                if key in self.net.maps:
+                    inputs[i] = self._moved(self.net.maps[key], inputs[i], len(self.trace.shapes[name]))
+            return self._call(node, inputs, {}, node.attributes)
+        module = self.net.map_of(node)
+        if isinstance(module, BlockMap):
+            return self.linear(node, inputs[0])
+        if isinstance(module, Moved):
+            whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs, module.dim)
+            return self._moved(module, whole, len(self.trace.shapes[node.inputs[0]]))
+        if node.operation == "batch_norm":
+            return self._layer(node, copy.deepcopy(module), "running_mean", inputs[0])
+        if isinstance(module, ViewNorm) and module.view0 is not None:
+            return self._view_norm(node, module, inputs[0])
+        layer = layer_of(node, module.attributes, dict(module.named_parameters()), self._tails(node))
+        if layer is not None and self._owns(node):
+            x = inputs[0].long() if node.operation == "embedding" else inputs[0]
+            return self._layer(node, layer, "weight", x)
+        attributes = {key: value for key, value in module.attributes.items() if key != "view"}
+        return self._call(node, inputs, self._parameters(node, module), attributes)
+
+    # -- parameters and layers --------------------------------------------------------------------------------------
+
+    def linear(self, node: Node, x: Proxy, rows: Tensor | None = None) -> Proxy:
+        """A linear map as one dense layer; ``rows``: of these outputs alone."""
+        module = self.net.map_of(node)
+        weight = dense_weight(module)
+        bias = None if module.bias is None else module.bias.detach().clone()
+        if node.name in self.norms:
+            weight, bias = _folded(self.net.map_of(self.norms[node.name]), weight, bias)
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        own = {"weight": oriented(node, weight).contiguous(), **({} if bias is None else {"bias": bias})}
+        if self._owns(node):
+            return self._layer(node, layer_of(node, node.attributes, own, ()), "weight", x)
+        roles = {"bias": f"{node.parameters['weight']}_bias", **node.parameters}
+        found = {role: self._tensor(roles[role], tensor) for role, tensor in own.items()}
+        return self._call(node, [x], found, node.attributes)
+
+    def _owns(self, node: Node) -> bool:
+        """Whether a node's tensors in the source are called as those of one of torch's layers."""
+        paths = {name.rpartition(".")[0] for name in node.parameters.values()}
+        named = all(name == f"{name.rpartition('.')[0]}.{role}" for role, name in node.parameters.items())
+        return len(paths) == 1 and named and "" not in paths
+
+    def _tails(self, node: Node) -> tuple[int, ...]:
+        """The sizes that a layer norm reduces, of the merged value."""
+        return self._shape(node.name)[-node.attributes.get("rank", 1) :] if "eps" in node.attributes else ()
+
+    def _shape(self, value: str) -> tuple[int, ...]:
+        shape = list(self.trace.shapes[value])
+        shape[self.trace.layouts[value].dim] = self.net.arrangement(value).width
+        return tuple(shape)
+
+    def _layer(self, node: Node, layer: nn.Module, role: str, x: Proxy) -> Proxy:
+        path = self._place(node.parameters[role].rpartition(".")[0], layer)
+        return self.proxy(self.graph.call_module(path, (x.node,)))
+
+    def _parameters(self, node: Node, module: nn.Module) -> dict[str, Proxy]:
+        found = {}
+        for role, tensor in module.named_parameters():
+            name = node.parameters[role]
+            own = as_source(tensor.detach(), self.trace.parameters[name])
+            value = self._tensor(name, own)
+            found[role] = (
+                value.reshape(tuple(tensor.shape))
+                if own.numel() == tensor.numel() > 1 and (own.shape != tensor.shape)
+                else value
+            )
+            if own.numel() < tensor.numel():  # one for all units
+                found[role] = value.reshape([1] * tensor.dim())
+                if node.operation == "prelu":
+                    found[role] = value
+        return found
+
+    def _tensor(self, name: str, tensor: Tensor, trained: bool = True) -> Proxy:
+        value = tensor.detach().clone()
+        whole = nn.Parameter(value) if trained and value.is_floating_point() else value
+        return self.proxy(self.graph.get_attr(self._place(name, whole)))
+
+    def _place(self, path: str, item: nn.Module | Tensor) -> str:
+        """Put a layer or a tensor under a path, or where an equal one is; the path."""
+        wanted, number = path, 0
+        while (path in self.made) or self._occupied(path):
+            if path in self.made and _equal(self.made[path], item):
+                return path
+            number += 1
+            path = f"{wanted}_{number}"
+        self.made[path] = item
+        module, (*parents, last) = self.root, path.split(".")
+        if (parents or [last])[0] in dir(torch.fx.GraphModule):
+            raise InputError(f"{path}: a name that torch.fx has itself; allowed: another name of the module")
+        for part in parents:
+            if not hasattr(module, part):
+                setattr(module, part, nn.Module())
+            module = getattr(module, part)
+        if isinstance(item, nn.Module | nn.Parameter):
+            setattr(module, last, item)
+        else:
+            module.register_buffer(last, item)
+        return path
+
+    def _occupied(self, path: str) -> bool:
+        """Whether tensors lie below the path, or it lies below a layer."""
+        return any(
+            own.startswith(f"{path}.") or (path.startswith(f"{own}.") and isinstance(item, Tensor))
+            for own, item in self.made.items()
+        )
+
+    # -- operations -------------------------------------------------------------------------------------------------
+
+    def _call(self, node: Node, x: list[Proxy], p: Mapping[str, Proxy], a: Mapping[str, Any]) -> Proxy:
+        """What the table's operation does, in calls that look at no sizes but those known now."""
+        rank = len(self.trace.shapes[node.inputs[0]])
+        if node.operation == "rearrange":
+            return self._rearrange(node, x[0])
+        if node.operation == "pick":
+            return _picked(x[0], a["dim"] % rank, a["index"])
+        if node.operation == "slice":
+            at = (slice(None),) * (a["dim"] % rank) + (slice(a["start"], a["stop"], a["step"]),)
+            return x[0][at]
+        if node.operation == "select":
+            return x[0].select(a["dim"], a["index"])
+        if node.operation == "pad":
+            return F.pad(x[0], a["pad"], a.get("mode", "constant"), a.get("value"))
+        if node.operation == "layer_norm":
+            y = F.layer_norm(x[0], self._tails(node), None, None, a["eps"])
+            y = y * p["weight"] if "weight" in p else y
+            return y + p["bias"] if "bias" in p else y
+        if node.operation == "concatenate_parameter":
+            dim = a["dim"] % rank
+            sizes = [-1 if d == dim else n for d, n in enumerate(self._shape(node.inputs[0]))]
+            sizes[0] = x[0].shape[0]
+            both = [p["value"].expand(sizes), x[0]]
+            return torch.cat(both if a["first"] else both[::-1], dim)
+        return OPERATIONS[node.operation].run(x, p, a)
+
+    def _rearrange(self, node: Node, x: Proxy) -> Proxy:
+        a, shape, dim = node.attributes, self._shape(node.inputs[0]), self.trace.layouts[node.inputs[0]].dim
+        sizes: list[int] = []
+        for d, (atoms, free) in enumerate(zip(a["atoms"], a["free"], strict=True)):
+            own = list(atoms)
+            if free is not None:
+                others = math.prod(own[:free] + own[free + 1 :])
+                own[free] = shape[d] // others if d == dim else -1
+            sizes += own
+        final, at = [], 0
+        for count in a["groups"]:
+            own = [sizes[i] for i in a["order"][at : at + count]]
+            final.append(-1 if -1 in own else math.prod(own))
+            at += count
+        return x.reshape(sizes).permute(list(a["order"])).reshape(final)
+
+    def _moved(self, module: Moved, x: Proxy, rank: int) -> Proxy:
+        index = module.index_of
+        if bool((index < 0).any()):  # one more entry, of zeros
+            width = int(index.max()) + 1
+            x = x.narrow(module.dim, 0, width)
+            x = F.pad(x, [0, 0] * (rank - 1 - module.dim) + [0, 1])
+            index = torch.where(index < 0, width, index)
+        return _picked(x, module.dim, index.tolist())
+
+    def _view_norm(self, node: Node, module: ViewNorm, x: Proxy) -> Proxy:
+        """The entries of each owner by the mean of their views' statistics, as ViewNorm has it."""
+        dim, rank, eps = module.dim, len(self.trace.shapes[node.name]), module.attributes["eps"]
+        over, arrangement = reduced_dims(node, rank), self.net.arrangement(node.name)
+        views = [_picked(x, dim, arrangement.view(m).tolist()) for m in range(module.count)]
+        if node.operation == "normalize":
+            lengths = [view.norm(dim=dim, keepdim=True).clamp(min=eps) for view in views]
+        else:
+            means = [view.mean(over, keepdim=True) for view in views]
+            spreads = [view.var(over, correction=0, keepdim=True) for view in views]
+        parts = []
+        for piece in pieces_of(arrangement):
+            own = x.narrow(dim, piece.start, piece.stop - piece.start)
+            if node.operation == "normalize":
+                parts.append(own / _of(lengths, piece.owner))
+            else:
+                centred = own - _of(means, piece.owner)
+                parts.append(centred * (_of(spreads, piece.owner) + eps).rsqrt())
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        found = self._parameters(node, module)
+        for role, join in (("weight", torch.mul), ("bias", torch.add)):
+            if role in found:
+                flat = module.get_parameter(role).dim() == 1
+                shape = [-1 if d == dim else 1 for d in range(rank)]
+                y = join(y, found[role].reshape(shape) if flat else found[role])
+        return y
+
+
+def _of(values: Sequence[Proxy], owner: int) -> Proxy:
+    return values[owner] if owner >= 0 else sum(values[1:], values[0]) / len(values)
+
+
+def _picked(x: Proxy, dim: int, index: Sequence[int]) -> Proxy:
+    """Entries of a dimension, by numbers that stand in the code: they are no part of the state."""
+    start, many = (index[0], len(index)) if index else (0, 0)
+    if list(index) == list(range(start, start + many)):
+        return x.narrow(dim, start, many)
+    return x[(slice(None),) * dim + (list(index),)]
+
+
+def _equal(one: nn.Module | Tensor, two: nn.Module | Tensor) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, nn.Module) and isinstance(two, nn.Module) and repr(one) == repr(two):
+        own, other = one.state_dict(), two.state_dict()
+        return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    return False
+
+
+def as_source(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A merged parameter in its source's shape, where it has as many entries or one that all units have in common."""
+    if tensor.numel() == math.prod(shape):
+        return tensor.reshape(shape)
+    if math.prod(shape) == 1 and bool((tensor == tensor.flatten()[0]).all()):
+        return tensor.flatten()[:1].reshape(shape)
+    return tensor
+
+
+def dense_weight(module: BlockMap) -> Tensor:
+    """(rows, columns, *kernel) with zeros where there is no block."""
+    kernel = module.weights[0].shape[2:]
+    dense = module.weights[0].new_zeros(module.outputs.width, module.inputs.width, *kernel)
+    for block, weight in zip(module.blocks, module.weights, strict=True):
+        dense[block.start : block.stop, block.columns.to(dense.device)] = weight.detach()
+    return dense
+
+
+def _folded(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A linear map that gives what its batch norm makes of it."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale * norm.weight.detach() if norm.affine else scale
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    shift = shift * scale + norm.bias.detach() if norm.affine else shift * scale
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift
