@@ -23,7 +23,7 @@ from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing
 
-SUFFIXES = (".onnx", ".pt2")
+TARGETS = (".onnx", ".pt2")
 FOLDER = Path("models/recalibrate")
 USAGE = "METHOD --to model.onnx (or .pt2) [--task TASK]"
 
@@ -45,8 +45,8 @@ def main(method: str, *words: str) -> None:
 
 def check_target(path: Path) -> None:
     """Gate: before anything is loaded. Raises InputError for another suffix, and for a library that is absent."""
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: found suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+    if path.suffix not in TARGETS:
+        raise InputError(f"{path}: found suffix {path.suffix!r}; allowed: {', '.join(TARGETS)}")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; allowed: a file")
     above = next(own for own in path.absolute().parents if own.exists())

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-CONVOLUTIONS = {
+CONVOLUTION_LAYERS = {
     "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d, "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d, "conv_transpose3d": nn.ConvTranspose3d,
 }  # fmt: skip
@@ -22,8 +22,8 @@ def layer_of(
     weight, bias = tensors.get("weight"), "bias" in tensors
     if operation == "linear":
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias)
-    elif operation in CONVOLUTIONS:
-        layer = _convolution(CONVOLUTIONS[operation], attributes, weight, bias)
+    elif operation in CONVOLUTION_LAYERS:
+        layer = _convolution(CONVOLUTION_LAYERS[operation], attributes, weight, bias)
     elif operation == "embedding":
         layer = nn.Embedding(*weight.shape)
     elif operation == "layer_norm" and weight is not None and tuple(weight.shape) == tuple(sizes):
