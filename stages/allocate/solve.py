@@ -1,8 +1,8 @@
 """Choose how many units each group keeps separate: the largest benefit within the budget.
 
 Two steps. An integer program (HiGHS, through SciPy) over a grid of levels per group, exact in the products of the
-cost; then single units into what is left of the budget, the best benefit per cost first. Whole numbers throughout:
-the budget is never exceeded.
+cost, or minimum cuts where the network is large (``cut``); then single units into what is left of the budget, the
+best benefit per cost first. Whole numbers throughout: the budget is never exceeded.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,19 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from stages.allocate.cut import Cuts
 from stages.allocate.model import CostModel
 from stages.allocate.simple import prefix, uniform
 from stages.core.runtime.errors import InputError
 
+LARGEST = 8000  # product variables up to which the integer program is quick; above, minimum cuts
+FINEST, ARCS = 64, 400_000  # of the minimum cuts: levels per group, arcs
+
 
 @dataclass(frozen=True)
 class Allocation:
-    """separate: units of each group. benefit: reached, and bound: what no split on the grid can exceed, if known."""
+    """separate: units of each group. benefit: reached. bound: what no split can exceed, if known (no split on the grid,
+    from the integer program)."""
 
     separate: Mapping[str, int]
     cost: int
@@ -54,6 +59,8 @@ def allocate(
         separate, bound = dict.fromkeys(model.sizes, 0), 0.0
     elif by != "measured":
         separate, bound = {"uniform": uniform, "prefix": prefix}[by](model, limit), None
+    elif _plans(model, levels) > LARGEST:
+        separate, bound = _large(model, totals, limit, levels)
     else:
         separate, bound = _grid(model, totals, limit, levels, nodes)
         separate = _fill(model, totals, separate, limit)
@@ -64,13 +71,19 @@ def allocate(
     return Allocation(separate, cost, reached, None if bound is None else max(float(bound), reached))
 
 
+def _plans(model: CostModel, levels: int) -> int:
+    """Variables that the integer program has for the products."""
+    sizes = {g: len(grid) for g, grid in _grids(model, levels).items()}
+    return sum(sizes[i] * sizes[o] for i, o in model.product if i != o)
+
+
 def _grid(
     model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int, nodes: int
 ) -> tuple[dict[str, int], float]:
     """The integer program. One binary per group and level; a product of two groups' levels is a transport plan
     between their binaries, which is exact as soon as they are whole."""
     names = list(model.sizes)
-    grids = {g: sorted({round(i * d / levels) for i in range(levels + 1)}) for g, d in model.sizes.items()}
+    grids = _grids(model, levels)
     first, count = {}, 0
     for g in names:
         first[g], count = count, count + len(grids[g])
@@ -121,32 +134,65 @@ def _grid(
     return separate, bound
 
 
+def _large(
+    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int
+) -> tuple[dict[str, int], float]:
+    """Minimum cuts: the solution below the budget filled up, or the one above it trimmed, whichever gains more."""
+    while levels < FINEST and _plans(model, 2 * levels) <= ARCS:  # a finer grid has a closer bound
+        levels *= 2
+    low, high, bound = Cuts(model, totals, _grids(model, levels)).around(limit)
+    trimmed = _trim(model, totals, high, limit)
+    filled = [_fill(model, totals, start, limit) for start in (low, trimmed)]
+    return max(filled, key=lambda split: sum(totals[g][s] for g, s in split.items())), bound
+
+
+def _grids(model: CostModel, levels: int) -> dict[str, list[int]]:
+    return {g: sorted({round(i * d / levels) for i in range(levels + 1)}) for g, d in model.sizes.items()}
+
+
 def _fill(
     model: CostModel, totals: Mapping[str, np.ndarray], separate: dict[str, int], limit: int
 ) -> dict[str, int]:
     """Add single units while they fit, the best benefit per cost first."""
-    separate, cost = dict(separate), model.cost(separate)
+    names, cost = list(model.sizes), model.cost(separate)
+    count = np.array([separate[g] for g in names])
+    steps, change = _steps(model, names, count)
+    gains = [np.append(np.diff(totals[g]), -np.inf) for g in names]  # a full group has nothing to add
+    gain = np.array([gains[n][s] for n, s in enumerate(count)])
     while True:
-        best, best_ratio, best_step = None, -1.0, 0
-        for g, d in model.sizes.items():
-            if separate[g] == d:
-                continue
-            step = model.step(separate, g)
-            ratio = (totals[g][separate[g] + 1] - totals[g][separate[g]]) / max(step, 1)
-            if cost + step <= limit and ratio > best_ratio:
-                best, best_ratio, best_step = g, ratio, step
-        if best is None:
-            return separate
-        separate[best] += 1
-        cost += best_step
+        ratio = np.where(cost + steps <= limit, gain / np.maximum(steps, 1), -np.inf)
+        best = int(np.argmax(ratio))
+        if ratio[best] == -np.inf:
+            return dict(zip(names, count.tolist(), strict=True))
+        cost += int(steps[best])
+        count[best] += 1
+        gain[best] = gains[best][count[best]]
+        steps -= change[:, best]
 
 
 def _trim(
     model: CostModel, totals: Mapping[str, np.ndarray], separate: dict[str, int], limit: int
 ) -> dict[str, int]:
-    """Take single units away until the budget holds, the least benefit first."""
-    separate = dict(separate)
-    while model.cost(separate) > limit:
-        lost = {g: totals[g][s] - totals[g][s - 1] for g, s in separate.items() if s}
-        separate[min(lost, key=lost.get)] -= 1
-    return separate
+    """Take single units away until the budget holds, the least benefit per cost first."""
+    names, cost = list(model.sizes), model.cost(separate)
+    count = np.array([separate[g] for g in names])
+    steps, change = _steps(model, names, count)
+    losses = [np.insert(np.diff(totals[g]), 0, np.inf) for g in names]  # an empty group has nothing to give
+    while cost > limit:
+        freed = steps + change.diagonal()  # the step up to here, from one unit fewer
+        lost = np.array([losses[n][s] for n, s in enumerate(count)])
+        worst = int(np.argmin(lost / np.maximum(freed, 1)))
+        cost -= int(freed[worst])
+        count[worst] -= 1
+        steps += change[:, worst]
+    return dict(zip(names, count.tolist(), strict=True))
+
+
+def _steps(model: CostModel, names: list[str], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What one more unit of each group costs, and how much less once another has one more: (G,) and (G, G)."""
+    at = {g: n for n, g in enumerate(names)}
+    change = np.zeros((len(names), len(names)), dtype=np.int64)
+    for (i, o), q in model.product.items():
+        change[at[i], at[o]] += q
+        change[at[o], at[i]] += q
+    return np.array([model.step(dict(zip(names, count.tolist(), strict=True)), g) for g in names]), change
