@@ -272,6 +272,21 @@ class Volume(nn.Module):
         )
 
 
+class Einsum(nn.Module):
+    """Attention written with einsum, one product of which puts its dimensions in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, c = x.shape
+        q, k, v = (y.view(n, t, 2, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        attn = torch.einsum("bhid, bhjd -> bhij", q, k).softmax(-1)
+        return self.head((x + torch.einsum("bhij,bhjd->bihd", attn, v).reshape(n, t, c)).mean(1))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -292,6 +307,7 @@ STYLES = {
     "res2net": (Res2, IMAGE),
     "ghostnet": (Ghost, IMAGE),
     "hand-written vit": (HandViT, IMAGE),
+    "einsum": (Einsum, IMAGE),
     "swin": (Windows, IMAGE),
     "transformer encoder": (lambda: Encoder(True), (6,)),
     "sequence first": (lambda: Encoder(False), (6,)),

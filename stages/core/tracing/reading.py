@@ -351,6 +351,43 @@ class _Reader:
 
     _bmm = _mm = _matmul
 
+    def _einsum(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+        """Of two values as one product of matrices: letters of both, one of each, one that is summed over."""
+        tensors = list(given["tensors"])
+        terms, _, out = given["equation"].replace(" ", "").partition("->")
+        a, _, b = terms.partition(",")
+        both = [c for c in a if c in b and c in out]
+        summed = [c for c in a if c in b and c not in out]
+        rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
+        made = [*both, *rows, *columns]
+        plain = all(len({*t}) == len(t) and t.isalpha() for t in (a, b, out)) and sorted(made) == sorted(out)
+        single = len(summed) == len(rows) == len(columns) == 1
+        if len(tensors) != 2 or not (plain and single and all(self._is_value(t) for t in tensors)):
+            raise self._unknown(fx, f"einsum {given['equation']}")
+        own, names = self._name(fx, {}), []
+        wanted = ([*both, *rows, *summed], [*both, *summed, *columns], list(out))
+        for i, (tensor, term) in enumerate(zip(tensors, (a, b), strict=True)):
+            names.append(
+                self._ordered(f"{own}_{i}", self._value(tensor), self._shape(tensor), term, wanted[i])
+            )
+        name = own if made == wanted[2] else f"{own}_product"
+        self.nodes.append(Node(name, "matmul", tuple(names), {}, {}))
+        self.taken.add(name)
+        sizes = dict(zip(out, self._shape(fx), strict=True))
+        self.names[fx] = self._ordered(own, name, [sizes[c] for c in made], made, wanted[2])
+
+    def _ordered(
+        self, name: str, value: str, shape: list[int], found: Sequence[str], wanted: Sequence[str]
+    ) -> str:
+        """A value whose dimensions are named ``found``, in the order ``wanted``."""
+        if list(found) == list(wanted):
+            return value
+        factors = Factors.of(shape)
+        factors.permute([list(found).index(c) for c in wanted])
+        self.nodes.append(Node(name, "rearrange", (value,), factors.attributes(), {}))
+        self.taken.add(name)
+        return name
+
     def _convolve(self, fx: torch.fx.Node, name: str, given: Mapping[str, Any]) -> None:
         spatial = len(self._shape(given["input"])) - 2
         parameters = self._roles(fx, given, {"weight": "weight", "bias": "bias"})
