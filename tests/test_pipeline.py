@@ -93,7 +93,7 @@ TRAINED = ["statistics", "match", "allocate", *LATER]
         ("stages/__init__.py", STAGES),
         ("stages/core/runtime/files.py", STAGES),
         ("stages/core/settings/params.py", STAGES),
-        ("stages/core/recipe/methods.py", ["artifacts", *TRAINED]),
+        ("stages/core/recipe/methods.py", ["artifacts", "match", "allocate", *LATER]),
         ("stages/core/networks/architectures.py", ["artifacts", "finetune"]),
         ("stages/core/images/formats/pets.py", ["finetune", "statistics", "fit", "recalibrate", "probe"]),
         ("stages/core/images/decoding.py", ["finetune", "statistics", "fit", "recalibrate", "probe"]),

@@ -5,11 +5,11 @@ import torch
 from stages.core.handover.calibration import load_calibration
 from stages.core.handover.networks import load_sources
 from stages.core.handover.statistics import MOMENTS
-from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_tensors
-from stages.core.settings.params import load_params
+from stages.core.settings.params import load_params, section_of
+from stages.core.settings.sections import StatisticsSection
 from stages.core.sweep.batches import Batch
 from stages.core.units.moments import to_tensors
 from stages.statistics.moments import gather
@@ -17,11 +17,8 @@ from stages.statistics.moments import gather
 
 def main() -> None:
     params = load_params()
-    device, section, profile = (
-        prepare(params.device, params.threads),
-        load_recipe(params).statistics,
-        params.active,
-    )
+    section, profile = section_of(params, "statistics", StatisticsSection), params.active
+    device = prepare(params.device, params.threads)
     batches = load_calibration(params, section.images, section.batch_size, device)
     if profile.proxy is not None:  # counted as one more task, so that its moments stay apart
         proxy = load_calibration(params, section.images, section.batch_size, device, "proxy")

@@ -12,11 +12,10 @@ from stages.core.recipe.sections import (
     FitSection,
     ProbeSection,
     RecalibrateSection,
-    StatisticsSection,
 )
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import Params, first_line
-from stages.core.settings.sections import Name, Section
+from stages.core.settings.sections import Name, Section, StatisticsSection
 
 
 class Recipe(Section):

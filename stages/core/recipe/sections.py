@@ -11,14 +11,6 @@ Spending = Literal["measured", "uniform", "prefix"]
 RIDGE = 1e-3  # of a fit, relative to the mean diagonal of its Gram matrix
 
 
-class StatisticsSection(Section):
-    images: Count  # per task
-    batch_size: Count = 100
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
-    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
-    memory: Positive | None = None  # GiB; null: what the machine has free
-
-
 class AllocateSection(Section):
     """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix)."""
 

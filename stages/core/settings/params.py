@@ -151,6 +151,14 @@ def parse_params(found: Any, path: str = "params.yaml") -> Params:
         raise InputError(f"{path}: {first_line(error)}") from error
 
 
+def section_of(params: Params, name: str, section: type[Section], path: str = "params.yaml") -> Section:
+    """One raw section, checked: for a stage that depends on no other. Raises InputError in one line."""
+    try:
+        return section.model_validate(getattr(params, name))
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_line(error, section, name)}") from error
+
+
 def first_line(error: ValidationError, section: type[Section] = Params, name: str = "") -> str:
     """One line: the key (below ``name``), what was found and what is allowed."""
     first = error.errors()[0]

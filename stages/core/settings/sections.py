@@ -1,6 +1,6 @@
 """What the values of params.yaml may be."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,3 +17,11 @@ class Section(BaseModel):
     """A mapping of params.yaml: unknown keys and values of another type are refused, nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StatisticsSection(Section):
+    images: Count  # per task
+    batch_size: Count = 100
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    memory: Positive | None = None  # GiB; null: what the machine has free
