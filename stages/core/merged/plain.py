@@ -13,6 +13,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from stages.core.graph.folding import exclusive_norms
 from stages.core.graph.nodes import Node, oriented
@@ -137,7 +138,11 @@ class _Writer:
         weight = dense_weight(module)
         bias = None if module.bias is None else module.bias.detach().clone()
         if node.name in self.norms:
-            weight, bias = _folded(self.net.map_of(self.norms[node.name]), weight, bias)
+            norm = self.net.map_of(self.norms[node.name])
+            scale, shift = (norm.weight, norm.bias) if norm.affine else (None, None)
+            weight, bias = fuse_conv_bn_weights(
+                weight, bias, norm.running_mean, norm.running_var, norm.eps, scale, shift
+            )
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
         own = {"weight": oriented(node, weight).contiguous(), **({} if bias is None else {"bias": bias})}
@@ -335,12 +340,3 @@ def dense_weight(module: BlockMap) -> Tensor:
     for block, weight in zip(module.blocks, module.weights, strict=True):
         dense[block.start : block.stop, block.columns.to(dense.device)] = weight.detach()
     return dense
-
-
-def _folded(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A linear map that gives what its batch norm makes of it."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale * norm.weight.detach() if norm.affine else scale
-    shift = -norm.running_mean if bias is None else bias - norm.running_mean
-    shift = shift * scale + norm.bias.detach() if norm.affine else shift * scale
-    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stages.core.graph.nodes import Node
+
 CONVOLUTION_LAYERS = {
     "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d, "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d, "conv_transpose3d": nn.ConvTranspose3d,
@@ -12,7 +14,7 @@ CONVOLUTION_LAYERS = {
 
 
 def layer_of(
-    node: Any, attributes: Mapping[str, Any], tensors: Mapping[str, Tensor], sizes: Sequence[int]
+    node: Node, attributes: Mapping[str, Any], tensors: Mapping[str, Tensor], sizes: Sequence[int]
 ) -> nn.Module | None:
     """The layer that does a node's operation with ``tensors`` (by role); None where torch has none that fits.
 
