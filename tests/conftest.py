@@ -2,6 +2,7 @@
 
 import copy
 import random
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ from stages.core.units.matching import Matching, full_split
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Processes that tests start are ended by Ctrl-C, also where a shell in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
