@@ -6,7 +6,7 @@ merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budge
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -20,7 +20,7 @@ from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
-from stages.core.recipe.sections import RIDGE, AllocateSection
+from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import first_line
@@ -50,7 +50,7 @@ def merge(
     fit: Mapping[str, Any] | None = None,
     recalibrate: str | None = None,
     allocate: Mapping[str, Any] = ALLOCATE,
-    ridge: float = RIDGE,
+    ridge: float | Literal["auto"] = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> MergedNetwork:

@@ -56,10 +56,17 @@ def main(name: str) -> None:
     if record:
         write_csv(
             f"reports/fit/{name}.csv",
-            [{"layer": line.layer, "residual": f"{line.residual:.6g}"} for line in record],
+            [
+                {
+                    "layer": line.layer,
+                    "residual": f"{line.residual:.6g}",
+                    "ridge": "" if line.ridge is None else f"{line.ridge:.3g}",
+                }
+                for line in record
+            ],
         )
     else:  # averaging fits nothing
-        write_text(f"reports/fit/{name}.csv", "layer,residual\n")
+        write_text(f"reports/fit/{name}.csv", "layer,residual,ridge\n")
 
 
 def description(params: Params, recipe: Recipe, name: str, reached: float) -> dict:

@@ -12,7 +12,6 @@ from stages.core.graph.source import Source
 from stages.core.merged.cost import check_built, split_cost
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
-from stages.core.recipe.sections import RIDGE
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.exact import fingerprint
 from stages.core.sweep.memory import check_memory, peak_bytes
@@ -34,7 +33,7 @@ def fit_network(
     *,
     labels: str,
     alignment: Alignment | None = None,
-    ridge: float = RIDGE,
+    ridge: float | Literal["auto"] = "auto",
     positions: float = 1.0,
     storage: torch.dtype = torch.float32,
     memory: float | None = None,
@@ -48,7 +47,8 @@ def fit_network(
     """Merge ``sources`` with a matching and a split of its units.
 
     batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
-    shared units beyond pairing them. ridge: see stages.fit.equations.solve. storage: type in which values are kept.
+    shared units beyond pairing them. ridge: see stages.fit.equations.solve; auto: chosen for
+    each layer (stages.fit.equations.ridge). storage: type in which values are kept.
     memory: GiB, None for what is free. unlabelled, shift, flip: images that refining sees, by default those of
     ``batches``, and how the sources' training moves them. Returns the network and each layer's residual; its
     ``about["refined"]`` is the record of refining. Raises InputError when it would not fit in memory, AssertionError

@@ -1,13 +1,16 @@
 """What a layer's fit is given: inputs and targets over all images, as maps or as rows, and what they count for."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
 from stages.core.sweep.sweep import Sweep
+from stages.fit.equations.ridge import enough, held_out
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.layer import Layer
 
@@ -17,13 +20,14 @@ class LayerSolution:
     """What is left of a layer's targets, and their energy; where the fit has one, the intercept that it asks for.
 
     bias: (d_out,). moments: (2, d_out), mean and variance of what the weights alone give. float64, zero for rows that
-    were not fitted.
+    were not fitted. ridge: with which it was solved, where it was.
     """
 
     residual: float
     energy: float
     bias: Tensor | None = None
     moments: Tensor | None = None
+    ridge: float | None = None
 
 
 class LayerProblem:
@@ -43,6 +47,40 @@ class LayerProblem:
         """How many there are, of one task or in all."""
         return sum(len(batch.images) for batch in self._sweep.batches if task in (None, batch.task))
 
+    @cached_property
+    def held(self) -> list[Tensor] | None:
+        """Where the ridge is chosen by images held out, which those of each batch are: bool (n,)."""
+        batches, seen = self._sweep.batches, Counter()
+        if self.setup.ridge != "auto" or not enough([self.images(task) for task in self._sweep.weights]):
+            return None
+        found = []
+        for batch in batches:
+            found.append(held_out(len(batch.images), seen[batch.task]))
+            seen[batch.task] += len(batch.images)
+        return found
+
+    def count(self, part: int, task: int | None = None) -> int:
+        """How many images ``parts`` gives, of one task or in all."""
+        if self.held is None:
+            return self.images(task)
+        flags = [
+            held
+            for held, batch in zip(self.held, self._sweep.batches, strict=True)
+            if task in (None, batch.task)
+        ]
+        return int((torch.cat(flags) == bool(part)).sum())
+
+    def parts(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """z and y of one batch: of the images that are learnt from, as 0, and of those held out, if any, as 1."""
+        z, y = self.inputs(index), self.targets(index)
+        if self.held is None:
+            yield 0, z, y
+            return
+        held = self.held[index].to(z.device)
+        for part, chosen in enumerate((~held, held)):
+            if chosen.any():
+                yield part, z[chosen], y[chosen]
+
     def inputs(self, index: int) -> Tensor:
         """z of one batch, in the merged network's entries."""
         return inputs_of(self.setup, self.node, self._sweep, index)
@@ -59,7 +97,10 @@ class LayerProblem:
 
     def each_rows(self, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
         """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
-        z, y = self.inputs(index), self.targets(index)
+        self.by_rows(self.inputs(index), self.targets(index), use)
+
+    def by_rows(self, z: Tensor, y: Tensor, use: Callable[[Tensor, Tensor], None]) -> None:
+        """The same for some images' z and y."""
         step = self.layer.images_by_row
         for z_some, y_some in zip(z.split(step), y.split(step), strict=True):
             drawn, y_rows = self._drawn(len(z_some)), output_rows(self.node, y_some)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +22,15 @@ from stages.core.recipe.sections import RIDGE
 class Setup:
     """A merged ``network`` and the ``sources`` it is fitted to, units in merged order, seen through ``alignment``.
 
-    ridge: relative to the mean diagonal of G; a ridge of ``fit`` comes first. positions: share of a feature map's
+    ridge: relative to the mean diagonal of G, or chosen by images held out, layer by layer (auto; RegMean has no fit
+    to choose by and takes 1e-3); a ridge of ``fit`` comes first. positions: share of a feature map's
     positions that is used, drawn with ``generator``. owned: whether every image has a task.
     """
 
     network: MergedNetwork
     sources: Sequence[Source]
     fit: Fit
-    ridge: float = RIDGE
+    ridge: float | Literal["auto"] = "auto"
     positions: float = 1.0
     generator: torch.Generator | None = None
     alignment: Alignment | None = None
@@ -39,8 +41,8 @@ class Setup:
             "generator": self.generator or torch.Generator().manual_seed(0),
             "alignment": self.alignment or Alignment(len(self.sources)),
         }
-        if self.fit.ridge is not None:
-            fixed["ridge"] = self.fit.ridge
+        ridge = self.ridge if self.fit.ridge is None else self.fit.ridge
+        fixed["ridge"] = RIDGE if ridge == "auto" and self.fit.solver != "exact" else ridge
         if self.fit.solver == "regmean":  # by definition
             fixed["fit"] = self.fit.model_copy(update={"inputs": "source", "targets": "own"})
         for name, value in fixed.items():

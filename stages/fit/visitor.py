@@ -22,10 +22,11 @@ from stages.fit.solvers.regmean import RegMean
 
 @dataclass
 class LayerFit:
-    """One line of the record: relative residual energy of a layer's fit."""
+    """One line of the record: relative residual energy of a layer's fit, and the ridge that it was solved with."""
 
     layer: str
     residual: float
+    ridge: float | None
 
 
 class Solver(Protocol):
@@ -68,7 +69,7 @@ class FitVisitor:
         if found is not None:
             self._intercepts.install(layer, found)
             self.record.append(
-                LayerFit(layer.name, found.residual / found.energy if found.energy > 0 else 0.0)
+                LayerFit(layer.name, found.residual / found.energy if found.energy > 0 else 0.0, found.ridge)
             )
 
     def _solver(self, node: Node) -> Solver | None:

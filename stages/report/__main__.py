@@ -50,7 +50,9 @@ def main(*words: str) -> None:
         if method.fit.solver != "average"
         # nothing is fitted where everything is separate
         and len(
-            table := tables.read_columns(folder / "fit" / f"{name}.csv", ["layer"], ["residual"], empty=True)
+            table := tables.read_columns(
+                folder / "fit" / f"{name}.csv", ["layer"], ["residual", "ridge"], empty=True
+            )
         )
     }
     caption = f"{params.profile}, budget {params.budget}, seed {params.seed}"

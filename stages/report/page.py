@@ -24,6 +24,7 @@ ALTERNATIVES = {  # what a picture shows, for who cannot see it; the numbers are
     "accuracy": "Bars: the average accuracy of each method, a mark for each task, lines for ensemble and oracle.",
     "accuracy_cost": "Points: average accuracy of each method against its cost; up and left is better.",
     "similarity": "Lines: correlation of paired units for each matching, group by group, and by position.",
+    "ridge": "Lines: the ridge with which each method's fit of a layer errs least on images held out, layer by layer.",
     "residual": "Lines: what the fit of each method leaves unexplained, layer by layer.",
     "separate": "Bars: the share of units that each matching keeps separate, group by group.",
     "method_comparison": "Bars: the average accuracy of every method, a panel for each profile.",

@@ -44,6 +44,7 @@ def pictures(
             ("accuracy_cost", _accuracy_cost(metrics, methods, budget, caption)),
             ("similarity", _similarity(matches, matchings, caption)),
             ("residual", _residual(fits, methods, caption)),
+            ("ridge", _ridge(fits, methods, caption)),
             ("separate", _separate(allocations, matchings, budget, caption)),
         ):
             yield f"{name}.png", png(figure)
@@ -189,6 +190,22 @@ def _residual(fits: Tables, palette: Palette, caption: str) -> Figure:
     if fits:
         figure.legend(loc="outside right center", alignment="left", title="method")
     axes.set_ylabel("residual energy / target energy")
+    return figure
+
+
+def _ridge(fits: Tables, palette: Palette, caption: str) -> Figure:
+    fits = {name: table for name, table in fits.items() if table["ridge"].notna().any()}
+    layers = _union(table["layer"] for table in fits.values())
+    title = "The ridge of each layer" if fits else "No method has a ridge"
+    figure, axes = _figure_along(layers, "layer", title, f"{caption}; relative to the mean diagonal of G")
+    axes.set_yscale("log")
+    axes.set_ylim(10**-4.2, 10**1.2)
+    for name, table in fits.items():
+        values = table.groupby("layer")["ridge"].median().reindex(layers)
+        _line(axes, values.where(values > 0), color=palette[name], label=name)
+    if fits:
+        figure.legend(loc="outside right center", alignment="left", title="method")
+    axes.set_ylabel("ridge")
     return figure
 
 

@@ -98,7 +98,7 @@ def read_columns(
         raise InputError(f"{path}: found no rows; {REPAIR}")
     for name in numbers:
         try:
-            table[name] = pd.to_numeric(table[name].replace("", "nan")).astype(float)
+            table[name] = pd.to_numeric(table[name].mask(table[name] == "")).astype(float)
         except ValueError as error:
             raise InputError(f"{path}: column {name!r} is not all numbers ({error}); {REPAIR}") from error
         if table[name].abs().max() == math.inf:

@@ -6,7 +6,6 @@ from live import Live
 
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
-from stages.core.recipe.sections import RIDGE
 from stages.core.sweep.batches import NO_TASK, Batch, images_to_batches
 from stages.core.sweep.sweep import Sweep
 from stages.fit.average import fill_average
@@ -45,7 +44,7 @@ def each_problem(setup, batches, see):
 def test_a_ridge_of_the_method_comes_first_and_regmean_is_what_it_is(small, images, sources):
     made = sources([small(0), small(1)], images())
     network = merged(made)
-    assert Setup(network, made, Fit()).ridge == RIDGE
+    assert Setup(network, made, Fit()).ridge == "auto"
     assert Setup(network, made, Fit(), 0.2).ridge == 0.2
     assert Setup(network, made, Fit(ridge=0.0), 0.2).ridge == 0.0
     fit = Setup(network, made, Fit(solver="regmean")).fit

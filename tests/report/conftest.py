@@ -116,11 +116,12 @@ def _tables(folder: Path, groups: Sequence[str], methods: Mapping[str, dict], bu
         (folder / f"allocate/{name}.csv").write_text("\n".join(allocate) + "\n")
     for order, (method_name, method) in enumerate(methods.items()):
         rows = [
-            f"{g},{0.4 / (1 + order) * noise.random() + 0.002 * i}" for i, g in enumerate([*groups, "linear"])
+            f"{g},{0.4 / (1 + order) * noise.random() + 0.002 * i},{0.01 if order % 2 else ''}"
+            for i, g in enumerate([*groups, "linear"])
         ]
         (folder / f"fit/{method_name}.seconds.json").write_text('{"seconds": 1.25}')
         if method["fit"]["solver"] != "average":
-            (folder / f"fit/{method_name}.csv").write_text("\n".join(["layer,residual", *rows]) + "\n")
+            (folder / f"fit/{method_name}.csv").write_text("\n".join(["layer,residual,ridge", *rows]) + "\n")
 
 
 ROWS = ("average", "pleas", "progressive", "zipit", "zipit_progressive")

@@ -41,13 +41,13 @@ def test_pictures_carry_no_date_and_no_version(make_reports):
 
 def test_a_method_that_fitted_nothing_is_left_out(make_reports, figures):
     reports = make_reports(budget=2.0)
-    (reports / "fit/pleas.csv").write_text("layer,residual\n")
+    (reports / "fit/pleas.csv").write_text("layer,residual,ridge\n")
     main()
     (drawn,) = [f for f in figures if f.axes[0].get_ylabel().startswith("residual")]
     assert "progressive" in texts(drawn)
     assert "pleas\n" not in texts(drawn) + "\n"
     for path in (reports / "fit").glob("*.csv"):
-        path.write_text("layer,residual\n")
+        path.write_text("layer,residual,ridge\n")
     main()
     assert any("No method is fitted" in texts(figure) for figure in figures)
 
@@ -83,8 +83,8 @@ def test_few_groups_are_all_named(make_reports, figures):
 def test_budget_one_says_that_everything_is_shared(make_reports, figures):
     make_reports()
     main()
-    assert "Budget 1.0 keeps no unit separate: everything is shared" in texts(figures[4])
-    assert "0 % in every group" in texts(figures[4])
+    assert "Budget 1.0 keeps no unit separate: everything is shared" in texts(figures[5])
+    assert "0 % in every group" in texts(figures[5])
 
 
 def test_accuracy_names_the_best_method_and_the_references(make_reports, figures):
@@ -141,7 +141,9 @@ def test_no_fitted_method_and_no_match_still_draw(make_reports, figures):
 
 def test_residuals_that_span_magnitudes_get_a_log_axis(make_reports, figures):
     reports = make_reports()
-    (reports / "fit/pleas.csv").write_text("layer,residual\nconv1,0.5\nlayer1.0.conv1,0.0001\nlinear,0\n")
+    (reports / "fit/pleas.csv").write_text(
+        "layer,residual,ridge\nconv1,0.5,0.01\nlayer1.0.conv1,0.0001,\nlinear,0,1\n"
+    )
     main()
     assert figures[3].axes[0].get_yscale() == "log"
 
@@ -166,3 +168,14 @@ def test_spread_keeps_order_and_distance():
         assert min(placed) > -1e-9
         assert max(placed) < 10 + 1e-9
     assert plots.spread([3.0, 7.0], 1.0, 0.0, 10.0) == [3.0, 7.0]
+
+
+def test_the_ridge_of_each_layer_is_drawn_for_methods_that_have_one(make_reports, figures):
+    reports = make_reports()
+    for path in (reports / "fit").glob("*.csv"):
+        path.write_text("layer,residual,ridge\nconv1,0.5,\nlinear,0.1,\n")
+    (reports / "fit/pleas.csv").write_text("layer,residual,ridge\nconv1,0.5,0.01\nlinear,0.1,1\n")
+    main()
+    (drawn,) = [f for f in figures if f.axes[0].get_ylabel() == "ridge"]
+    (line,) = drawn.axes[0].lines
+    assert list(line.get_ydata()) == [0.01, 1]

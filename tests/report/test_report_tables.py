@@ -124,7 +124,14 @@ def test_a_second_run_writes_the_same_bytes(make_reports):
     first = written(reports)
     main()
     assert written(reports) == first
-    pictures = ["accuracy.png", "accuracy_cost.png", "residual.png", "separate.png", "similarity.png"]
+    pictures = [
+        "accuracy.png",
+        "accuracy_cost.png",
+        "residual.png",
+        "ridge.png",
+        "separate.png",
+        "similarity.png",
+    ]
     assert sorted(name for name in first if name.endswith(".png")) == pictures
 
 
@@ -165,8 +172,8 @@ def test_a_missing_file_is_named(make_reports, name):
         ("fit/pleas.csv", "", "not a CSV file"),
         ("match/weights.csv", "group,network,similarity,unmatched\n", "found no rows"),
         ("fit/pleas.csv", "layer,energy\na,1\n", "none called 'residual'"),
-        ("fit/pleas.csv", "layer,residual\na,much\n", "column 'residual' is not all numbers"),
-        ("fit/pleas.csv", "layer,residual\na,inf\n", "found inf"),
+        ("fit/pleas.csv", "layer,residual,ridge\na,much,1\n", "column 'residual' is not all numbers"),
+        ("fit/pleas.csv", "layer,residual,ridge\na,inf,1\n", "found inf"),
     ],
 )
 def test_a_malformed_file_is_named(make_reports, name, content, message):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.core.recipe.sections import Spending
+from stages.core.recipe.sections import Ridge, Spending
 from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section
 
 Recalibrate = Literal["none", "batchnorm", "repair", "tact"]
@@ -87,7 +87,7 @@ class Fit(Section):
     inputs: Literal["source", "merged"] = "source"
     targets: Literal["ensemble", "own"] = "ensemble"
     norm: Literal["average", "fold"] = "average"
-    ridge: NonNegative | None = None
+    ridge: Ridge | None = None
     steps: Count = 400
     learning_rate: Positive = 5e-4
     batch_size: Count = 16

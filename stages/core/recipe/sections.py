@@ -8,7 +8,9 @@ from stages.core.settings.sections import Count, NonNegative, Positive, Section
 
 Spending = Literal["measured", "uniform", "prefix"]
 
-RIDGE = 1e-3  # of a fit, relative to the mean diagonal of its Gram matrix
+RIDGE = 1e-3  # of RegMean, relative to the mean diagonal of its Gram matrix
+RIDGE_OF_FEW = 0.1  # of a fit to fewer images than can be held out
+Ridge = NonNegative | Literal["auto"]  # auto: by images held out, layer by layer
 
 
 class AllocateSection(Section):
@@ -23,7 +25,7 @@ class AllocateSection(Section):
 class FitSection(Section):
     images: Count  # per task
     batch_size: Count = 100
-    ridge: NonNegative = RIDGE
+    ridge: Ridge = "auto"
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     memory: Positive | None = None

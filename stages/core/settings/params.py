@@ -161,8 +161,16 @@ def section_of(params: Params, name: str, section: type[Section], path: str = "p
 
 def first_line(error: ValidationError, section: type[Section] = Params, name: str = "") -> str:
     """One line: the key (below ``name``), what was found and what is allowed."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in (name, *first["loc"]) if part != "")
+    first, *others = error.errors()
+    location, kinds = first["loc"], [first]
+    kinds += [
+        own
+        for own in others
+        if own["loc"][:-1] == location[:-1] and own["input"] is first["input"] and first["type"] != "missing"
+    ]
+    if len(kinds) > 1:  # a value of several kinds: each of them has said why it is not that one
+        location = location[:-1]
+    where = ".".join(str(part) for part in (name, *location) if part != "")
     kind = first["type"]
     if kind == "value_error":
         message = str(first["ctx"]["error"])
@@ -171,7 +179,9 @@ def first_line(error: ValidationError, section: type[Section] = Params, name: st
         return f"{where}: not there; allowed: a value for it"
     if kind == "extra_forbidden":
         return f"{where}: unknown key; allowed: {', '.join(_siblings(section, first['loc']))}"
-    allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    allowed = " or ".join(
+        own["msg"].removeprefix("Input should be ").removeprefix("a valid ") for own in kinds
+    )
     value = first["input"]
     found = "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
     return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"

@@ -7,22 +7,18 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.sweep.maps import MapSums, RowSums, map_entries
 from stages.core.sweep.shifted import Plan
-from stages.fit.equations.normal import NormalSystem
-from stages.fit.equations.solve import check_finite, check_rows
+from stages.fit.equations.normal import Summed
+from stages.fit.equations.solve import check_rows
 
 
-class MapEquations:
-    """Sums over the rows of maps z (n, c, h, w) and y (n, d_out, ...), from which any block of a layer is solved.
-
-    The first ``block`` completes the sums; no maps can be added after it.
-    """
+class MapEquations(Summed):
+    """Sums over the rows of maps z (n, c, h, w) and y (n, d_out, ...), from which any block of a layer is solved."""
 
     def __init__(
         self, node: Node, kernel: Sequence[int], size: Sequence[int], intercept: bool, name: str = ""
     ) -> None:
         """size: (h, w) of z."""
         self.name, self._sums = name, MapSums(node, kernel, size, intercept)
-        self._found: RowSums | None = None
 
     @staticmethod
     def bytes(plan: Plan, c: int, d_out: int, equations: int, adding: int, solving: int) -> int:
@@ -38,16 +34,13 @@ class MapEquations:
             raise AssertionError(f"{self.name}: maps are added before the first block is solved")
         self._sums.add(z, y, weight)
 
-    def block(self, rows: Tensor, columns: Tensor) -> NormalSystem:
-        """Outputs ``rows`` from inputs ``columns``."""
-        if self._found is None:
-            check_rows(self._sums.weight, self.name)
-            self._found = self._sums.finish()
-            check_finite(self._found.G, self._found.C, self.name)
-        found, c = self._found, len(self._sums.shift_z)
-        columns = map_entries(columns, self._sums.plan.taps, c)
-        means = None if found.means is None else (found.means[0][columns], found.means[1][rows])
-        C = found.C[columns[:, None], rows]
-        return NormalSystem(
-            found.G, columns, C, found.yy[rows], means, found.weight, self._sums.eps, self.name
-        )
+    def _finish(self) -> RowSums:
+        check_rows(self._sums.weight, self.name)
+        return self._sums.finish()
+
+    def _entries(self, columns: Tensor) -> Tensor:
+        return map_entries(columns, self._sums.plan.taps, len(self._sums.shift_z))
+
+    @property
+    def eps(self) -> float:
+        return self._sums.eps

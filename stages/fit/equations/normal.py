@@ -3,6 +3,7 @@
 The problem is that of stages.fit.equations.solve.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +18,69 @@ from stages.core.sweep.gram import (
     restricted,
     restricted_rows,
 )
+from stages.core.sweep.maps import RowSums
 from stages.fit.equations.solve import check_finite, check_rows
 
 
-class NormalEquations:
+class Summed(ABC):
+    """Sums over rows that the first ``block`` completes; no rows can be added after it.
+
+    name: of the layer. eps: the relative rounding error of the products.
+    """
+
+    name: str
+    eps: float
+    _found: RowSums | None = None
+
+    @abstractmethod
+    def _finish(self) -> RowSums:
+        """The completed sums, full matrices."""
+
+    def _entries(self, columns: Tensor) -> Tensor:
+        """Where the sums have these entries of rows."""
+        return columns
+
+    def finished(self) -> RowSums:
+        """Raises InputError without any rows, or where they hold values that are not finite."""
+        if self._found is None:
+            self._found = self._finish()
+            check_finite(self._found.G, self._found.C, self.name)
+        return self._found
+
+    def block(self, rows: Tensor, columns: Tensor) -> "NormalSystem":
+        """Outputs ``rows`` from inputs ``columns``."""
+        found, columns = self.finished(), self._entries(columns)
+        means = None if found.means is None else (found.means[0][columns], found.means[1][rows])
+        C = found.C[columns[:, None], rows]
+        return NormalSystem(found.G, columns, C, found.yy[rows], means, found.weight, self.eps, self.name)
+
+    def absorb(self, other: "Summed") -> None:
+        """Take the rows of another; its sums are lost."""
+        self._found = join_(self.finished(), other.finished())
+        other._found = None
+
+
+def join_(own: RowSums, other: RowSums) -> RowSums:
+    """The sums over the rows of both, in the place of ``own``'s."""
+    weight = own.weight + other.weight
+    own.G.add_(other.G)
+    own.C.add_(other.C)
+    yy = own.yy + other.yy
+    if own.means is None:
+        return RowSums(weight, own.G, own.C, yy, None)
+    apart = [b - a for a, b in zip(own.means, other.means, strict=True)]
+    between = own.weight * other.weight / weight
+    own.G.addr_(apart[0], apart[0], alpha=between)
+    own.C.addr_(apart[0], apart[1], alpha=between)
+    means = tuple(a + (other.weight / weight) * d for a, d in zip(own.means, apart, strict=True))
+    return RowSums(weight, own.G, own.C, yy + between * apart[1].square(), means)
+
+
+class NormalEquations(Summed):
     """Sums over rows of z (rows, d_in) and y (rows, d_out), kept in float64.
 
     Rows are shifted by the first batch's mean before they are multiplied when there is an intercept: the problem
-    stays the same, and the products lose no digits to a common offset. The first ``block`` completes the sums; no
-    rows can be added after it.
+    stays the same, and the products lose no digits to a common offset.
     """
 
     def __init__(self, d_in: int, d_out: int, intercept: bool, device: torch.device, name: str = "") -> None:
@@ -39,7 +94,6 @@ class NormalEquations:
         self.yy = torch.zeros(d_out, **options)
         self.shift_z = self.shift_y = None
         self.eps = torch.finfo(torch.float64).eps
-        self._complete = False
 
     @staticmethod
     def bytes(d_in: int, d_out: int) -> int:
@@ -59,7 +113,7 @@ class NormalEquations:
 
     def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """z (rows, d_in), y (rows, d_out): any float type; the products are taken in it, the sums in float64."""
-        if self._complete:
+        if self._found is not None:
             raise AssertionError(f"{self.name}: rows are added before the first block is solved")
         if self.shift_z is None:
             on = 1.0 if self.intercept else 0.0
@@ -73,31 +127,19 @@ class NormalEquations:
         self.sum_y += weight * y.sum(0).double()
         self.yy += weight * y.square_().sum(0).double()
 
-    def block(self, rows: Tensor, columns: Tensor) -> "NormalSystem":
-        """Outputs ``rows`` from inputs ``columns``."""
-        self._finish()
-        means = None
-        if self.intercept:
-            mean_z = self.shift_z.double() + self.sum_z / self.weight
-            mean_y = self.shift_y.double() + self.sum_y / self.weight
-            means = mean_z[columns], mean_y[rows]
-        C, yy = self.C[columns[:, None], rows], self.yy[rows]
-        return NormalSystem(self.G, columns, C, yy, means, self.weight, self.eps, self.name)
-
-    def _finish(self) -> None:
-        """Move the sums to the mean where there is an intercept, and fill in the other half of G."""
-        if self._complete:
-            return
+    def _finish(self) -> RowSums:
+        """Moved to the mean where there is an intercept, and with the other half of G."""
         check_rows(self.weight, self.name)
+        means = None
         if self.intercept:
             z, y = self.sum_z / self.weight, self.sum_y / self.weight
             self.C -= torch.outer(self.weight * z, y)
             self.yy -= self.weight * y.square()
             for block in blocks(len(z)):
                 self.G[block, : block.stop] -= torch.outer(self.weight * z[block], z[: block.stop])
+            means = self.shift_z.double() + z, self.shift_y.double() + y
         complete_gram(self.G)
-        check_finite(self.G, self.C, self.name)
-        self._complete = True
+        return RowSums(self.weight, self.G, self.C, self.yy, means)
 
 
 @dataclass(frozen=True)

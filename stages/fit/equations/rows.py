@@ -58,6 +58,14 @@ class RowEquations:
         means = (mean_z, mean_y) if self.intercept else None
         return RowSystem(A, target, means, float(self.weights[: self.count].sum()), self.name)
 
+    def absorb(self, other: "RowEquations") -> None:
+        """Take the rows of another; its own are lost."""
+        for what in ("z", "y", "weights"):
+            own = [getattr(equations, what)[: equations.count] for equations in (self, other)]
+            setattr(self, what, torch.cat(own))
+            setattr(other, what, None)
+        self.count += other.count
+
     def _centred(self, values: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Some entries of all rows about their mean, times the square root of the weight; the mean."""
         weights = self.weights[: self.count]

@@ -1,15 +1,19 @@
 """The closed form for layers whose outputs read every input: ridge regression, one block of the layer at a time."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from stages.core.recipe.sections import RIDGE_OF_FEW
 from stages.core.sweep.rows import weight_matrix
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.ridge import choose
 from stages.fit.equations.rows import RowEquations
-from stages.fit.equations.solve import Solution, solve
+from stages.fit.equations.solve import System, left_over, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.start import starts
@@ -27,47 +31,83 @@ class Dense:
         adding = layer.rows_bytes(batch)
         if count is not None:
             held = RowEquations.bytes(count, *sizes, layer.module.weights[0].element_size())
-            return held + max(adding, *(RowEquations.solve_bytes(count, *block) for block in blocks))
-        equations = len(layer.setup.sources) if layer.own_rows else 1
+            joining = held if layer.setup.ridge == "auto" else 0
+            solving = [RowEquations.solve_bytes(count, *block) for block in blocks]
+            return held + max(adding, joining, *solving)
+        equations = self._count(layer)
         adding += NormalEquations.add_bytes(*sizes)
         solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in blocks]
         return equations * NormalEquations.bytes(*sizes) + max(adding, *solving)
 
     def _map_bytes(self, layer: Layer, batch: int) -> int:
         solving = max(NormalEquations.solve_bytes(layer.d_in, *block) for block in layer.block_sizes)
-        adding, equations = layer.maps_bytes(batch), len(layer.setup.sources) if layer.own_rows else 1
+        adding, equations = layer.maps_bytes(batch), self._count(layer)
         return MapEquations.bytes(
             layer.maps, layer.module.inputs.width, layer.d_out, equations, adding, solving
         )
 
+    def _count(self, layer: Layer) -> int:
+        """Of the equations that are held at a time: of every task with a head of its own, and of images held out."""
+        tasks = len(layer.setup.sources) if layer.own_rows else 1
+        return 2 * tasks if layer.setup.ridge == "auto" else tasks
+
     def fit(self, problem: LayerProblem) -> LayerSolution | None:
-        layer, module = problem.layer, problem.layer.module
-        equations = self._equations(problem)
+        layer = problem.layer
+        equations = [self._equations(problem, part) for part in range(1 if problem.held is None else 2)]
         for index, task, weight in problem.batches():
-            into = equations[task if layer.own_rows else 0]
-            if isinstance(into, MapEquations):
-                into.add(problem.inputs(index), problem.targets(index), weight)
-            else:
-                problem.each_rows(index, partial(into.add, weight=weight))
-        start = starts(layer)
+            for part, z, y in problem.parts(index):
+                into = equations[part][task if layer.own_rows else 0]
+                if isinstance(into, MapEquations):
+                    into.add(z, y, weight)
+                else:
+                    problem.by_rows(z, y, partial(into.add, weight=weight))
+        ridge, start = problem.setup.ridge, starts(layer)
+        if len(equations) == 2:
+            ridge = choose(partial(self._loss, layer, *equations, start))
+            for own, held in zip(*equations, strict=True):
+                own.absorb(held)
+        elif ridge == "auto":
+            ridge = RIDGE_OF_FEW
+        return self._install(layer, equations[0], start, ridge)
+
+    def _install(
+        self, layer: Layer, equations: list[Equations], start: list[Tensor], ridge: float
+    ) -> LayerSolution | None:
         bias, mean, variance = torch.zeros(3, layer.d_out, dtype=torch.float64, device=layer.device)
         residual = energy = 0.0
-        for i, block in enumerate(module.blocks):
-            for rows in layer.row_sets(block):
-                these = equations[int(module.outputs.owner[rows[0]]) if layer.own_rows else 0]
-                found = self._solve(problem, these, i, rows, start[i])
-                bias[rows] = found.bias
-                if layer.intercept:
-                    mean[rows], variance[rows] = found.moments
-                residual += float(found.residual.sum())
-                energy += float(found.energy.sum())
-                del found  # before the next block's is made beside it
+        for own in _problems(layer, start):
+            rows = own.rows
+            found = solve(own.system(equations), own.start, ridge)
+            layer.module.weights[own.block][own.local] = found.weight.to(start[0].dtype).view_as(
+                layer.module.weights[own.block][own.local]
+            )
+            bias[rows] = found.bias
+            if layer.intercept:
+                mean[rows], variance[rows] = found.moments
+            residual += float(found.residual.sum())
+            energy += float(found.energy.sum())
+            del found  # before the next block's is made beside it
         if not layer.fitted.any():
             return None
-        return LayerSolution(residual, energy, bias, torch.stack([mean, variance]))
+        return LayerSolution(residual, energy, bias, torch.stack([mean, variance]), ridge)
 
-    def _equations(self, problem: LayerProblem) -> list[Equations]:
-        """One for all tasks, or one for each where a task has a head of its own."""
+    def _loss(
+        self,
+        layer: Layer,
+        learnt: list[Equations],
+        held: list[Equations],
+        start: list[Tensor],
+        ridge: float,
+    ) -> float:
+        """Energy left of the images held out by what is learnt from the others."""
+        total = 0.0
+        for own in _problems(layer, start):
+            found = solve(own.system(learnt), own.start, ridge)
+            total += left_over(own.system(held), found)
+        return total
+
+    def _equations(self, problem: LayerProblem, part: int) -> list[Equations]:
+        """One for all tasks, or one for each where a task has a head of its own. part: of the images."""
         layer = problem.layer
         sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
         tasks = range(len(layer.setup.sources)) if layer.own_rows else [None]
@@ -76,21 +116,34 @@ class Dense:
             return [MapEquations(*maps) for _ in tasks]
         if layer.few_rows(problem.images()) is None:
             return [NormalEquations(*sizes, *what) for _ in tasks]
-        counts = [layer.few_rows(problem.images(task)) for task in tasks]
+        counts = [problem.count(part, task) * layer.places for task in tasks]
         return [RowEquations(count, *sizes, problem.dtype, *what) for count in counts]
 
-    def _solve(
-        self,
-        problem: LayerProblem,
-        equations: Equations,
-        i: int,
-        rows: Tensor,
-        start: Tensor,
-    ) -> Solution:
-        """Solve and install some rows of block i. start: (rows of the block, columns, ...)."""
-        layer, block = problem.layer, problem.layer.module.blocks[i]
-        weight, local = layer.module.weights[i], rows - block.start
-        system = equations.block(rows.to(layer.device), layer.columns(block))
-        found = solve(system, weight_matrix(start[local]).double(), problem.setup.ridge)
-        weight[local] = found.weight.to(weight.dtype).view_as(weight[local])
-        return found
+
+@dataclass(frozen=True)
+class _Problem:
+    """Some rows of a block that are solved together. local: within the block. start: (rows, columns) float64."""
+
+    block: int
+    rows: Tensor
+    local: Tensor
+    columns: Tensor
+    task: int
+    start: Tensor
+
+    def system(self, equations: list[Equations]) -> System:
+        return equations[self.task].block(self.rows, self.columns)
+
+
+def _problems(layer: Layer, start: list[Tensor]) -> Iterator[_Problem]:
+    for i, block in enumerate(layer.module.blocks):
+        for rows in layer.row_sets(block):
+            local = rows - block.start
+            yield _Problem(
+                i,
+                rows.to(layer.device),
+                local,
+                layer.columns(block),
+                int(layer.module.outputs.owner[rows[0]]) if layer.own_rows else 0,
+                weight_matrix(start[i][local]).double(),
+            )

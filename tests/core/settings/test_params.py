@@ -72,7 +72,12 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (["source"], "web", "source: found 'web' (str); allowed: 'embedded', 's3' or 'local'"),
         (["seed"], -1, "seed: found -1 (int); allowed: greater than or equal to 0"),
         (["fit"], None, "fit: not there"),
-        (["fit", "ridge"], -1.0, "fit.ridge: found -1.0"),
+        (
+            ["fit", "ridge"],
+            -1.0,
+            "fit.ridge: found -1.0 (float); allowed: greater than or equal to 0 or 'auto'",
+        ),
+        (["fit", "ridge"], "much", "fit.ridge: found 'much' (str); allowed: number or 'auto'"),
         (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, data, allocate"),
         (["methods", "average", "match"], "luck", "methods.average.match: found 'luck'; allowed: identity"),
         (["methods", "oracle"], {"match": "identity", "fit": {}}, "methods.oracle: this name is taken"),
