@@ -287,6 +287,25 @@ class Einsum(nn.Module):
         return self.head((x + torch.einsum("bhij,bhjd->bihd", attn, v).reshape(n, t, c)).mean(1))
 
 
+class Scaled(nn.Module):
+    """A ConvNeXt block: a vector that scales the channels of a branch, seen as (1, d, 1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depth, self.norm = (
+            nn.Conv2d(3, 6, 2, 2),
+            nn.Conv2d(6, 6, 3, 1, 1, groups=6),
+            nn.LayerNorm(6),
+        )
+        self.wide, self.back, self.gamma = nn.Linear(6, 9), nn.Linear(9, 6), nn.Parameter(torch.ones(6))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.back(F.gelu(self.wide(self.norm(self.depth(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        return self.fc((x + y.mul(self.gamma.reshape(1, -1, 1, 1))).mean((2, 3)))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -311,6 +330,7 @@ STYLES = {
     "swin": (Windows, IMAGE),
     "transformer encoder": (lambda: Encoder(True), (6,)),
     "sequence first": (lambda: Encoder(False), (6,)),
+    "layer scale": (Scaled, IMAGE),
     "squeeze and excite": (SE, IMAGE),
     "cosine": (Cosine, IMAGE),
     "conv1d": (Sequence1d, (3, 12)),

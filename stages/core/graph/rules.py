@@ -46,10 +46,10 @@ def _place_parameter(
     ahead = len(value.shape) - len(seen)
     if ahead < 0:
         raise InputError(f"{node.name}: {name} has more dimensions than what it is joined with")
-    held = {d + ahead: d for d, n in enumerate(seen) if n > 1}
+    held = {d + ahead: d for d, n in enumerate(seen) if n != 1}
     dims = [d for d in value.dims if d in held]
     real = (
-        {d: i for i, d in enumerate(d for d, n in enumerate(seen) if n > 1)}
+        {d: i for i, d in enumerate(d for d, n in enumerate(seen) if n != 1)}
         if list(seen) != list(own)
         else None
     )
