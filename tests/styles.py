@@ -306,6 +306,68 @@ class Scaled(nn.Module):
         return self.fc((x + y.mul(self.gamma.reshape(1, -1, 1, 1))).mean((2, 3)))
 
 
+class Mixer(nn.Module):
+    """MLP-Mixer: a perceptron over the patches of each channel, another over the channels of each patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 6, 2, 2), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.tokens = nn.Sequential(nn.Linear(16, 5), nn.GELU(), nn.Linear(5, 16))
+        self.channels = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return self.head((x + self.channels(x)).mean(1))
+
+
+class PatchConv(nn.Module):
+    """The same as convolutions of kernel 1 over (images, patches, channels), channels in the last place."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head = nn.Linear(12, 6), nn.Linear(6, 3)
+        self.one, self.two = nn.Conv1d(16, 7, 1), nn.Conv1d(7, 16, kernel_size=1, bias=False)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, 12)
+        x = self.patch(x)
+        return self.head((x + self.two(F.relu(self.one(x)))).mean(1))
+
+
+class ResMlp(nn.Module):
+    """ResMLP: one matrix over the patches, channels scaled and shifted by parameters instead of norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 3)
+        self.alpha, self.beta = nn.Parameter(torch.ones(1, 1, 6)), nn.Parameter(torch.zeros(1, 1, 6))
+        self.tokens, self.gamma = nn.Linear(16, 16), nn.Parameter(torch.full((6,), 0.5))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        y = torch.addcmul(self.beta, self.alpha, x)
+        x = x + self.gamma * self.tokens(y.transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.addcmul(x, x, x.sigmoid(), value=0.5).mean(1))
+
+
+class Gated(nn.Module):
+    """gMLP: half of the channels gate the others, after a matrix over the patches that stands in front of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 3)
+        self.wide, self.norm, self.back = nn.Linear(6, 10), nn.LayerNorm(5), nn.Linear(5, 6)
+        self.spatial, self.bias = nn.Parameter(torch.randn(16, 16) / 8), nn.Parameter(torch.ones(16, 1))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        u, v = F.gelu(self.wide(x)).chunk(2, dim=-1)
+        v = torch.matmul(self.spatial, self.norm(v)) + self.bias
+        return self.head((x + self.back(u * v)).mean(1))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -327,6 +389,10 @@ STYLES = {
     "ghostnet": (Ghost, IMAGE),
     "hand-written vit": (HandViT, IMAGE),
     "einsum": (Einsum, IMAGE),
+    "mlp-mixer": (Mixer, IMAGE),
+    "mixer of convolutions": (PatchConv, IMAGE),
+    "resmlp": (ResMlp, IMAGE),
+    "gmlp": (Gated, IMAGE),
     "swin": (Windows, IMAGE),
     "transformer encoder": (lambda: Encoder(True), (6,)),
     "sequence first": (lambda: Encoder(False), (6,)),

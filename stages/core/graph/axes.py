@@ -27,13 +27,15 @@ NONE = -1
 class Value:
     """labels: int64, broadcasts to ``shape``. dims: the dimensions units lie on, ascending.
 
-    common: whether it is computed from the input alone, and so is the same in every network.
+    common: whether it is computed from the input alone, and so is the same in every network. across: labels of units
+    that lie on one more dimension, the same for all of the others (stages.core.graph.mixing); extent 1 elsewhere.
     """
 
     labels: Tensor
     dims: tuple[int, ...]
     shape: torch.Size
     common: bool = False
+    across: Tensor | None = None
 
     @property
     def full(self) -> Tensor:
@@ -72,6 +74,7 @@ class Units:
     )  # grouped weight -> (parts, size) units its rows read
     fixed: list[Tensor] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)  # (parts, size): the order inside is one for all parts
+    across: list[Tensor] = field(default_factory=list)  # (1,): the whole of what lies across other units
     hints: list[tuple[Tensor, str]] = field(default_factory=list)  # units, the end of their group's name
 
     def new(self, size: int, name: str) -> Tensor:

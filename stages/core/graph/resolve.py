@@ -46,7 +46,14 @@ class Resolved:
         fixed = np.zeros(len(outer), dtype=bool)
         for own in units.fixed:
             fixed[of[own[own != NONE].numpy()]] = True
+        fixed[outer[fixed & (outer >= 0)]] = True  # a part moves what is inside it
+        whole = np.zeros(
+            len(outer), dtype=bool
+        )  # what lies across other units has an order inside, never others
+        whole[[of[int(own)] for own in units.across]] = True
         fixed |= np.where(outer >= 0, fixed[outer], False)
+        fixed |= whole
+        self.across = whole
         colours = _colours(units, of, outer, places, fixed)
         self.classes, self.spec = self._groups(of, outer, places, fixed, colours)
 
@@ -154,9 +161,11 @@ class Resolved:
                     name = self._name(int(first[rows[0][0]]), taken)
                     reads = [p for p, u in self.units.kernels.items() if of[int(u[0, 0])] in rows[0]]
                     inner[name] = Inner(name, names[g], len(rows), size, tuple(own), tuple(reads))
+        ordered = {own.outer for own in inner.values()}
         groups = {
             name: PermutationGroup(name, sizes[g], tuple(spans[name]), bool(fixed[leaders[g]]))
             for g, name in enumerate(names)
+            if name in ordered or not self.across[leaders[g]]
         }
         return classes, PermutationSpec(groups, inner)
 
