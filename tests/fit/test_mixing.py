@@ -16,7 +16,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
-from stages.core.units.matching import identity_matching
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.network import fit_network
 
 SIDE = STYLES["mlp-mixer"][1]
@@ -62,30 +62,29 @@ def test_the_order_of_hidden_positions_is_found(kind, by, x):
     torch.testing.assert_close(found(x), first(x), rtol=1e-8, atol=1e-8)
 
 
-def built(kind, x, splits, fit, each=1, positions=None):
-    networks = [made(kind, seed) for seed in (0, 1)]
+KEPT = [0, 2, 3, 5]  # units of the stream that are shared
+
+
+def built(x, fit):
+    """Two networks, merged by position with a part of their units shared."""
+    networks = [made(Mixer, seed) for seed in (0, 1)]
     traced = trace(networks[0], x)
     sources = [
         Source(traced, dict(net.state_dict()), Task(name, ("0", "1", "2")))
         for net, name in zip(networks, "ab", strict=True)
     ]
     batches = [Batch(x[:4], 0), Batch(x[4:], 1)]
-    split = splits(traced.spec, each)
-    found, record = fit_network(
-        sources,
-        identity_matching(traced.spec, 2),
-        split,
-        batches,
-        fit,
-        labels="shared",
-        storage=torch.float64,
+    split = full_split(traced.spec, {"stem": KEPT, "channels.1": range(4)})
+    matching = identity_matching(traced.spec, 2)
+    return (
+        networks,
+        *fit_network(sources, matching, split, batches, fit, labels="shared", storage=torch.float64),
     )
-    return networks, sources, found, record
 
 
 @torch.no_grad()
-def test_each_owner_reads_its_own_copy(x, splits):
-    networks, _, found, _ = built(Mixer, x, splits, Fit(solver="average"))
+def test_each_owner_reads_its_own_copy(x):
+    networks, found, _ = built(x, Fit(solver="average"))
     node = next(n for n in found.trace.graph.nodes if n.operation == "mix")
     module, dim = found.map_of(node), node.attributes["dim"]
     assert isinstance(module, MixMap)
@@ -104,19 +103,16 @@ def test_each_owner_reads_its_own_copy(x, splits):
 
 
 @torch.no_grad()
-def test_the_shared_copy_is_the_least_squares_solution(x, splits):
+def test_the_shared_copy_is_the_least_squares_solution(x):
     fit = Fit(solver="exact", inputs="source", targets="own", norm="average", ridge=0.0)
-    networks, sources, found, record = built(Mixer, x, splits, fit)
+    networks, found, record = built(x, fit)
     node = next(n for n in found.trace.graph.nodes if n.operation == "mix")
     module = found.map_of(node)
     rows, targets = [], []
-    for part, source in zip((x[:4], x[4:]), sources, strict=True):
-        network = networks["ab".index(source.task.name)]
-        z = [net.norm(net.stem(part).flatten(2).transpose(1, 2)).transpose(1, 2) for net in networks]
-        shared = list(range(6 - 1))  # one unit of each group is separate
-        kept = [u for u in range(6) if u in found.units["stem"][0][: len(shared)].tolist()]
-        rows.append((sum(z) / 2)[:, kept].reshape(-1, 16))
-        targets.append(network.tokens[0](z["ab".index(source.task.name)])[:, kept].reshape(-1, 5))
+    for part, network in zip((x[:4], x[4:]), networks, strict=True):
+        z = network.norm(network.stem(part).flatten(2).mT).mT[:, KEPT]  # the owner's
+        rows.append(z.reshape(-1, 16))
+        targets.append(network.tokens[0](z).reshape(-1, 5))
     A = torch.cat([torch.cat(rows), torch.ones(sum(map(len, rows)), 1).double()], 1)
     wanted = torch.linalg.lstsq(A, torch.cat(targets)).solution.T
     at = module.owners.index(-1)
