@@ -222,6 +222,31 @@ class SE(nn.Module):
         return self.fc((x * y.expand_as(x)).mean((2, 3)))
 
 
+class OneHead(nn.Module):
+    """Attention with a single head: without a dimension for heads, or with queries, keys and values stacked."""
+
+    def __init__(self, stacked=False):
+        super().__init__()
+        self.stem, self.stacked = nn.Conv2d(3, 6, 2, 2), stacked
+        if stacked:
+            self.qkv = nn.Linear(6, 15)
+        else:
+            self.q, self.k, self.v = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 5)
+        self.proj, self.fc = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def attend(self, x):
+        if self.stacked:
+            n, t = x.shape[:2]
+            q, k, v = self.qkv(x).reshape(n, t, 3, 1, 5).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, 5)
+        scores = torch.bmm(self.q(x), self.k(x).transpose(1, 2)) / 2.0
+        return torch.bmm(F.softmax(scores, dim=2), self.v(x))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.fc((x + self.proj(self.attend(x))).mean(1))
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         w = self.weight
@@ -394,6 +419,8 @@ STYLES = {
     "resmlp": (ResMlp, IMAGE),
     "gmlp": (Gated, IMAGE),
     "swin": (Windows, IMAGE),
+    "one head": (OneHead, IMAGE),
+    "one stacked head": (lambda: OneHead(True), IMAGE),
     "transformer encoder": (lambda: Encoder(True), (6,)),
     "sequence first": (lambda: Encoder(False), (6,)),
     "layer scale": (Scaled, IMAGE),

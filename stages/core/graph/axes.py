@@ -120,8 +120,9 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Valu
     extent = [shape[d] if max(a.labels.shape[d], b.labels.shape[d]) > 1 else 1 for d in range(len(shape))]
     x, y = a.labels.expand(extent), b.labels.expand(extent)
     if a.dims != b.dims:
-        coarse, fine = (x, y) if set(a.dims) < set(b.dims) else (y, x)
-        if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims)):
+        single = [own.labels.numel() == 1 for own in (a, b)]  # one head: on whatever dimension it is
+        coarse, fine = (x, y) if set(a.dims) < set(b.dims) or single == [True, False] else (y, x)
+        if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims) or any(single)):
             raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
         _nest(units, node, coarse, fine)
         return Value(fine.contiguous(), dims, shape, common)

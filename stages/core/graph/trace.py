@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
+from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
@@ -115,11 +116,15 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     seen = {first.name: _input(units, first, tuple(example))}
     shapes = {first.name: torch.Size(example)}
     tensors = {first.name: torch.zeros(tuple(example))}
-    settled = [first]
-    for node in graph.nodes[1:]:
+    settled, waiting = [first], list(reversed(graph.nodes[1:]))
+    while waiting:
+        node = waiting.pop()
         own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
         inputs = [seen[name] for name in node.inputs]
-        node = mixing(node, inputs, own)
+        node, *rest = with_heads(mixing(node, inputs, own), inputs, own.get("mask", ()))
+        if rest:
+            waiting += [*reversed(rest), node]
+            continue
         settled.append(node)
         operation = OPERATIONS[node.operation]
         out = _try_node(node, [tensors[name] for name in node.inputs], state)
@@ -128,7 +133,7 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
         seen[node.name] = carried(
             units, node, inputs, found, operation.run, operation.rule is rules.same, own
         )
-        for name in last[node.name]:
+        for name in last.get(node.name, ()):
             del tensors[name]
     for end in (first.name, graph.output.name):
         units.fixed += [own for own in (seen[end].labels, seen[end].across) if own is not None]

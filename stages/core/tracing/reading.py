@@ -527,7 +527,8 @@ class _Reader:
         self._node(fx, "attention", inputs, attributes, parameters)
 
     def _softmax(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-        self._node(fx, "softmax", [given["self"]], {"dim": given["dim"]})
+        rank = len(self._shape(fx))
+        self._node(fx, "softmax", [given["self"]], {"dim": given["dim"] % rank - rank})
 
     def _log_softmax(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         self._node(fx, "log_softmax", [given["self"]], {"dim": given["dim"]})
