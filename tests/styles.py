@@ -222,6 +222,31 @@ class SE(nn.Module):
         return self.fc((x * y.expand_as(x)).mean((2, 3)))
 
 
+class OneHead(nn.Module):
+    """Attention with a single head: without a dimension for heads, or with queries, keys and values stacked."""
+
+    def __init__(self, stacked=False):
+        super().__init__()
+        self.stem, self.stacked = nn.Conv2d(3, 6, 2, 2), stacked
+        if stacked:
+            self.qkv = nn.Linear(6, 15)
+        else:
+            self.q, self.k, self.v = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 5)
+        self.proj, self.fc = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def attend(self, x):
+        if self.stacked:
+            n, t = x.shape[:2]
+            q, k, v = self.qkv(x).reshape(n, t, 3, 1, 5).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, 5)
+        scores = torch.bmm(self.q(x), self.k(x).transpose(1, 2)) / 2.0
+        return torch.bmm(F.softmax(scores, dim=2), self.v(x))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.fc((x + self.proj(self.attend(x))).mean(1))
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         w = self.weight
@@ -287,6 +312,87 @@ class Einsum(nn.Module):
         return self.head((x + torch.einsum("bhij,bhjd->bihd", attn, v).reshape(n, t, c)).mean(1))
 
 
+class Scaled(nn.Module):
+    """A ConvNeXt block: a vector that scales the channels of a branch, seen as (1, d, 1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depth, self.norm = (
+            nn.Conv2d(3, 6, 2, 2),
+            nn.Conv2d(6, 6, 3, 1, 1, groups=6),
+            nn.LayerNorm(6),
+        )
+        self.wide, self.back, self.gamma = nn.Linear(6, 9), nn.Linear(9, 6), nn.Parameter(torch.ones(6))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.back(F.gelu(self.wide(self.norm(self.depth(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        return self.fc((x + y.mul(self.gamma.reshape(1, -1, 1, 1))).mean((2, 3)))
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer: a perceptron over the patches of each channel, another over the channels of each patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 6, 2, 2), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.tokens = nn.Sequential(nn.Linear(16, 5), nn.GELU(), nn.Linear(5, 16))
+        self.channels = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return self.head((x + self.channels(x)).mean(1))
+
+
+class PatchConv(nn.Module):
+    """The same as convolutions of kernel 1 over (images, patches, channels), channels in the last place."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head = nn.Linear(12, 6), nn.Linear(6, 3)
+        self.one, self.two = nn.Conv1d(16, 7, 1), nn.Conv1d(7, 16, kernel_size=1, bias=False)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, 12)
+        x = self.patch(x)
+        return self.head((x + self.two(F.relu(self.one(x)))).mean(1))
+
+
+class ResMlp(nn.Module):
+    """ResMLP: one matrix over the patches, channels scaled and shifted by parameters instead of norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 3)
+        self.alpha, self.beta = nn.Parameter(torch.ones(1, 1, 6)), nn.Parameter(torch.zeros(1, 1, 6))
+        self.tokens, self.gamma = nn.Linear(16, 16), nn.Parameter(torch.full((6,), 0.5))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        y = torch.addcmul(self.beta, self.alpha, x)
+        x = x + self.gamma * self.tokens(y.transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.addcmul(x, x, x.sigmoid(), value=0.5).mean(1))
+
+
+class Gated(nn.Module):
+    """gMLP: half of the channels gate the others, after a matrix over the patches that stands in front of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 3)
+        self.wide, self.norm, self.back = nn.Linear(6, 10), nn.LayerNorm(5), nn.Linear(5, 6)
+        self.spatial, self.bias = nn.Parameter(torch.randn(16, 16) / 8), nn.Parameter(torch.ones(16, 1))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        u, v = F.gelu(self.wide(x)).chunk(2, dim=-1)
+        v = torch.matmul(self.spatial, self.norm(v)) + self.bias
+        return self.head((x + self.back(u * v)).mean(1))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -308,9 +414,16 @@ STYLES = {
     "ghostnet": (Ghost, IMAGE),
     "hand-written vit": (HandViT, IMAGE),
     "einsum": (Einsum, IMAGE),
+    "mlp-mixer": (Mixer, IMAGE),
+    "mixer of convolutions": (PatchConv, IMAGE),
+    "resmlp": (ResMlp, IMAGE),
+    "gmlp": (Gated, IMAGE),
     "swin": (Windows, IMAGE),
+    "one head": (OneHead, IMAGE),
+    "one stacked head": (lambda: OneHead(True), IMAGE),
     "transformer encoder": (lambda: Encoder(True), (6,)),
     "sequence first": (lambda: Encoder(False), (6,)),
+    "layer scale": (Scaled, IMAGE),
     "squeeze and excite": (SE, IMAGE),
     "cosine": (Cosine, IMAGE),
     "conv1d": (Sequence1d, (3, 12)),

@@ -2,34 +2,41 @@
 
 With s_g separate units of d_g in group g and N networks, every kind of cost is
 
-    cost(s) = base + sum_g linear_g s_g - sum_(i,o) product_io s_i s_o,
+    cost(s) = base + sum_g linear_g s_g - sum_(i,o) product_io s_i s_o + sum_c copied_c (copies_c(s) - 1),
 
 because a linear map from group i to group o has (d_o - s_o) rows that read d_i + (N - 1) s_i inputs and N s_o rows
-that read d_i. All numbers are integers, and cost(d) = N * base.
+that read d_i, and the parameters of a linear map over positions are there once for each owner of the units it acts
+on: one copy for shared units, N for separate ones. All numbers are integers, and cost(d) = N * base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stages.core.graph.nodes import oriented
 from stages.core.graph.trace import Trace
-from stages.core.merged.cost import counted_nodes, entry_cost
+from stages.core.merged.cost import copied, counted_nodes, entry_cost
 from stages.core.units.groups import State
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """sizes: d of each free group. base: cost of one source. linear, product: the coefficients above."""
+    """sizes: d of each free group. base: cost of one source. linear, product: the coefficients above.
+
+    copied: what a copy costs, and the groups whose units have one; an empty name for units that are always shared.
+    """
 
     sizes: Mapping[str, int]
     base: int
     linear: Mapping[str, int]
     product: Mapping[tuple[str, str], int]
+    copied: Sequence[tuple[int, tuple[str, ...]]] = ()
+    networks: int = 2
 
     def cost(self, separate: Mapping[str, int]) -> int:
         """Exact cost of a split with ``separate`` units in each group."""
         total = self.base + sum(self.linear[g] * separate[g] for g in self.sizes)
-        return total - sum(q * separate[i] * separate[o] for (i, o), q in self.product.items())
+        total -= sum(q * separate[i] * separate[o] for (i, o), q in self.product.items())
+        return total + self._copies(separate)
 
     def step(self, separate: Mapping[str, int], group: str) -> int:
         """What one more separate unit of ``group`` costs."""
@@ -39,7 +46,23 @@ class CostModel:
                 change -= q * (2 * separate[group] + 1)
             elif group in (i, o):
                 change -= q * separate[o if group == i else i]
+        if self.copied:
+            change += self._copies({**separate, group: separate[group] + 1}) - self._copies(separate)
         return change
+
+    def _copies(self, separate: Mapping[str, int]) -> int:
+        """What the copies cost beside those of one source."""
+        total = 0
+        for each, groups in self.copied:
+            apart = any(separate.get(g, 0) for g in groups)
+            shared = any(separate.get(g, 0) < self.sizes.get(g, 1) for g in groups)
+            total += each * (shared + self.networks * apart - 1)
+        return total
+
+    @property
+    def most_copied(self) -> int:
+        """The most that copies cost in any split."""
+        return self.networks * sum(each for each, _ in self.copied)
 
 
 def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int) -> CostModel:
@@ -47,6 +70,7 @@ def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int
     free = trace.spec.free
     linear, product, base = dict.fromkeys(free, 0), {}, 0
     extra, sizes = networks - 1, {name: group.size for name, group in free.items()}
+    copies: list[tuple[int, tuple[str, ...]]] = []
     for node in counted_nodes(trace, labels):
         out = trace.layouts[node.name]
         if node.linear:
@@ -61,8 +85,13 @@ def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int
                 linear[i] += extra * scale * d_out * block
                 for o, other in written.items():
                     product[i, o] = product.get((i, o), 0) + extra * scale * block * other
+        once = copied(trace, state, node, kind)
+        if once:
+            base += once
+            held = tuple(dict.fromkeys(s.group if s.group in sizes else "" for s in out.segments))
+            copies.append((once, held))
         each = entry_cost(trace, state, node, kind)
         base += each * out.width
         for name, block in out.blocks(sizes).items():
             linear[name] += extra * each * block
-    return CostModel(sizes, base, linear, product)
+    return CostModel(sizes, base, linear, product, copies, networks)

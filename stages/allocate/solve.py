@@ -6,7 +6,7 @@ best benefit per cost first. Whole numbers throughout: the budget is never excee
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -59,16 +59,28 @@ def allocate(
         separate, bound = dict.fromkeys(model.sizes, 0), 0.0
     elif by != "measured":
         separate, bound = {"uniform": uniform, "prefix": prefix}[by](model, limit), None
-    elif _plans(model, levels) > LARGEST:
-        separate, bound = _large(model, totals, limit, levels)
     else:
-        separate, bound = _grid(model, totals, limit, levels, nodes)
-        separate = _fill(model, totals, separate, limit)
+        separate, bound = _measured(model, totals, limit, levels, nodes)
     reached = float(sum(totals[g][s] for g, s in separate.items()))
     cost = model.cost(separate)
     if cost > limit:
         raise AssertionError(f"allocation costs {cost}, the budget is {limit}")
     return Allocation(separate, cost, reached, None if bound is None else max(float(bound), reached))
+
+
+def _measured(
+    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int, nodes: int
+) -> tuple[dict[str, int], float | None]:
+    """The largest benefit within the limit. What copies may take is set aside; what they leave of it is not used."""
+    if model.copied:
+        left = limit - model.most_copied
+        if left <= model.base:
+            return dict.fromkeys(model.sizes, 0), None
+        return _measured(replace(model, copied=()), totals, left, levels, nodes)[0], None
+    if _plans(model, levels) > LARGEST:
+        return _large(model, totals, limit, levels)
+    separate, bound = _grid(model, totals, limit, levels, nodes)
+    return _fill(model, totals, separate, limit), bound
 
 
 def _plans(model: CostModel, levels: int) -> int:

@@ -74,6 +74,8 @@ def fill_average(
     for node in network.trace.graph.nodes:
         if node.linear:
             _fill_linear(network, node, states, alignment)
+        elif node.operation == "mix":
+            network.map_of(node).average(states)
         elif node.parameters:
             module, arrangement = network.map_of(node), network.arrangement(node.name)
             example = states[0][next(iter(node.parameters.values()))]

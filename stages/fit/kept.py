@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import BlockMap
+from stages.core.merged.mixed import MixMap
 from stages.core.merged.network import MergedNetwork
 
 
@@ -29,7 +30,7 @@ class KeptEntries:
                 kept = exact[node.name].to(norm.running_mean.device)
                 self._norms.append((norm, kept, norm.running_mean.clone(), norm.running_var.clone()))
             for parameter, dim, rows in _parameters(network, node):
-                kept = exact[node.name][rows].to(parameter.device)
+                kept = _kept(network, node, exact[node.name])[rows].to(parameter.device)
                 self.everything &= bool(kept.all())
                 if kept.any():
                     mask = kept.view([-1 if d == dim else 1 for d in range(parameter.dim())])
@@ -55,6 +56,12 @@ class KeptEntries:
         self._handles.clear()
 
 
+def _kept(network: MergedNetwork, node: Node, exact: Tensor) -> Tensor:
+    """Which entries of a node's parameters are copies, given those of what it gives."""
+    module = network.map_of(node)
+    return module.kept(exact) if isinstance(module, MixMap) else exact
+
+
 def _parameters(network: MergedNetwork, node: Node) -> Iterator[tuple[nn.Parameter, int, slice]]:
     """A node's parameters, the dimension of each that lies on the outputs, and which outputs they are."""
     if not network.has_map(node):
@@ -67,6 +74,9 @@ def _parameters(network: MergedNetwork, node: Node) -> Iterator[tuple[nn.Paramet
             yield module.bias, 0, slice(None)
         return
     for role, parameter in module.named_parameters(recurse=False):
+        if isinstance(module, MixMap):
+            yield parameter, 0, slice(None)
+            continue
         norm = node.operation == "batch_norm"
         yield parameter, 0 if norm else network.trace.unit_dim(node, role), slice(None)
 

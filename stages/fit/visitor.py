@@ -1,6 +1,6 @@
 """Layer-wise fitting inside a sweep: PLeaS, RegMean and progressive as settings of one least-squares problem.
 
-At every Linear and Conv2d the merged layer is fitted on all images, installed, and the sweep goes on, so that a
+At every linear map the merged layer is fitted on all images, installed, and the sweep goes on, so that a
 later layer sees what the earlier ones really give (``inputs: merged``) or what the sources give (``inputs: source``).
 """
 
@@ -17,6 +17,7 @@ from stages.fit.setup import Setup
 from stages.fit.solvers.adam import Adam
 from stages.fit.solvers.dense import Dense
 from stages.fit.solvers.grouped import Grouped
+from stages.fit.solvers.mixing import Mixing
 from stages.fit.solvers.regmean import RegMean
 
 
@@ -49,18 +50,27 @@ class FitVisitor:
         self.record: list[LayerFit] = []
         self._intercepts = Intercepts(setup)
         self._solvers = solvers(setup)
+        self._mixing = Mixing(setup) if setup.fit.solver == "exact" else None
 
     def wants(self, node: Node) -> bool:
+        if node.operation == "mix":
+            return self._mixing is not None and self._mixing.wants(node)
         if node.fitted:
             return self._solver(node) is not None
         return node.operation == "batch_norm" and self.setup.fit.inputs == "merged"
 
     def extra_bytes(self, node: Node, images: int, batch: int) -> int:
+        if node.operation == "mix":
+            return self._mixing.bytes(node, batch)
         if not node.fitted:
             return moments_bytes(self.setup.network, node, batch)
         return self._solver(node).bytes(Layer(self.setup, node), images, batch)
 
     def visit(self, node: Node, sweep: Sweep) -> None:
+        if node.operation == "mix":
+            name = node.parameters["weight"].rpartition(".")[0] or node.name
+            self._note(name, self._mixing.fit(node, sweep))
+            return
         if not node.fitted:
             self._intercepts.set_statistics(node, sweep)
             return
@@ -68,9 +78,11 @@ class FitVisitor:
         found = self._solver(node).fit(LayerProblem(layer, sweep))
         if found is not None:
             self._intercepts.install(layer, found)
-            self.record.append(
-                LayerFit(layer.name, found.residual / found.energy if found.energy > 0 else 0.0, found.ridge)
-            )
+            self._note(layer.name, found)
+
+    def _note(self, name: str, found: LayerSolution) -> None:
+        residual = found.residual / found.energy if found.energy > 0 else 0.0
+        self.record.append(LayerFit(name, residual, found.ridge))
 
     def _solver(self, node: Node) -> Solver | None:
         return self._solvers[node.grouped]

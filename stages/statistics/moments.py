@@ -48,13 +48,17 @@ ENDS = (
 
 @dataclass(frozen=True)
 class FeatureUnits:
-    """Units of one group along a value: where they start, how many, how many entries each."""
+    """Units of one group along a value: where they start, how many, how many entries each.
+
+    dim: where they lie, if not on the dimension of the value's units but across it: the mean over these is looked at.
+    """
 
     name: str
     start: int
     count: int
     block: int
     entries: Tensor | None = None  # where they are, if they do not follow each other
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class MomentsVisitor:
         most = 0
         for units in feature.held:
             width = self.networks * units.count
-            entries = self.networks * batch * own // layout.width * units.count * units.block
+            whole = layout.width if units.dim is None else self.trace.shapes[feature.value][units.dim]
+            entries = self.networks * batch * own // whole * units.count * units.block
             most = max(
                 most,
                 2 * entries * self.itemsize + max(8 * min(ENTRIES_AT_A_TIME, entries), gram_bytes(width)),
@@ -145,8 +150,11 @@ class MomentsVisitor:
         task: int,
     ) -> None:
         for units in held:
-            own = [_chosen(v, dim, units) for v in values]
-            rows = torch.cat([unit_rows(v, dim, units.block) for v in own], 1)
+            along = dim if units.dim is None else units.dim
+            if units.dim is not None:  # the units that they lie across have another order in each network
+                values = [v.mean(dim, keepdim=True) for v in values]
+            own = [_chosen(v, along, units) for v in values]
+            rows = torch.cat([unit_rows(v, along, units.block) for v in own], 1)
             places = len(rows) // len(values[0])
             if self.positions < 1 and places > 1:
                 drawn = draw_places(len(values[0]), places, self.positions, self.generator)
@@ -199,7 +207,8 @@ def features(trace: Trace) -> dict[str, list[Feature]]:
         for value, inner, span in inside.get(node.name, ()):
             count = inner.parts * inner.size
             index = span_index(torch.arange(count), span) if span.entries else None
-            units = FeatureUnits(inner.name, span.start, count, span.block, index)
+            across = node.attributes["dim"] if node.operation == "mix" else None
+            units = FeatureUnits(inner.name, span.start, count, span.block, index, across)
             own.append(Feature("inside", value, (units,)))
         if own:
             found[node.name] = own
@@ -259,7 +268,7 @@ def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
 def points_inside(trace: Trace) -> dict[str, list[tuple[str, Inner, Span]]]:
     """The same for units inside parts: {node that is visited: (value, units, where they lie on it)}."""
     at: dict[str, list[tuple[str, Inner, Span]]] = {}
-    maps = [node for node in trace.graph.nodes if node.fitted]
+    maps = [node for node in trace.graph.nodes if node.fitted or node.operation == "mix"]
     for inner in _single_units(trace):
         read, written = list[tuple[str, str, Span]](), list[tuple[str, str, Span]]()
         for node in maps:

@@ -27,13 +27,15 @@ NONE = -1
 class Value:
     """labels: int64, broadcasts to ``shape``. dims: the dimensions units lie on, ascending.
 
-    common: whether it is computed from the input alone, and so is the same in every network.
+    common: whether it is computed from the input alone, and so is the same in every network. across: labels of units
+    that lie on one more dimension, the same for all of the others (stages.core.graph.mixing); extent 1 elsewhere.
     """
 
     labels: Tensor
     dims: tuple[int, ...]
     shape: torch.Size
     common: bool = False
+    across: Tensor | None = None
 
     @property
     def full(self) -> Tensor:
@@ -72,6 +74,7 @@ class Units:
     )  # grouped weight -> (parts, size) units its rows read
     fixed: list[Tensor] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)  # (parts, size): the order inside is one for all parts
+    across: list[Tensor] = field(default_factory=list)  # (1,): the whole of what lies across other units
     hints: list[tuple[Tensor, str]] = field(default_factory=list)  # units, the end of their group's name
 
     def new(self, size: int, name: str) -> Tensor:
@@ -117,8 +120,9 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Valu
     extent = [shape[d] if max(a.labels.shape[d], b.labels.shape[d]) > 1 else 1 for d in range(len(shape))]
     x, y = a.labels.expand(extent), b.labels.expand(extent)
     if a.dims != b.dims:
-        coarse, fine = (x, y) if set(a.dims) < set(b.dims) else (y, x)
-        if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims)):
+        single = [own.labels.numel() == 1 for own in (a, b)]  # one head: on whatever dimension it is
+        coarse, fine = (x, y) if set(a.dims) < set(b.dims) or single == [True, False] else (y, x)
+        if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims) or any(single)):
             raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
         _nest(units, node, coarse, fine)
         return Value(fine.contiguous(), dims, shape, common)

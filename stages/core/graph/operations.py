@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import rules
+from stages.core.graph import mixing, rules
 from stages.core.graph.nodes import Graph, Node, node_parameters
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
@@ -23,11 +23,12 @@ Run = Callable[[Inputs, Parameters, Attributes], Tensor]
 @dataclass(frozen=True)
 class Operation:
     """run: what it computes. rule: what it says about units. macs: multiply-accumulates for each entry of its output
-    beside those of weights, from the shapes of its inputs. moves: whether it only moves entries about."""
+    beside those of dense weights, from the shapes of its inputs and its attributes. moves: whether it only moves
+    entries about."""
 
     run: Run
     rule: rules.Rule
-    macs: Callable[[Sequence[torch.Size]], int] = lambda shapes: 0
+    macs: Callable[[Sequence[torch.Size], Attributes], int] = lambda shapes, a: 0
     moves: bool = False
 
 
@@ -60,6 +61,12 @@ def _moving(run: Run) -> Operation:
 
 def _convolution(function: Callable[..., Tensor]) -> Operation:
     return Operation(lambda x, p, a: function(x[0], p["weight"], p.get("bias"), **a), rules.linear)
+
+
+def _mix(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """A linear map over a dimension that is not the one of the units."""
+    y = F.linear(x[0].movedim(a["dim"], -1), p["weight"].flatten(1), p.get("bias"))
+    return y.movedim(-1, a["dim"])
 
 
 def _batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
@@ -178,6 +185,7 @@ TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 OPERATIONS: dict[str, Operation] = {
     **{name: _convolution(getattr(F, name)) for name in (*CONVOLUTIONS, *TRANSPOSED)},
     "linear": Operation(lambda x, p, a: F.linear(x[0], p["weight"], p.get("bias")), rules.linear),
+    "mix": Operation(_mix, mixing.mixed, lambda shapes, a: shapes[0][a["dim"]]),
     "embedding": Operation(lambda x, p, a: F.embedding(x[0].long(), p["weight"]), rules.embedding),
     "batch_norm": Operation(_batch_norm, rules.channels),
     "batch_statistics": Operation(_batch_statistics, rules.channels),
@@ -186,9 +194,9 @@ OPERATIONS: dict[str, Operation] = {
     "group_norm": Operation(_group_norm, rules.group_norm),
     "normalize": Operation(lambda x, p, a: F.normalize(x[0], dim=a["dim"], eps=a["eps"]), rules.normalised),
     "attention": Operation(
-        _attention, rules.attention, lambda shapes: 2 * shapes[1][-2]
+        _attention, rules.attention, lambda shapes, a: 2 * shapes[1][-2]
     ),
-    "matmul": Operation(lambda x, p, a: torch.matmul(*x), rules.matmul, lambda shapes: shapes[0][-1]),
+    "matmul": Operation(lambda x, p, a: torch.matmul(*x), rules.matmul, lambda shapes, a: shapes[0][-1]),
     "softmax": Operation(_softmax, rules.softmax),
     "log_softmax": Operation(_log_softmax, rules.softmax),
     **{name: _binary(run)[0] for name, run in BINARY.items()},

@@ -46,8 +46,15 @@ class Resolved:
         fixed = np.zeros(len(outer), dtype=bool)
         for own in units.fixed:
             fixed[of[own[own != NONE].numpy()]] = True
+        fixed[outer[fixed & (outer >= 0)]] = True  # a part moves what is inside it
+        whole = np.zeros(
+            len(outer), dtype=bool
+        )  # what lies across other units has an order inside, never others
+        whole[[of[int(own)] for own in units.across]] = True
         fixed |= np.where(outer >= 0, fixed[outer], False)
-        colours = _colours(units, of, outer, places, fixed)
+        fixed |= whole
+        self.across = whole
+        self.colours = colours = _colours(units, of, outer, places, fixed)
         self.classes, self.spec = self._groups(of, outer, places, fixed, colours)
 
     def layout(self, node: str, value: Value) -> Layout:
@@ -76,9 +83,9 @@ class Resolved:
 
     @staticmethod
     def _only_dim(value: Value, top: np.ndarray) -> int:
-        """Of the dimensions that may hold a single unit, the one that does: the last that holds nothing else."""
+        """Of the dimensions that may hold a single unit, the one that does: that of nothing else, or the last."""
         single = [d for d in value.dims if value.labels.shape[d] == 1]
-        return single[0] if single else value.dims[0]
+        return single[0] if single else value.dims[-1]
 
     def _segments(self, line: np.ndarray, own: np.ndarray) -> tuple[Segment, ...]:
         """Runs of a dimension whose units follow each other."""
@@ -91,7 +98,7 @@ class Resolved:
         segments: list[Segment] = []
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             name = "" if group[start] < 0 else self.classes.names[group[start]]
-            for block in _repeats(own[start:stop]):
+            for block in _repeats(own[start:stop], self.colours):
                 last = segments[-1] if segments else None
                 follows = (
                     last is not None
@@ -154,9 +161,11 @@ class Resolved:
                     name = self._name(int(first[rows[0][0]]), taken)
                     reads = [p for p, u in self.units.kernels.items() if of[int(u[0, 0])] in rows[0]]
                     inner[name] = Inner(name, names[g], len(rows), size, tuple(own), tuple(reads))
+        ordered = {own.outer for own in inner.values()}
         groups = {
             name: PermutationGroup(name, sizes[g], tuple(spans[name]), bool(fixed[leaders[g]]))
             for g, name in enumerate(names)
+            if name in ordered or not self.across[leaders[g]]
         }
         return classes, PermutationSpec(groups, inner)
 
@@ -172,13 +181,14 @@ class Resolved:
         return name
 
 
-def _repeats(own: np.ndarray) -> list[int]:
-    """Lengths of the runs of one unit's entries, cut where what is inside it comes a second time."""
+def _repeats(own: np.ndarray, colours: np.ndarray) -> list[int]:
+    """Lengths of the runs of one unit's entries, cut where what is inside comes again or is of another kind."""
     if len(own) < 2 or (own == own[0]).all():
         return [len(own)]
     again = np.flatnonzero(own[1:] == own[0]) + 1
     again = [int(i) for i in again if own[i - 1] != own[0]]
-    edges = [0, *again, len(own)]
+    other = np.flatnonzero(np.diff(colours[own])) + 1
+    edges = [0, *sorted({*again, *other.tolist()}), len(own)]
     return [b - a for a, b in itertools.pairwise(edges)]
 
 

@@ -46,10 +46,10 @@ def _place_parameter(
     ahead = len(value.shape) - len(seen)
     if ahead < 0:
         raise InputError(f"{node.name}: {name} has more dimensions than what it is joined with")
-    held = {d + ahead: d for d, n in enumerate(seen) if n > 1}
+    held = {d + ahead: d for d, n in enumerate(seen) if n != 1}
     dims = [d for d in value.dims if d in held]
     real = (
-        {d: i for i, d in enumerate(d for d, n in enumerate(seen) if n > 1)}
+        {d: i for i, d in enumerate(d for d, n in enumerate(seen) if n != 1)}
         if list(seen) != list(own)
         else None
     )
@@ -348,15 +348,25 @@ def _dims_of_ones(
 ) -> set[int]:
     """Where a dimension of a single unit goes, which labels do not show."""
     ones = [d for d in inputs[0].dims if inputs[0].shape[d] == 1]
+    if node.operation == "rearrange":
+        return _ones_rearranged(node, inputs[0], ones)
     if not ones or len(inputs) > 1:
         return {d for d in ones if len(inputs[0].shape) == len(out)}
-    if node.operation == "rearrange":
-        atoms = [atom for d, own in enumerate(node.attributes["atoms"]) for atom in [d] * len(own)]
-        where = [g for g, own in enumerate(node.attributes["groups"]) for _ in range(own)]
-        return {where[at] for at, i in enumerate(node.attributes["order"]) if atoms[i] in ones}
     if node.operation == "select":
         return {d - (d > node.attributes["dim"] % len(inputs[0].shape)) for d in ones}
     return {d + len(out) - len(inputs[0].shape) for d in ones}
+
+
+def _ones_rearranged(node: Node, value: Value, ones: Sequence[int]) -> set[int]:
+    """The same of a rearrangement, where a dimension of units may also be cut into one head and what is in it."""
+    line = [(d, i) for d, own in enumerate(node.attributes["atoms"]) for i in range(len(own))]
+    heads = {(d, 0) for d, own in enumerate(node.attributes["atoms"]) if d and own[0] == 1 < len(own)}
+    where = [g for g, own in enumerate(node.attributes["groups"]) for _ in range(own)]
+    return {
+        where[at]
+        for at, i in enumerate(node.attributes["order"])
+        if line[i][0] in ones or (line[i] in heads and line[i][0] in value.dims)
+    }
 
 
 def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
+from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
+from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, TRANSPOSED, run_node
 from stages.core.graph.resolve import Resolved
@@ -44,7 +47,9 @@ class Trace:
     def hidden_macs(self, node: Node) -> int:
         """Multiply-accumulates of a node without weights (attention) per entry of its output's units."""
         each = (
-            OPERATIONS[node.operation].macs([self.shapes[name] for name in node.inputs]) if node.inputs else 0
+            OPERATIONS[node.operation].macs([self.shapes[name] for name in node.inputs], node.attributes)
+            if node.inputs
+            else 0
         )
         return each * (self.shapes[node.name].numel() // self.layouts[node.name].width) if each else 0
 
@@ -111,20 +116,31 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     seen = {first.name: _input(units, first, tuple(example))}
     shapes = {first.name: torch.Size(example)}
     tensors = {first.name: torch.zeros(tuple(example))}
-    for node in graph.nodes[1:]:
+    settled, waiting = [first], list(reversed(graph.nodes[1:]))
+    while waiting:
+        node = waiting.pop()
+        own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
+        inputs = [seen[name] for name in node.inputs]
+        node, *rest = with_heads(mixing(node, inputs, own), inputs, own.get("mask", ()))
+        if rest:
+            waiting += [*reversed(rest), node]
+            continue
+        settled.append(node)
         operation = OPERATIONS[node.operation]
         out = _try_node(node, [tensors[name] for name in node.inputs], state)
         tensors[node.name], shapes[node.name] = out, out.shape
-        own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
-        seen[node.name] = operation.rule(units, node, [seen[name] for name in node.inputs], out.shape, own)
-        for name in last[node.name]:
+        found = operation.rule(units, node, inputs, out.shape, own)
+        seen[node.name] = carried(
+            units, node, inputs, found, operation.run, operation.rule is rules.same, own
+        )
+        for name in last.get(node.name, ()):
             del tensors[name]
     for end in (first.name, graph.output.name):
-        units.fixed.append(seen[end].labels)
+        units.fixed += [own for own in (seen[end].labels, seen[end].across) if own is not None]
     resolved = Resolved(units)
     layouts = {name: resolved.layout(name, value) for name, value in seen.items()}
     nodes, moved = [], {}
-    for node in graph.nodes:
+    for node in settled:
         if node.inputs and OPERATIONS[node.operation].moves:
             node, source = _settled(node, [layouts[n] for n in node.inputs], layouts[node.name], shapes)
             if source is not None:

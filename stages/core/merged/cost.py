@@ -1,8 +1,9 @@
 """What a merged network costs, counted two ways: from the split alone, and from the network that was built.
 
 A linear map with merged inputs i and outputs o has k_o rows that read all k_i + N s_i inputs and N s_o
-rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention) costs the same per entry of
-the merged output as of the source's. The heads of separate label spaces are outside the budget: they are there at
+rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention, maps over positions) costs the
+same per entry of the merged output as of the source's; the weights of a map over positions are there once for each
+owner of units. The heads of separate label spaces are outside the budget: they are there at
 any size.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from stages.core.graph.nodes import Node, oriented
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import arrange
+from stages.core.merged.mixed import copies_of
 from stages.core.merged.network import MergedNetwork
 from stages.core.units.groups import State
 
@@ -28,10 +30,19 @@ def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
     """
     if kind == "macs" and not node.grouped:
         return trace.hidden_macs(node)
+    if node.operation == "mix":
+        return 0  # its parameters are copied as a whole: ``copied``
     roles = ["weight"] if kind == "macs" else _alone(node)
     whole = [trace.widened(node, role, state[node.parameters[role]]) for role in roles]
     entries = sum(tensor.numel() for tensor in whole) // trace.layouts[node.name].width
     return entries * (trace.positions(node) if kind == "macs" else 1)
+
+
+def copied(trace: Trace, state: State, node: Node, kind: str) -> int:
+    """What each copy of a linear map over positions costs, of which every owner of units has one."""
+    if node.operation != "mix" or kind == "macs":
+        return 0
+    return sum(state[name].numel() for name in node.parameters.values())
 
 
 def _alone(node: Node) -> list[str]:
@@ -48,6 +59,7 @@ def source_cost(trace: Trace, state: State, labels: str, kind: str) -> int:
             times = trace.positions(node) if kind == "macs" else 1
             total += times * state[node.parameters["weight"]].numel()
         total += entry_cost(trace, state, node, kind) * trace.layouts[node.name].width
+        total += copied(trace, state, node, kind)
     return total
 
 
@@ -66,6 +78,7 @@ def split_cost(
             weights = (k * inputs.width + (outputs.width - k) * weight.shape[1]) * taps
             total += weights * (trace.positions(node) if kind == "macs" else 1)
         total += entry_cost(trace, state, node, kind) * outputs.width
+        total += copied(trace, state, node, kind) * len(copies_of(outputs))
     return total
 
 

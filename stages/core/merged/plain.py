@@ -20,6 +20,7 @@ from stages.core.graph.nodes import Node, oriented
 from stages.core.graph.operations import OPERATIONS
 from stages.core.merged.arrangement import pieces_of
 from stages.core.merged.blocks import BlockMap
+from stages.core.merged.mixed import MixMap
 from stages.core.merged.plain_layers import layer_of
 from stages.core.merged.unit_layers import Moved, ViewNorm, reduced_dims
 from stages.core.runtime.errors import InputError
@@ -121,6 +122,8 @@ class _Writer:
             return self._moved(module, whole, len(self.trace.shapes[node.inputs[0]]))
         if node.operation == "batch_norm":
             return self._layer(node, copy.deepcopy(module), "running_mean", inputs[0])
+        if isinstance(module, MixMap):
+            return self._mixed(node, module, inputs[0])
         if isinstance(module, ViewNorm) and module.view0 is not None:
             return self._view_norm(node, module, inputs[0])
         layer = layer_of(node, module.attributes, dict(module.named_parameters()), self._tails(node))
@@ -274,6 +277,20 @@ class _Writer:
             x = F.pad(x, [0, 0] * (rank - 1 - module.dim) + [0, 1])
             index = torch.where(index < 0, width, index)
         return _picked(x, module.dim, index.tolist())
+
+    def _mixed(self, node: Node, module: MixMap, x: Proxy) -> Proxy:
+        """The units of each owner by its copy."""
+        parts = []
+        for piece in module.pieces:
+            own = (
+                x if len(module.pieces) == 1 else x.narrow(module.dim, piece.start, piece.stop - piece.start)
+            )
+            found = {
+                role: self._tensor(node.parameters[role], tensor)
+                for role, tensor in module.copy(piece.owner).items()
+            }
+            parts.append(OPERATIONS["mix"].run([own], found, module.attributes))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, module.dim)
 
     def _view_norm(self, node: Node, module: ViewNorm, x: Proxy) -> Proxy:
         """The entries of each owner by the mean of their views' statistics, as ViewNorm has it."""

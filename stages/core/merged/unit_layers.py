@@ -15,6 +15,7 @@ from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import Block
+from stages.core.merged.mixed import MixMap
 
 
 class MergedLayer(nn.Module):
@@ -145,8 +146,10 @@ def over_units(node: Node, trace: Trace) -> bool:
     return trace.layouts[node.name].dim in reduced_dims(node, len(trace.shapes[node.name]))
 
 
-def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> MergedLayer | None:
+def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> nn.Module | None:
     """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
+    if node.operation == "mix":
+        return MixMap(node, trace, outputs)
     if node.grouped:
         return GroupedMap(node, trace, inputs, outputs)
     if over_units(node, trace):

@@ -245,7 +245,10 @@ class _Reader:
             raise self._unknown(fx, f"{name} whose settings depend on a value")
         self._node(fx, name, [given[first]], settings)
 
-    def _binary(self, fx: torch.fx.Node, name: str, given: Mapping[str, Any]) -> None:
+    def _binary(
+        self, fx: torch.fx.Node, name: str, given: Mapping[str, Any], called: str | None = None
+    ) -> None:
+        """called: the name of the node, by default that of the call."""
         a, b = given["self"], given["other"]
         if given.get("rounding_mode") is not None:
             raise self._unknown(fx, f"{name} that rounds")
@@ -253,18 +256,20 @@ class _Reader:
         a, b = self._number(a), self._number(b)
         if isinstance(b, int | float) and self._is_value(a):
             value = b * alpha
-            self._node(fx, NUMBERS[name], [a], {"value": -value if name == "subtract" else value})
+            self._node(
+                fx, NUMBERS[name], [a], {"value": -value if name == "subtract" else value}, name=called
+            )
         elif isinstance(a, int | float) and self._is_value(b):
             if name in ("add", "multiply"):
-                self._node(fx, NUMBERS[name], [b], {"value": a})
+                self._node(fx, NUMBERS[name], [b], {"value": a}, name=called)
             elif name == "subtract":
-                self._node(fx, "subtract_from", [b], {"value": a})
+                self._node(fx, "subtract_from", [b], {"value": a}, name=called)
             else:
                 raise self._unknown(fx, f"{name} of a number by a value")
         elif alpha != 1:
             raise self._unknown(fx, f"{name} with alpha={alpha}")
         elif self._is_value(a) and self._is_value(b):
-            self._node(fx, name, [a, b])
+            self._node(fx, name, [a, b], name=called)
         else:
             value, lone = (a, b) if self._is_value(a) else (b, a)
             if len(self._shape(lone)) > len(self._shape(value)):
@@ -273,7 +278,7 @@ class _Reader:
             parameter, view = self._seen(lone)
             if view:
                 attributes["view"] = view
-            self._node(fx, f"{name}_parameter", [value], attributes, {"value": parameter})
+            self._node(fx, f"{name}_parameter", [value], attributes, {"value": parameter}, called)
 
     def _seen(self, lone: torch.fx.Node) -> tuple[str, list[int]]:
         """A parameter of one dimension that is only viewed as (1, d, 1, 1) stays what it is in the state dict."""
@@ -309,6 +314,19 @@ class _Reader:
             seen.add(node)
             stack += [n for n in node.all_input_nodes if n not in seen and not made_like(node)]
         return False
+
+    def _addcmul(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+        """self + value * tensor1 * tensor2, as its parts."""
+        product, name = [given["tensor1"], given["tensor2"]], self._name(fx, {})
+        if not any(map(self._is_value, product)):
+            raise self._unknown(fx, "addcmul of a value and the product of two parameters")
+        self._binary(fx, "multiply", {"self": product[0], "other": product[1]}, f"{name}_product")
+        if given["value"] != 1:
+            scaled = Node(f"{name}_scaled", "scale", (self.names[fx],), {"value": given["value"]})
+            self.nodes.append(scaled)
+            self.taken.add(scaled.name)
+            self.names[fx] = scaled.name
+        self._binary(fx, "add", {"self": fx, "other": given["self"]}, name)
 
     def _rsub(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         self._binary(
@@ -346,10 +364,23 @@ class _Reader:
         elif self._is_value(a) and len(self._shape(b)) == 2:
             weight = self.folding.want(self._through(b), transposed=True)
             self._node(fx, "linear", [a], {}, {"weight": weight})
+        elif self._is_value(b) and len(self._shape(a)) == 2 and len(self._shape(b)) > 2:
+            self._in_front(fx, self._parameter(a), b)
         else:
             raise self._unknown(fx, "a matrix product with a parameter in front or of many dimensions")
 
     _bmm = _mm = _matmul
+
+    def _in_front(self, fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:
+        """A matrix in front of a value: a linear map over the dimension before the last."""
+        shape, name = self._shape(value), self._name(fx, {})
+        letters = list(range(len(shape)))
+        swapped = [*letters[:-2], letters[-1], letters[-2]]
+        turned = self._ordered(f"{name}_turned", self._value(value), shape, letters, swapped)
+        self.nodes.append(Node(f"{name}_map", "linear", (turned,), {}, {"weight": weight}))
+        self.taken.add(f"{name}_map")
+        found = [*self._shape(fx)[:-2], self._shape(fx)[-1], self._shape(fx)[-2]]
+        self.names[fx] = self._ordered(name, f"{name}_map", found, letters, swapped)
 
     def _einsum(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         """Of two values as one product of matrices: letters of both, one of each, one that is summed over."""
@@ -496,7 +527,8 @@ class _Reader:
         self._node(fx, "attention", inputs, attributes, parameters)
 
     def _softmax(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-        self._node(fx, "softmax", [given["self"]], {"dim": given["dim"]})
+        rank = len(self._shape(fx))
+        self._node(fx, "softmax", [given["self"]], {"dim": given["dim"] % rank - rank})
 
     def _log_softmax(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         self._node(fx, "log_softmax", [given["self"]], {"dim": given["dim"]})

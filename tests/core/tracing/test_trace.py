@@ -359,6 +359,7 @@ READ = {  # what other readers refuse: each verified
     "axis": lambda m, x: torch.cat([m.conv(x), x], axis=1),
     "keyword": lambda m, x: m.conv(input=x),
     "one map for all units": lambda m, x: m.conv(x) * F.relu(m.thin(x)),
+    "groups of a concatenation": lambda m, x: m.of_eight(torch.cat([m.conv(x), m.conv2(x)], 1)),
     "hooked": lambda m, x: m.conv(x.clone().relu_()).mul_(2).add_(1),
 }  # fmt: skip
 
@@ -399,8 +400,6 @@ REFUSALS = {
 
 WRONG = {  # read, and found to be something else when it is verified
     "size as a value": (lambda m, x: m.conv(x) * x.shape[0], "does not compute"),
-    "groups of a concatenation": (
-        lambda m, x: m.of_eight(torch.cat([m.conv(x), m.conv2(x)], 1)), "group conv: permuting"),
 }  # fmt: skip
 
 

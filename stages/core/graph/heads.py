@@ -1,0 +1,106 @@
+"""Attention with one head: the head gets a dimension of its own, so that a merged network can have several.
+
+With several heads the network itself has a dimension for them, on which merged heads lie side by side. With one, all
+units lie on the dimension that the scores sum over: nodes before and behind move them to a dimension of heads,
+(..., positions, units) -> (..., heads, positions, units of a head), and back.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from stages.core.graph.axes import Value
+from stages.core.graph.nodes import Node
+
+
+def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
+    """The node, or what it is with a dimension for its one head. masked: the shape of a mask, () without one."""
+    if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
+        return _attention(node, inputs, masked)
+    if node.operation != "matmul":
+        return [node]
+    a, b = inputs
+    rank = len(b.shape)
+    if len(a.shape) == rank and a.dims == (rank - 1,) and b.dims == (rank - 2,):  # queries with keys
+        spare = _spare([a, b])
+        if spare or rank == 3:
+            return _product(node, {0: rank - 1, 1: rank - 2}, inputs, spare, back=False)
+    scored = a.labels.numel() == 1 and a.dims == (len(a.shape) - 3,)
+    if (
+        scored
+        and b.dims == (rank - 1,)
+        and (len(a.shape) == rank + 1 or (len(a.shape) == rank and _spare([b])))
+    ):
+        return _product(node, {1: rank - 1}, inputs, len(a.shape) == rank, back=True)
+    return [node]
+
+
+def _on_last(value: Value) -> bool:
+    return value.dims == (len(value.shape) - 1,)
+
+
+def _spare(values: Sequence[Value]) -> bool:
+    """Whether the dimension before the last two has one entry, which can be the heads'."""
+    return all(len(value.shape) > 3 and value.shape[-3] == 1 for value in values)
+
+
+def _attention(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
+    spare, rank = _spare(inputs[:3]), len(inputs[0].shape)
+    masks = [value.shape for value in inputs[3:]] + ([masked] if masked else [])
+    if not spare and any(len(shape) > 2 for shape in masks):
+        return [node]  # it would lie on another dimension
+    return _product(node, dict.fromkeys(range(3), rank - 1), inputs, spare, back=True)
+
+
+def _product(
+    node: Node, moved: Mapping[int, int], inputs: Sequence[Value], spare: bool, back: bool
+) -> list[Node]:
+    """moved: {number of an input: the dimension of its units}. back: whether the output has its units moved back."""
+    nodes, names = [], list(node.inputs)
+    for i, dim in moved.items():
+        names[i] = f"{node.name}_head{i}"
+        nodes.append(_to_heads(names[i], node.inputs[i], inputs[i].shape, dim, spare))
+    if not back:
+        return [*nodes, dataclasses.replace(node, inputs=tuple(names))]
+    whole = f"{node.name}_heads"
+    nodes.append(dataclasses.replace(node, name=whole, inputs=tuple(names)))
+    rank = len(inputs[-1 if node.operation == "matmul" else 0].shape)
+    rows, columns = inputs[0].shape[-2], inputs[2 if len(inputs) > 2 else 1].shape[-1]
+    lead = list(inputs[1].shape[: rank - 2])
+    return [*nodes, _from_heads(node.name, whole, [*lead, rows, columns], spare)]
+
+
+def _to_heads(name: str, source: str, shape: Sequence[int], dim: int, spare: bool) -> Node:
+    """Units of dimension ``dim`` to heads, before the last two dimensions; spare: on what lies there."""
+    rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
+    atoms = [[1, n] if d == dim else [n] for d, n in enumerate(shape)]
+    number = [d + (d > dim) for d in range(rank)]
+    groups = [[dim + 1] if d == dim else [number[d]] for d in range(rank)]
+    if spare:
+        groups[heads].append(dim)
+    else:
+        groups.insert(heads, [dim])
+    return _rearrange(name, source, atoms, groups)
+
+
+def _from_heads(name: str, source: str, shape: Sequence[int], spare: bool) -> Node:
+    """The inverse, to ``shape``, units on the last dimension."""
+    rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
+    whole = list(shape) if spare else [*shape[:heads], 1, *shape[heads:]]
+    groups = [[d] for d in range(len(whole))]
+    groups[-1] = [heads, len(whole) - 1]
+    if spare:
+        groups[heads] = []
+    else:
+        groups.pop(heads)
+    assert len(groups) == rank
+    return _rearrange(name, source, [[n] for n in whole], groups)
+
+
+def _rearrange(name: str, source: str, atoms: list[list[int]], groups: list[list[int]]) -> Node:
+    attributes = {
+        "atoms": atoms,
+        "free": [0, *[None] * (len(atoms) - 1)],  # images
+        "order": [i for own in groups for i in own],
+        "groups": [len(own) for own in groups],
+    }
+    return Node(name, "rearrange", (source,), attributes)

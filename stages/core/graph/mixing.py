@@ -1,0 +1,127 @@
+"""Linear maps over positions: MLP-Mixer's token mixing, ResMLP's cross-patch layer, gMLP's spatial gate.
+
+Such a map reads a dimension that holds no units, while the units lie on another one, each of which it does the same to.
+What it gives are units too, but of the layer alone: they lie *across* the units of the value, one order for all of
+these. They can be put in order (``Inner`` of one part), never be separate. Where they meet positions they keep theirs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.core.graph import rules
+from stages.core.graph.axes import Units, Value
+from stages.core.graph.nodes import Node
+from stages.core.runtime.errors import InputError
+
+
+def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
+    """The node as ``mix``, where it is a linear map over a dimension beside that of the units; else the node."""
+    if not node.linear or node.operation.startswith("conv_transpose") or not inputs[0].dims:
+        return node
+    value, weight = inputs[0], shapes["weight"]
+    dim = len(value.shape) - 1 if node.operation == "linear" else 1
+    if dim in value.dims or value.common:
+        return node
+    a = node.attributes
+    if node.operation != "linear" and not (
+        all(n == 1 for n in (*weight[2:], *a["stride"])) and not any(a["padding"])
+    ):
+        raise InputError(
+            f"{node.name}: a convolution over positions with kernel {tuple(weight[2:])}, its units lie on "
+            f"{list(value.dims)}; allowed: kernels of one position"
+        )
+    return dataclasses.replace(node, operation="mix", attributes={"dim": dim})
+
+
+def mixed(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: rules.Shapes) -> Value:
+    """The units that lie on the value stay; those across it are what the map reads, and new ones."""
+    value, dim, weight = inputs[0], node.attributes["dim"], node.parameters["weight"]
+    if dim in value.dims or value.common:
+        raise InputError(
+            f"{node.name}: {node.operation} over units or over images; allowed: over positions beside units"
+        )
+    name = weight.rpartition(".")[0] or node.name
+    if value.across is not None and value.across.shape[dim] > 1:
+        units.place(node.name, weight, 1, value.across.reshape(-1))
+    elif value.across is not None:
+        units.fixed.append(value.across)
+    new = units.new(out[dim], name)
+    units.place(node.name, weight, 0, new)
+    if "bias" in node.parameters:
+        units.place(node.name, node.parameters["bias"], 0, new)
+    whole = units.new(1, f"{name}.positions")
+    units.across.append(whole)
+    units.put_inside(node.name, new[None], whole)
+    line = new.view([-1 if d == dim else 1 for d in range(len(out))])
+    return Value(value.labels, value.dims, out, across=line)
+
+
+def carried(
+    units: Units,
+    node: Node,
+    inputs: Sequence[Value],
+    found: Value,
+    run: Callable[..., Tensor],
+    elementwise: bool,
+    shapes: rules.Shapes,
+) -> Value:
+    """What an operation gives, with the units that lie across its inputs, where it keeps them; else they are fixed."""
+    held = [value for value in inputs if value.across is not None]
+    if not held or found.across is not None or node.operation == "mix":
+        return found
+    across = None
+    if node.operation == "rearrange":
+        across = _rearranged(node, held[0], run)
+    elif node.operation == "linear" and held[0].across.shape[-1] == 1:
+        across = held[0].across
+    elif elementwise and len({len(value.shape) for value in inputs}) == 1:
+        across = _joined(units, node, inputs)
+        if across is not None and not _placed(units, node, across, shapes):
+            across = None
+    if across is None:
+        units.fixed += [value.across for value in held]
+        return found
+    return dataclasses.replace(found, across=across)
+
+
+def _joined(units: Units, node: Node, inputs: Sequence[Value]) -> Tensor | None:
+    """The units across values that are joined elementwise; None where one has positions in their place."""
+    across = next(value.across for value in inputs if value.across is not None)
+    dim = max(range(across.dim()), key=lambda d: across.shape[d])
+    for value in inputs:
+        if value.across is None and value.shape[dim] > 1:
+            return None
+        if value.across is not None and value.across is not across:
+            if value.across.shape != across.shape:
+                return None
+            units.tie(node.name, across, value.across)
+    return across
+
+
+def _placed(units: Units, node: Node, across: Tensor, shapes: rules.Shapes) -> bool:
+    """Whether parameters that are joined with a value lie alike on what is across it, and are noted to."""
+    dim = max(range(across.dim()), key=lambda d: across.shape[d])
+    for role, name in node.parameters.items():
+        seen = list(node.attributes.get("view", shapes[role]))
+        at = dim - (across.dim() - len(seen))
+        if at < 0 or seen[at] == 1:
+            continue
+        if seen != list(shapes[role]) or seen[at] != across.shape[dim]:
+            return False
+        units.place(node.name, name, at, across.reshape(-1))
+    return True
+
+
+def _rearranged(node: Node, value: Value, run: Callable[..., Tensor]) -> Tensor | None:
+    """The units across a value whose dimensions change places; None where they are cut or joined with others."""
+    labels = run([value.across.expand(value.shape) + 1], {}, node.attributes) - 1
+    for dim in range(labels.dim()):
+        line = labels.movedim(dim, 0).flatten(1)[:, :1]
+        if labels.shape[dim] == value.across.numel() and bool(
+            (labels == line.view([-1 if d == dim else 1 for d in range(labels.dim())])).all()
+        ):
+            return line.reshape([-1 if d == dim else 1 for d in range(labels.dim())])
+    return None

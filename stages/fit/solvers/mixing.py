@@ -1,0 +1,65 @@
+"""The closed form for linear maps over positions: the copy of the shared units, a row for each image and unit.
+
+minimise over W, b:   sum over images x and shared units c of   w(x) |W z(x, c) + b - y(x, c)|^2   +   the ridge
+
+of stages.fit.equations.solve, where z and y are a unit's values at all positions. The copies of separate units stay
+their own network's.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.core.graph.nodes import Node
+from stages.core.merged.mixed import MixMap
+from stages.core.sweep.sweep import Sweep
+from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.solve import solve
+from stages.fit.features import inputs_of, targets_of
+from stages.fit.problem import LayerSolution
+from stages.fit.setup import Setup
+
+
+class Mixing:
+    """Holds sums of products over the rows of one layer."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    def wants(self, node: Node) -> bool:
+        """Whether there is a copy to fit: shared units, which are never a source's to the last bit."""
+        return -1 in self._module(node).owners
+
+    def bytes(self, node: Node, batch: int) -> int:
+        """What it holds, beside the values that the sweep keeps."""
+        d_out, d_in = self._module(node).weight.shape[1:3]
+        network, size = self.setup.network, self._module(node).weight.element_size()
+        values = sum(network.entries(name) for name in (node.inputs[0], node.name))
+        sums = NormalEquations.bytes(d_in, d_out) + NormalEquations.add_bytes(d_in, d_out)
+        return sums + NormalEquations.solve_bytes(d_in, d_in, d_out) + 3 * batch * values * size
+
+    def fit(self, node: Node, sweep: Sweep) -> LayerSolution:
+        """Fit the layer and install its weights."""
+        module = self._module(node)
+        at, bias = module.owners.index(-1), "bias" in node.parameters
+        start = module.weight[at].flatten(1)
+        d_out, d_in = start.shape
+        equations = NormalEquations(d_in, d_out, bias, start.device, node.name)
+        for index, batch in enumerate(sweep.batches):
+            z, y = inputs_of(self.setup, node, sweep, index), targets_of(self.setup, node, sweep, index)
+            equations.add(_rows(module, z), _rows(module, y), sweep.weights[batch.task])
+        system = equations.block(*(torch.arange(n, device=start.device) for n in (d_out, d_in)))
+        found = solve(system, start.double(), self.setup.ridge)
+        module.weight[at] = found.weight.to(start.dtype).view_as(module.weight[at])
+        if bias:
+            module.bias[at] = found.bias.to(start.dtype)
+        return LayerSolution(float(found.residual.sum()), float(found.energy.sum()))
+
+    def _module(self, node: Node) -> MixMap:
+        return self.setup.network.map_of(node)
+
+
+def _rows(module: MixMap, value: Tensor) -> Tensor:
+    """A merged value's shared units, (images * units * ..., positions)."""
+    shared = (module.outputs.owner < 0).nonzero().flatten().to(value.device)
+    own = value.index_select(module.dim, shared).movedim(module.attributes["dim"], -1)
+    return own.reshape(-1, own.shape[-1])
