@@ -29,7 +29,9 @@ def assign_inside(gains: Tensor) -> Tensor:
     size = gains.shape[-1]
     if size == 1:
         return torch.zeros(gains.shape[:-1], dtype=torch.int64)
-    return torch.stack([assign(own) for own in gains.reshape(-1, size, size)]).view(gains.shape[:-1])
+    costs = -gains.reshape(-1, size, size).double().cpu().numpy()
+    columns = [linear_sum_assignment(own)[1] for own in costs]
+    return torch.from_numpy(np.array(columns, dtype=np.int64)).view(gains.shape[:-1])
 
 
 def gained(gains: Tensor, orders: Tensor) -> Tensor:

@@ -289,17 +289,25 @@ def _solve_pairs(
 def _take_turns(
     gains: Mapping[str, Tensor], kernels: Kernels, a: Tensor, b: Tensor, start: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Improve the orders inside parts b, (K, size) for each kind of unit, in the place of parts a, kind by kind."""
-    orders = dict(start)
+    """Improve the orders inside parts b, (K, size) for each kind of unit, in the place of parts a, kind by kind.
+
+    Each pair until its own turn gains nothing, so that it ends the same whichever pairs are beside it.
+    """
+    orders = {what: own.clone() for what, own in start.items()}
     seen = [own for pair in kernels for own in pair if own is not None]
-    worth = _worth(gains, kernels, a, b, orders)
+    worth, left = _worth(gains, kernels, a, b, orders), torch.arange(len(a))
     for _ in range(TURNS):
-        before = worth
+        a_left, b_left, before = a[left], b[left], worth[left]
+        tried = {what: own[left] for what, own in orders.items()}
         for what, gain in gains.items():
-            whole = gain[a, b] + sum(own.gain(a, b, orders) for own in seen if own.unit == what)
-            orders[what] = assign_inside(whole)
-        worth = _worth(gains, kernels, a, b, orders)
-        if not (worth > before + 1e-12 * before.abs()).any():
+            whole = gain[a_left, b_left]
+            whole = whole + sum(own.gain(a_left, b_left, tried) for own in seen if own.unit == what)
+            tried[what] = assign_inside(whole)
+        worth[left] = _worth(gains, kernels, a_left, b_left, tried)
+        for what, own in tried.items():
+            orders[what][left] = own
+        left = left[worth[left] > before + 1e-12 * before.abs()]
+        if not len(left):
             break
     return orders, worth
 
