@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.axes import Units, Value
+from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.layouts import Layout
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, TRANSPOSED, run_node
@@ -110,10 +111,11 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     first = graph.nodes[0]
     seen = {first.name: _input(units, first, tuple(example))}
     shapes = {first.name: torch.Size(example)}
-    tensors = {first.name: torch.zeros(tuple(example))}
+    tensors = {first.name: torch.zeros(tuple(example), device=place_for(math.prod(example)))}
     for node in graph.nodes[1:]:
         operation = OPERATIONS[node.operation]
         out = _try_node(node, [tensors[name] for name in node.inputs], state)
+        check_value(node.name, out)
         tensors[node.name], shapes[node.name] = out, out.shape
         own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
         seen[node.name] = operation.rule(units, node, [seen[name] for name in node.inputs], out.shape, own)
@@ -248,7 +250,11 @@ def _sources_of(node: Node, dim: int, shape: torch.Size) -> tuple[int, ...]:
 
 def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
     try:
-        return run_node(node, inputs, node_parameters(node, state))
+        own = node_parameters(node, state)
+        place = place_for(most_entries(node, inputs, own))
+        if place == "meta" or any(value.is_meta for value in inputs):
+            inputs, own = [value.to("meta") for value in inputs], {k: v.to("meta") for k, v in own.items()}
+        return run_node(node, inputs, own)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
         raise InputError(
