@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.core.graph import rules
+from stages.core.graph.inputs import check_input
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
@@ -181,7 +182,7 @@ class MergedNetwork(nn.Module):
         return self.maps[_key(node)]
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """x: (n, ...) preprocessed images. Returns (n, classes)."""
+        """x: (n, ...) preprocessed images. Returns (n, classes). Raises InputError for what no source takes."""
         index, output = self._index(task), self.trace.graph.output
         if (
             index is None and self.corrected
@@ -240,6 +241,7 @@ class MergedNetwork(nn.Module):
 
     def _run(self, x: Tensor, stop: Node, task: int | None) -> dict[str, list[Tensor]]:
         """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in."""
+        check_input(self.trace, x)
         values = {self.trace.graph.nodes[0].name: [x]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:

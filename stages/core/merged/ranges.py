@@ -57,7 +57,7 @@ def _check_numbers(where: str, value: Any, key: str = "") -> None:
             _check_numbers(where, own, name)
     elif isinstance(value, list):
         for own in value:
-            _check_numbers(where, own, key)
+            _check_numbers(where, own, "counts" if key == "groups" else key)  # of a rearrangement
     elif isinstance(value, int | float):
         least, most = LIMITS.get(key, (-MOST_WHOLE, MOST_WHOLE))
         endless = (
