@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from stages.core.graph.inputs import of_shape
 from stages.core.merged.network import MergedNetwork
+from stages.core.merged.ranges import FLOATS
 from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
 from stages.loaders import kind_of, read_images
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def checked_network(network: Any, what: str) -> nn.Module:
             raise InputError(f"{what}: {name} is lazy; allowed: a network that has seen images once")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_quantized:
             raise InputError(f"{what}: {name} is {_unusual(tensor)}; allowed: ordinary tensors")
-        if (tensor.is_floating_point() and tensor.dtype not in FLOATS) or tensor.is_complex():
-            raise InputError(f"{what}: {name} holds {tensor.dtype}; allowed: {some(FLOATS)}")
+        if (tensor.is_floating_point() and str(tensor.dtype) not in FLOATS) or tensor.is_complex():
+            raise InputError(f"{what}: {name} holds {tensor.dtype}; allowed: {some(sorted(FLOATS))}")
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise InputError(f"{what}: {name} holds a negative variance; allowed: zero or more")
     if not any(True for _ in network.parameters()):
