@@ -17,7 +17,6 @@ from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
 from stages.loaders import kind_of, read_images
 
-
 log = logging.getLogger(__name__)
 
 
