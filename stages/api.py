@@ -4,17 +4,17 @@ from stages import merge, load_merged
 merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budget=1.2)
 """
 
-import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from stages.allocate.splits import split_units
 from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
+from stages.core.graph.inputs import of_shape
 from stages.core.graph.source import Source, Task
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
@@ -22,13 +22,17 @@ from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
 from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.device import generator
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, some
+from stages.core.runtime.surroundings import undisturbed, users_code
 from stages.core.settings.params import first_line
+from stages.core.settings.sections import MOST
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
 from stages.fit.network import fit_network
+from stages.given import checked_batches, checked_networks, checked_sizes, run_once, two_of
 from stages.inspection import inspect
+from stages.loaders import kind_of
 from stages.match.matching import make_matching
 from stages.recalibrate.recalibrate import recalibrate as recalibrate_network
 from stages.statistics.moments import gather
@@ -51,29 +55,63 @@ def merge(
     recalibrate: str | None = None,
     allocate: Mapping[str, Any] = ALLOCATE,
     ridge: float | Literal["auto"] = "auto",
+    images: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> MergedNetwork:
     """Merge networks of one architecture that were trained apart, without labels and without training.
 
-    networks: task name -> module; any that torch.export reads as operations that have a rule. They are left alone.
-    batches: task name -> unlabelled images of that task as the network takes them: tensors (n, ...), or tuples
-    whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N. method: a
-    row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, as a mapping. labels:
-    shared (one label space), separate (a head each); by default shared when all have as many classes. classes: class
-    names of each task, by default numbers. match, fit, recalibrate: what differs from the row. allocate: as in
-    params.yaml. Runs on the device of the first network. Raises InputError in one line.
+    networks: task name -> module; any that torch.export reads as operations that have a rule, or a merged network,
+    which is taken in its plain form. They are left alone. batches: task name -> unlabelled images of that task as the
+    network takes them: tensors (n, ...), tuples whose first entry is one (labels are not looked at), dicts with one, in
+    any iterable; one tensor; or a Dataset. budget: cost relative to one network, from 1 to N. method: a row of the full
+    list of params.yaml by its name, as `progressive_refined`, or one of your own, as a mapping. labels: shared (one
+    label space), separate (a head each); by default shared when all have as many classes. classes: class names of each
+    task, by default numbers. match, fit, recalibrate: what differs from the row. allocate: as in params.yaml. images:
+    at most so many of each task are read. Runs on the device of the first network; autocast, default type and device,
+    inference and gradient mode around the call change nothing, and random states are left as found. Raises InputError
+    in one line.
     """
-    names = list(networks)
-    if set(batches) != set(names):
-        raise InputError(
-            f"batches: found tasks {sorted(batches)}; allowed: those of networks, {sorted(names)}"
+    with undisturbed():
+        return _merge(
+            checked_networks(networks),
+            batches,
+            budget,
+            method,
+            labels=labels,
+            classes=classes,
+            changes={"match": match, "fit": fit, "recalibrate": recalibrate},
+            allocate=allocate,
+            ridge=ridge,
+            images=images,
+            seed=seed,
+            progress=bool(progress),
         )
+
+
+def _merge(
+    networks: Mapping[str, nn.Module],
+    batches: Any,
+    budget: Any,
+    method: Any,
+    *,
+    labels: Any,
+    classes: Any,
+    changes: Mapping[str, Any],
+    allocate: Any,
+    ridge: Any,
+    images: Any,
+    seed: Any,
+    progress: bool,
+) -> MergedNetwork:
+    names = list(networks)
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    row, settings = _row(method, {"match": match, "fit": fit, "recalibrate": recalibrate})
+    row, settings = _row(method, changes)
     spending = _checked(AllocateSection, "allocate", allocate)
-    found = _batches(networks, batches)
+    _check_numbers(ridge, seed)
+    found = checked_batches(networks, batches, images)
+    checked_sizes(networks, found)
     sources, labels = _sources(networks, found, labels, classes)
     gathered = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
     statistics = pool(gathered, len(names), len(names))
@@ -125,28 +163,21 @@ def _row(
     return found, settings
 
 
-def _checked(section: type, name: str, given: Mapping[str, Any]) -> Any:
+def _checked(section: type, name: str, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        raise InputError(f"{name}: found {given!r:.60}; allowed: a mapping")
     try:
         return section.model_validate(dict(given))
     except ValidationError as error:
         raise InputError(first_line(error, section, name)) from error
 
 
-def _batches(networks: Mapping[str, nn.Module], batches: Mapping[str, Iterable[Any]]) -> list[Batch]:
-    first = next(iter(networks.values()))
-    tensor = next(first.parameters(), None)
-    if tensor is None:
-        raise InputError(f"{type(first).__name__}: has no parameters; allowed: a trained network")
-    found = []
-    for task, name in enumerate(networks):
-        own = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches[name]]
-        if not own or not all(isinstance(batch, Tensor) and len(batch) for batch in own):
-            raise InputError(f"batches: task {name} has none or an empty one; allowed: tensors of images")
-        found += [
-            Batch(batch.to(tensor.device, tensor.dtype if batch.is_floating_point() else None), task)
-            for batch in own
-        ]
-    return found
+def _check_numbers(ridge: Any, seed: Any) -> None:
+    number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
+    if not number or not 0 <= ridge < math.inf:
+        raise InputError(f"ridge: found {ridge!r:.40}; allowed: a number from 0")
+    if type(seed) is not int or not 0 <= seed <= MOST:
+        raise InputError(f"seed: found {seed!r:.40}; allowed: a whole number from 0 to {MOST}")
 
 
 def _sources(
@@ -156,16 +187,35 @@ def _sources(
     classes: Mapping[str, Sequence[str]] | None,
 ) -> tuple[list[Source], str]:
     """The sources, and whether their labels are shared or separate."""
-    example = batches[0].images[:2]
-    tasks = []
-    for index, (name, network) in enumerate(networks.items()):
-        own = next(batch.images for batch in batches if batch.task == index)[:1]
-        with torch.no_grad():  # a copy: the modules of a network can be in different modes
-            width = copy.deepcopy(network).eval()(own.to(next(network.parameters()).device)).shape[1]
-        given = (classes or {}).get(name, [str(index) for index in range(width)])
-        tasks.append(Task(name, tuple(given)))
-    widths = {len(task.classes) for task in tasks}
     if labels not in (None, "shared", "separate"):
-        raise InputError(f"labels: found {labels!r}; allowed: shared, separate")
+        raise InputError(f"labels: found {labels!r:.40}; allowed: shared, separate")
+    example, tasks = two_of(batches[0].images), []
+    for index, (name, network) in enumerate(networks.items()):
+        own = next(batch.images for batch in batches if batch.task == index)
+        tasks.append(Task(name, _classes(classes, name, run_once(network, own, f"task {name}").shape[1])))
+    if extra := set(classes or {}) - set(networks):
+        raise InputError(f"classes: found task {min(map(str, extra))}; allowed: {some(networks)}")
+    widths = {len(task.classes) for task in tasks}
     chosen = labels or ("shared" if len(widths) == 1 else "separate")
-    return make_sources(list(networks.values()), tasks, example, chosen), chosen
+    sources = make_sources(list(networks.values()), tasks, example, chosen)
+    for shape, images in {batch.images.shape[1:]: batch.images[:1] for batch in batches}.items():
+        if shape != example.shape[1:]:
+            with users_code("a network", f"images of one size, {of_shape(example.shape)}"):
+                sources[0](images)
+    return sources, chosen
+
+
+def _classes(classes: Any, name: str, width: int) -> tuple[str, ...]:
+    """The class names of a task, by default numbers."""
+    if classes is not None and not isinstance(classes, Mapping):
+        raise InputError(f"classes: found {kind_of(classes)}; allowed: a mapping of tasks to class names")
+    given = (classes or {}).get(name)
+    if given is None:
+        return tuple(map(str, range(width)))
+    texts = (
+        isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(n, str) for n in given)
+    )
+    if not texts or len(set(given)) < len(given) or len(given) != width:
+        found = some(given) if texts else f"{given!r:.60}"
+        raise InputError(f"classes: task {name}: found {found}; allowed: {width} different names, texts")
+    return tuple(given)

@@ -12,9 +12,12 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.trace import Trace
 from stages.core.merged.cost import source_cost, split_cost
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.surroundings import undisturbed
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 from stages.core.units.groups import PermutationGroup
+from stages.given import checked_network, run_once
+from stages.loaders import kind_of
 
 SHOWN = 3  # layers of a column of the table
 
@@ -73,10 +76,14 @@ def inspect(network: nn.Module, example: Tensor) -> Inspection:
     example: a batch of images as the network takes them, (n, ...); their values do not matter. The network is left
     alone. Raises InputError where ``merge`` would refuse the network: the operation, the module's path and what to do.
     """
-    if not isinstance(network, nn.Module):
-        raise InputError(f"network: found {type(network).__name__}; allowed: a torch.nn.Module")
+    with undisturbed():
+        return _inspect(checked_network(network, "network"), example)
+
+
+def _inspect(network: nn.Module, example: Tensor) -> Inspection:
     if not isinstance(example, Tensor) or not len(example):
-        raise InputError(f"example: found {type(example).__name__}; allowed: a tensor of one image or more")
+        raise InputError(f"example: found {kind_of(example)}; allowed: a tensor of one image or more")
+    run_once(network, example, "example")
     traced = trace(network, example)
     verify(network, traced, example[:2].cpu())
     state = network.state_dict()

@@ -125,7 +125,7 @@ class Sorted(nn.Module):
     ("network", "example", "message"),
     [
         (Sorted(), torch.zeros(1, 3), "cumsum"),
-        (Residual(), torch.zeros(1, 4), "Residual: torch.export cannot read it"),
+        (Residual(), torch.zeros(1, 4), "Residual on images of n x 4"),
         (Residual(), torch.zeros(0, 3), "example: found Tensor; allowed: a tensor of one image or more"),
         (Residual(), [1.0], "example: found list; allowed"),
         (

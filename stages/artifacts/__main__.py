@@ -7,6 +7,7 @@ python -m stages.artifacts list [PREFIX]        what the bucket holds, and which
 import sys
 from pathlib import Path
 
+from stages.core.networks.architectures import check_architecture
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
@@ -24,6 +25,9 @@ def main(*words: str) -> None:
     params = load_params()
     load_recipe(params)  # a mistake in a row is said now, not after the training
     profile, files = params.active, outputs(params.active)
+    for name in profile.tasks:
+        architecture = profile.architecture_of(name)
+        check_architecture(architecture.name, architecture.arguments)
     clear(keep=set(files.values()))
     homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}
     of: dict[str, dict[str, Path]] = {kind: {} for kind in KINDS}

@@ -11,7 +11,9 @@ from stages.core.align.order import align, merged_units
 from stages.core.graph.source import Source
 from stages.core.merged.cost import check_built, split_cost
 from stages.core.merged.network import MergedNetwork
+from stages.core.merged.ranges import check_values
 from stages.core.recipe.methods import Fit
+from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.exact import fingerprint
 from stages.core.sweep.memory import check_memory, peak_bytes
@@ -80,6 +82,12 @@ def fit_network(
     for kind in ("macs", "parameters"):
         check_built(network, kind, split_cost(trace, aligned[0].state, labels, kind, shared, len(aligned)))
     check_separate(network, aligned, batches[0].images)
+    try:
+        check_values(network.state_dict())
+    except InputError as error:
+        raise InputError(
+            f"fit: {fit.solver} gives no numbers: {error}; try a smaller learning_rate or a larger ridge"
+        ) from error
     return network, record
 
 

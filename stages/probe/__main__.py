@@ -42,7 +42,7 @@ def main(*names: str) -> None:
             recipe.method(name)
             path = Path(f"models/recalibrate/{name}.safetensors")
             row = merged_row(path, sources, profile.labels, device)
-        with threadpool_limits(params.threads):
+        with threadpool_limits(torch.get_num_threads()):
             scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)
         cost = {kind: round(value, 6) for kind, value in row.cost.items()}
         found = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stages.core.graph.source import Source
 from stages.core.merged.network import MergedNetwork
+from stages.core.runtime.errors import InputError
 
 
 class Candidate(Protocol):
@@ -94,7 +95,13 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, pen
     """Percent right of a multinomial logistic regression on standardised features.
 
     train (n, d), labels (n,), test (m, d), truth (m,). penalty: weight of |W|^2 / 2 beside the mean loss.
+    Raises InputError for images of one class.
     """
+    if len(found := labels.unique()) < 2:
+        raise InputError(
+            f"probe.linear_images: the {len(train)} images are all of class {int(found[0])}; allowed: so many that "
+            "there are two classes"
+        )
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

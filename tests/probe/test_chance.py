@@ -5,8 +5,10 @@ import logging
 import pytest
 import torch
 
+from stages.core.runtime.errors import InputError
 from stages.probe.__main__ import at_chance as of_tasks
 from stages.probe.chance import at_chance, chance, warning
+from stages.probe.evaluate import linear_probe
 
 EVEN = torch.arange(10).repeat(50)
 
@@ -37,3 +39,8 @@ def test_the_tasks_are_named_and_warned_of(caplog):
         assert of_tasks(scores, [EVEN, EVEN]) == ["a"]
     assert caplog.messages == [warning("a", 10.4, EVEN)]
     assert "right on 10.4 % of its own 500 test images, no better than guessing (10.0 %)" in caplog.text
+
+
+def test_a_linear_probe_of_one_class_is_refused():
+    with pytest.raises(InputError, match=r"probe.linear_images: the 4 images are all of class 3"):
+        linear_probe(torch.zeros(4, 2), torch.full((4,), 3), torch.zeros(4, 2), torch.zeros(4), 1e-2)

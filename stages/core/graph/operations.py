@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.core.graph import mixing, rules
 from stages.core.graph.nodes import Graph, Node, node_parameters
+from stages.core.runtime.errors import InputError
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
 Run = Callable[[Inputs, Parameters, Attributes], Tensor]
@@ -106,13 +107,18 @@ def _rearrange(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     sizes: list[int] = []
     for extent, atoms, free in zip(x[0].shape, a["atoms"], a["free"], strict=True):
         if free is None:
+            if extent != math.prod(atoms):
+                raise InputError(
+                    f"input: gives {extent} entries where {math.prod(atoms)} are rearranged; allowed: inputs of the "
+                    "size that was traced"
+                )
             sizes += atoms
         else:
             others = math.prod(atoms[:free] + atoms[free + 1 :])
             sizes += [*atoms[:free], extent // others, *atoms[free + 1 :]]
     shape, at = [], 0
     for count in a["groups"]:
-        shape.append(math.prod(sizes[i] for i in a["order"][at : at + count]))
+        shape.append(math.prod([sizes[i] for i in a["order"][at : at + count]]))
         at += count
     return x[0].reshape(sizes).permute(a["order"]).reshape(shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
+from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
@@ -115,7 +116,7 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     first = graph.nodes[0]
     seen = {first.name: _input(units, first, tuple(example))}
     shapes = {first.name: torch.Size(example)}
-    tensors = {first.name: torch.zeros(tuple(example))}
+    tensors = {first.name: torch.zeros(tuple(example), device=place_for(math.prod(example)))}
     settled, waiting = [first], list(reversed(graph.nodes[1:]))
     while waiting:
         node = waiting.pop()
@@ -128,6 +129,7 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
         settled.append(node)
         operation = OPERATIONS[node.operation]
         out = _try_node(node, [tensors[name] for name in node.inputs], state)
+        check_value(node.name, out)
         tensors[node.name], shapes[node.name] = out, out.shape
         found = operation.rule(units, node, inputs, out.shape, own)
         seen[node.name] = carried(
@@ -264,7 +266,11 @@ def _sources_of(node: Node, dim: int, shape: torch.Size) -> tuple[int, ...]:
 
 def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
     try:
-        return run_node(node, inputs, node_parameters(node, state))
+        own = node_parameters(node, state)
+        place = place_for(most_entries(node, inputs, own))
+        if place == "meta" or any(value.is_meta for value in inputs):
+            inputs, own = [value.to("meta") for value in inputs], {k: v.to("meta") for k, v in own.items()}
+        return run_node(node, inputs, own)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
         raise InputError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stages.core.graph.nodes import Node, oriented
 from stages.core.merged.arrangement import Arrangement, Piece, held_pieces, pieces_of
+from stages.core.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class BlockMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """All rows, from a whole value."""
         dim = x.dim() - 1 if self.node.operation == "linear" else 1
+        self._check([x], dim)
         outputs = []
         for i, block in enumerate(self.blocks):
             bias = None if self.bias is None else self.bias[block.start : block.stop]
@@ -72,6 +74,7 @@ class BlockMap(nn.Module):
     def on_pieces(self, pieces: Sequence[Tensor], owner: int | None = None) -> list[Tensor]:
         """The same from a value in the pieces it is held in, to such pieces; ``owner``: one network's rows alone."""
         dim = pieces[0].dim() - 1 if self.node.operation == "linear" else 1
+        self._check(pieces, dim)
         outputs = []
         for piece, rows in self._plan:
             if owner not in (None, piece.owner):
@@ -84,6 +87,15 @@ class BlockMap(nn.Module):
                 mapped.append(self._map(x, self.weights[i][start - first : stop - first], bias))
             outputs.append(mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim))
         return outputs
+
+    def _check(self, pieces: Sequence[Tensor], dim: int) -> None:
+        """What is too much would not be read, and nobody would see it."""
+        found = sum(piece.shape[dim] for piece in pieces)
+        if found != self.inputs.width:
+            raise InputError(
+                f"{self.node.name}: found {found} features; allowed: {self.inputs.width}, as of inputs of "
+                "the size that the sources take"
+            )
 
     def _planned(self) -> Iterator[tuple["Piece", list[tuple[int, int, int, tuple[int, ...]]]]]:
         """For each piece of the output: (block, first row, last row + 1, pieces of the input that it reads)."""

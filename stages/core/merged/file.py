@@ -1,4 +1,4 @@
-"""A merged network as one safetensors file, which is read without the code of the source networks."""
+"""A merged network from its safetensors file, which is read without the code of the source networks."""
 
 import json
 from collections.abc import Mapping
@@ -11,33 +11,61 @@ from torch import Tensor
 from stages.core.graph.nodes import graph_from_json
 from stages.core.graph.source import Task
 from stages.core.graph.trace import lay_out
-from stages.core.merged.network import FORMAT, MergedNetwork
+from stages.core.merged.cost import split_cost
+from stages.core.merged.network import MergedNetwork
+from stages.core.merged.ranges import check_header, check_parameters, check_sizes, check_values, check_widths
+from stages.core.merged.seal import FORMAT, SEAL, check_seal
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import read_tensors
+from stages.core.runtime.files import read_metadata, read_tensors
 
 
 def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedNetwork:
-    """Read a merged network. Raises InputError when the file is missing, damaged or something else."""
-    tensors, metadata = read_tensors(path)
+    """Read a merged network. Raises InputError when the file is missing, damaged or something else.
+
+    Its format is looked at first, then the seal over all it holds, then every range and size, before anything is
+    built. It takes no more than a small multiple of the file's size.
+    """
+    text = read_metadata(path).get("merged", "{}")
     try:
-        header = json.loads(metadata.get("merged", "{}"))
+        header = json.loads(text)
         if header.get("format") != FORMAT:
-            raise InputError(f"not a merged network (format {header.get('format')!r}; allowed: {FORMAT})")
+            raise InputError(f"not a merged network (format {header.get('format')!r:.40}; allowed: {FORMAT})")
+        tensors, _ = read_tensors(path)
+        check_seal(text, tensors)
+        del tensors[SEAL]
         return _from_header(header, tensors).to(device).eval()
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        said = str(error)
+        raise InputError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{path}: its header and its tensors do not fit together ({what})") from error
 
 
 def _from_header(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> MergedNetwork:
-    trace = lay_out(graph_from_json(header["graph"]), header["shapes"], header["example"])
+    check_header(header)
+    graph = graph_from_json(header["graph"])
+    check_sizes(graph, header["shapes"], tensors)
+    trace = lay_out(graph, header["shapes"], header["example"])
     tasks = [Task(task["name"], tuple(task["classes"])) for task in header["tasks"]]
+    labels, shared = header["labels"], header["shared"]
+    check_widths(trace, len(tasks), tensors)
+    empty = {name: torch.zeros(()).expand(tuple(shape)) for name, shape in header["shapes"].items()}
+    merged = split_cost(trace, empty, labels, "parameters", shared, len(tasks))
+    check_parameters(merged, sum(len(task.classes) for task in tasks) if labels == "separate" else 0, tensors)
     units = {
         name.removeprefix("units/"): tensors.pop(name) for name in list(tensors) if name.startswith("units/")
     }
-    network = MergedNetwork(trace, tasks, header["labels"], header["shared"], units, header["about"])
+    check_values(tensors)
+    network = MergedNetwork(trace, tasks, labels, shared, units, header["about"])
     for name in header["corrected"]:
         network.register_buffer(f"correction_{name}", torch.empty_like(tensors[f"correction_{name}"]))
     network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))

@@ -3,9 +3,7 @@
 How the units lie in its values, and which blocks exist, is in stages.core.merged.blocks.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.core.graph import rules
-from stages.core.graph.nodes import Node, graph_to_json
+from stages.core.graph.inputs import check_input
+from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
@@ -22,10 +21,8 @@ from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, 
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.plain import make_plain
 from stages.core.merged.unit_layers import Moved, merged_layer
+from stages.core.merged.written import write_merged
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import write_tensors
-
-FORMAT = "merged-network-2"
 
 
 class MergedNetwork(nn.Module):
@@ -185,7 +182,7 @@ class MergedNetwork(nn.Module):
         return self.maps[_key(node)]
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """x: (n, ...) preprocessed images. Returns (n, classes)."""
+        """x: (n, ...) preprocessed images. Returns (n, classes). Raises InputError for what no source takes."""
         index, output = self._index(task), self.trace.graph.output
         if (
             index is None and self.corrected
@@ -244,6 +241,7 @@ class MergedNetwork(nn.Module):
 
     def _run(self, x: Tensor, stop: Node, task: int | None) -> dict[str, list[Tensor]]:
         """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in."""
+        check_input(self.trace, x)
         values = {self.trace.graph.nodes[0].name: [x]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:
@@ -294,19 +292,7 @@ class MergedNetwork(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that ``load_merged`` reads without the code of the source networks."""
-        header = {
-            "format": FORMAT,
-            "graph": graph_to_json(self.trace.graph),
-            "example": list(self.trace.shapes[self.trace.graph.nodes[0].name]),
-            "shapes": self.trace.parameters,
-            "tasks": [asdict(task) for task in self.tasks],
-            "labels": self.labels,
-            "shared": self.shared,
-            "corrected": self.corrected,
-            "about": self.about,
-        }
-        units = {f"units/{name}": value for name, value in self.units.items()}
-        write_tensors(path, {**self.state_dict(), **units}, {"merged": json.dumps(header, sort_keys=True)})
+        write_merged(self, path)
 
 
 def _key(node: Node) -> str:

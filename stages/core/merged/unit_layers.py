@@ -16,6 +16,7 @@ from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import Block
 from stages.core.merged.mixed import MixMap
+from stages.core.runtime.errors import InputError
 
 
 class MergedLayer(nn.Module):
@@ -32,10 +33,25 @@ class MergedLayer(nn.Module):
             shape = list(trace.widened(node, role, torch.empty(()).expand(trace.parameters[name])).shape)
             shape[trace.unit_dim(node, role)] = arrangement.width
             self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
+        self._fixed = _fixed_sizes(node, trace) if node.operation.endswith("_parameter") else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """inputs: whole merged values."""
+        """inputs: whole merged values. Raises InputError where a parameter fixes another number of positions."""
+        for dim, size in self._fixed.items():
+            if inputs[0].shape[dim] != size:
+                raise InputError(
+                    f"{self.node.name}: found {inputs[0].shape[dim]} positions; allowed: {size}, as of inputs of the "
+                    "size that the sources take"
+                )
         return OPERATIONS[self.node.operation].run(inputs, dict(self.named_parameters()), self.attributes)
+
+
+def _fixed_sizes(node: Node, trace: Trace) -> dict[int, int]:
+    """Dimensions of a value, counted from the last, along which a parameter has an entry for each position."""
+    shape, unit = trace.shapes[node.inputs[0]], trace.layouts[node.name].dim - len(trace.shapes[node.name])
+    seen = node.attributes.get("view", trace.parameters[node.parameters["value"]])
+    dims = range(-min(len(seen), len(shape)), 0)
+    return {d: shape[d] for d in dims if seen[d] == shape[d] > 1 and d != unit}
 
 
 class Moved(nn.Module):

@@ -3,11 +3,13 @@
 import importlib
 import inspect
 import itertools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -113,7 +115,9 @@ _CLASSES = _Argument(lambda n: n >= 2, "a whole number from 2")
 _RESNET = _Entry(
     ResNet,
     {
-        "depth": _Argument(lambda n: n >= 8 and (n - 2) % 6 == 0, "8, 14, 20, ... (6n + 2)"),
+        "depth": _Argument(
+            lambda n: 8 <= n <= 2000 and (n - 2) % 6 == 0, "8, 14, 20, ... (6n + 2, up to 2000)"
+        ),
         "width": _Argument(lambda n: n >= 1, "a whole number from 1", 16),
         "channels": _Argument(lambda n: n in (1, 3), "1 or 3", 3),
         "classes": _CLASSES,
@@ -152,8 +156,19 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises InputError for an unknown name or argument, a missing one, a value that is not allowed, and a constructor
     that cannot be imported or called.
     """
+    check_architecture(name, arguments)
     if ":" in name:
-        return _import_and_call(name, arguments)
+        constructor, given = _imported(name, arguments)
+        return _within_memory(lambda: _called(name, constructor, given), given)
+    entry = _REGISTRY[name]
+    given = {key: _value(key, arguments, spec) for key, spec in entry.arguments.items()}
+    return _within_memory(lambda: entry.constructor(**given), given)
+
+
+def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
+    """What of an architecture can be checked without building it. Raises InputError as ``build`` does."""
+    if ":" in name:
+        return
     if name not in _REGISTRY:
         raise InputError(
             f"architecture.name: found {name!r}; allowed: {', '.join(_REGISTRY)}, or package.module:function"
@@ -164,7 +179,25 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             raise InputError(
                 f"architecture.arguments: {name} knows no {key!r}; allowed: {', '.join(entry.arguments)}"
             )
-    return entry.constructor(**{key: _value(key, arguments, spec) for key, spec in entry.arguments.items()})
+    for key, spec in entry.arguments.items():
+        _value(key, arguments, spec)
+
+
+LARGE_NUMBER = 4096  # of an argument, from which on a network is counted before it is built
+
+
+def _within_memory(make: Callable[[], nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """What ``make`` builds. Raises InputError where its tensors would not fit into the memory that is free."""
+    numbers = [n for value in arguments.values() for n in (value if isinstance(value, list) else [value])]
+    if max((n for n in numbers if isinstance(n, int)), default=0) > LARGE_NUMBER:
+        with torch.device("meta"):
+            needed = sum(tensor.nbytes for tensor in make().state_dict().values())
+        if needed > (free := psutil.virtual_memory().available):
+            raise InputError(
+                f"architecture.arguments: the network needs {needed / 2**30:.1f} GiB; allowed: the "
+                f"{free / 2**30:.1f} GiB that are free"
+            )
+    return make()
 
 
 def _value(key: str, arguments: Mapping[str, Any], spec: _Argument) -> int | list[int]:
@@ -180,8 +213,8 @@ def _value(key: str, arguments: Mapping[str, Any], spec: _Argument) -> int | lis
     return found
 
 
-def _import_and_call(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network that ``package.module:function`` gives."""
+def _imported(name: str, arguments: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """What ``package.module:function`` names, and the arguments as it calls them."""
     where, _, attribute = name.partition(":")
     try:
         constructor = getattr(importlib.import_module(where), attribute)
@@ -190,10 +223,41 @@ def _import_and_call(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"architecture.name: {name} cannot be imported ({_line(error)}); allowed: package.module:function of an "
             "installed package"
         ) from error
+    if not _defines_networks(constructor):
+        raise InputError(
+            f"architecture.name: {name} is {_described(constructor)}; allowed: a class of torch modules, or a function "
+            "of a package that uses torch"
+        )
     given = dict(arguments)
     try:
         if "classes" in given and "classes" not in inspect.signature(constructor).parameters:
             given["num_classes"] = given.pop("classes")
+    except (TypeError, ValueError):
+        pass  # no signature that could be read: as they are
+    return constructor, given
+
+
+def _described(found: Any) -> str:
+    return f"{type(found).__name__} of {getattr(found, '__module__', None) or 'no module'}"
+
+
+def _defines_networks(found: Any) -> bool:
+    """Whether something is meant to build networks, which is looked at before it is called."""
+    if inspect.isclass(found):
+        return issubclass(found, nn.Module)
+    if not inspect.isfunction(found):
+        return False
+    package = found.__module__.partition(".")[0]
+    own = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
+    return package != "torch" and any(_uses_torch(vars(module)) for module in own if module is not None)
+
+
+def _uses_torch(names: Mapping[str, Any]) -> bool:
+    return any(value in (torch, nn) for value in list(names.values()) if inspect.ismodule(value))
+
+
+def _called(name: str, constructor: Callable[..., nn.Module], given: dict[str, Any]) -> nn.Module:
+    try:
         network = constructor(**given)
     except Exception as error:  # whatever a constructor of someone else raises
         raise InputError(

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.core.recipe.sections import Ridge, Spending
-from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section
+from stages.core.recipe.sections import FitRidge, Spending
+from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section, Shift
 
 Recalibrate = Literal["none", "batchnorm", "repair", "tact"]
 
@@ -67,7 +67,7 @@ class Refine(Section):
     joint: NonNegative = 1.0
     every: Count = 25
     patience: Count = 8
-    shift: Annotated[int, Field(ge=0)] | None = None
+    shift: Shift | None = None
     flip: bool | None = None
 
     @property
@@ -87,7 +87,7 @@ class Fit(Section):
     inputs: Literal["source", "merged"] = "source"
     targets: Literal["ensemble", "own"] = "ensemble"
     norm: Literal["average", "fold"] = "average"
-    ridge: Ridge | None = None
+    ridge: FitRidge | None = None
     steps: Count = 400
     learning_rate: Positive = 5e-4
     batch_size: Count = 16

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.core.settings.sections import Count, NonNegative, Positive, Section
+from stages.core.settings.sections import Count, Positive, Ridge, Section
 
 Spending = Literal["measured", "uniform", "prefix"]
 
 RIDGE = 1e-3  # of RegMean, relative to the mean diagonal of its Gram matrix
 RIDGE_OF_FEW = 0.1  # of a fit to fewer images than can be held out
-Ridge = NonNegative | Literal["auto"]  # auto: by images held out, layer by layer
+FitRidge = Ridge | Literal["auto"]  # auto: by images held out, layer by layer
 
 
 class AllocateSection(Section):
@@ -25,7 +25,7 @@ class AllocateSection(Section):
 class FitSection(Section):
     images: Count  # per task
     batch_size: Count = 100
-    ridge: Ridge = "auto"
+    ridge: FitRidge = "auto"
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     memory: Positive | None = None
@@ -42,6 +42,6 @@ class ProbeSection(Section):
     batch_size: Count = 250
     test_images: Count | None = None  # per task; None: all
     linear_images: Count = 1000  # labelled images per task for the linear probes
-    penalty: Positive = 1e-2
-    latency_batch: Count = 32
-    latency_repeats: Count = 15
+    penalty: Annotated[float, Field(gt=0, le=1e9)] = 1e-2
+    latency_batch: Annotated[int, Field(ge=1, le=2**16)] = 32
+    latency_repeats: Annotated[int, Field(ge=1, le=10_000)] = 15

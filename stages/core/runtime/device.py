@@ -1,12 +1,15 @@
 """Device, threads and random numbers: fixed by parameters, so that a second run gives the same bytes."""
 
 import ctypes
+import logging
 import os
 from functools import cache
 
 import torch
 
 from stages.core.runtime.errors import InputError
+
+log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -17,7 +20,7 @@ def prepare(device: str, threads: int) -> torch.device:
     ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N. Raises InputError when it is not there.
     """
     return_freed_memory()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(bounded_threads(threads))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
@@ -29,6 +32,15 @@ def prepare(device: str, threads: int) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     return chosen
+
+
+@cache
+def bounded_threads(threads: int) -> int:
+    """As many threads as are asked for, up to four for each core; what is more is said, once."""
+    most = 4 * (os.cpu_count() or 1)
+    if threads > most:
+        log.warning("threads: %d asked for, %d used: four for each core of this machine", threads, most)
+    return min(threads, most)
 
 
 @cache

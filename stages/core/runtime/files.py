@@ -150,6 +150,20 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """A safetensors file's own texts alone. Raises InputError when it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    _check_header(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
 def _check_header(path: Path) -> None:
     """Its size against the file's and a bound: what it describes is built before a single tensor is read."""
     with open(path, "rb") as file:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from stages.core.runtime.errors import InputError
 from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN
 from stages.core.settings.profiles import Place, Profile
-from stages.core.settings.sections import Count, Name, Positive, Section, Whole
+from stages.core.settings.sections import Count, Name, Section, Whole
 
 PROFILE_FILES = ("params.yaml", "published.yaml")
 
@@ -40,7 +40,7 @@ class ArtifactsSection(Section):
     region: str = "us-east-1"
     anonymous: bool = True
     cache: str | None = None
-    timeout: Positive = 5.0  # seconds without an answer
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 5.0  # seconds without an answer
     sha256: dict[Place, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}  # noqa: RUF012 (pydantic copies it)
 
 

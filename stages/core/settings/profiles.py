@@ -9,7 +9,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from stages.core.runtime.errors import some
 from stages.core.settings import places
 from stages.core.settings.datasets import Domain, Kind, View
-from stages.core.settings.sections import MOST, Count, Fraction, Name, NonNegative, Positive, Section, Whole
+from stages.core.settings.sections import (
+    MOST,
+    Count,
+    Fraction,
+    Name,
+    NonNegative,
+    Positive,
+    Section,
+    Shift,
+    Whole,
+)
 
 Constructor = Annotated[
     str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]*$")
@@ -18,6 +28,8 @@ Place = Annotated[str, Field(pattern=places.PATTERN)]  # a key, an s3:// URL or 
 
 
 Side = Annotated[int, Field(ge=8, le=2**15)]  # pixels
+Finite = Annotated[float, Field(ge=-1e6, le=1e6)]  # of pixels from 0 to 1
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 def _no_bool(found: Any) -> Any:
@@ -69,8 +81,8 @@ class Data(Section):
     order: Literal["official", "name"] = "official"
     label_space: Count | None = None  # labels are the data set's own class numbers, from 0 to this (excluded)
     calibration: Fraction = 0.25  # share of each class's train images set aside, used without labels
-    mean: list[float] = Field([0.5])
-    std: list[Positive] = Field([0.5])
+    mean: list[Finite] = Field([0.5])
+    std: list[Scale] = Field([0.5])
     limits: Limits = Field(Limits())
 
     @property
@@ -124,7 +136,7 @@ class Finetune(Section):
     weight_decay: NonNegative = 5e-4
     warmup: Fraction = 0.15
     label_smoothing: Fraction = 0.0
-    shift: Whole = 1  # random translation, pixels
+    shift: Shift = 1  # random translation, pixels
     flip: bool = False  # random mirror image
 
 
@@ -189,6 +201,8 @@ class Profile(Section):
     def _check(self) -> "Profile":
         if len(self.tasks) < 2:
             raise ValueError(f"tasks needs at least two tasks, found {list(self.tasks)}")
+        if "average" in self.tasks:
+            raise ValueError("tasks.average: this name is the mean's over all tasks; allowed: another name")
         for name, task in self.tasks.items():
             if task.data.kind == "photographs":
                 raise ValueError(f"task {name}: data.kind: photographs have no labels; allowed: as a proxy")

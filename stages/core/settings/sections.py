@@ -9,6 +9,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MOST = 2**31 - 1  # of every whole number: what torch and its kernels can index
 Whole = Annotated[int, Field(ge=0, le=MOST)]
+Ridge = Annotated[
+    float, Field(ge=0, le=1e9)
+]  # relative to what it is added to: more is nothing but the ridge
+Shift = Annotated[int, Field(ge=0, le=2**15)]  # pixels
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 

@@ -17,6 +17,7 @@ from stages.core.merged.blocks import BlockMap
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
+from stages.core.merged.seal import SEAL, seal_of
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import read_tensors, write_tensors
 from stages.core.tracing.trace import trace
@@ -277,7 +278,7 @@ def test_files_that_hold_no_merged_network_are_refused(tmp_path):
     write_tensors(
         tmp_path / "other", {"weight": torch.ones(2)}, {"merged": json.dumps({"format": "merged-0"})}
     )
-    refused(tmp_path / "other", "merged-0.*allowed: merged-network-2")
+    refused(tmp_path / "other", "merged-0.*allowed: merged-network-3")
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.999])
@@ -288,10 +289,18 @@ def test_a_file_that_was_cut_short_is_refused(merged, tmp_path, kept):
     refused(tmp_path / "cut", "not a whole safetensors file")
 
 
+def write_sealed(path, tensors, header):
+    """A file with a right seal, whatever it says."""
+    text = json.dumps(header)
+    write_tensors(path, {**tensors, SEAL: seal_of(text, tensors)}, {"merged": text})
+
+
 DAMAGE = {
     "a tensor missing": lambda tensors, header: tensors.pop("maps.conv4_.bias"),
-    "a tensor too many": lambda tensors, header: tensors.update(extra=torch.ones(2)),
-    "a tensor of another shape": lambda tensors, header: tensors.update({"maps.conv4_.bias": torch.ones(2)}),
+    "a tensor too many": lambda tensors, header: tensors.update(extra=torch.ones(2).double()),
+    "a tensor of another shape": lambda tensors, header: tensors.update(
+        {"maps.conv4_.bias": torch.ones(2).double()}
+    ),
     "a key missing": lambda tensors, header: header.pop("labels"),
     "a node missing": lambda tensors, header: header["graph"].pop(3),
     "an unknown operation": lambda tensors, header: header["graph"][3].update(operation="fold"),
@@ -314,12 +323,12 @@ SAID = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_file_is_refused_in_one_line(merged, tmp_path, what):
+def test_a_file_that_contradicts_itself_is_refused_in_one_line(merged, tmp_path, what):
     merged().save(tmp_path / "whole")
     tensors, metadata = read_tensors(tmp_path / "whole")
     header = json.loads(metadata["merged"])
     DAMAGE[what](tensors, header)
-    write_tensors(tmp_path / "changed", tensors, {"merged": json.dumps(header)})
+    write_sealed(tmp_path / "changed", tensors, header)
     refused(tmp_path / "changed", SAID[what])
 
 
@@ -364,5 +373,5 @@ def test_the_header_is_documented_field_by_field(merged, tmp_path):
     merged().save(tmp_path / "saved")
     _, metadata = read_tensors(tmp_path / "saved")
     page = (Path(__file__).parents[3] / "docs/format.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(json.loads(metadata["merged"]))
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == {SEAL, *json.loads(metadata["merged"])}
     assert f"`{json.loads(metadata['merged'])['format']}`" in page

@@ -94,6 +94,35 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         ([*DATA, "kind"], "cats", "profiles.digits.tasks.upright.data.kind: found 'cats'"),
         ([*DATA, "sise"], 3, "profiles.digits.tasks.upright.data.sise: unknown key; allowed: kind, key"),
         ([*DATA, "mean"], [0.1, 0.2], "profiles.digits.tasks.upright.data: mean needs 1 or 1 numbers"),
+        ([*DATA, "mean"], [float("nan")], "profiles.digits.tasks.upright.data.mean.0: found nan"),
+        ([*DATA, "std"], [1e-300], "profiles.digits.tasks.upright.data.std.0: found 1e-300"),
+        (
+            ["profiles", "digits", "finetune", "shift"],
+            2**31 - 1,
+            "profiles.digits.finetune.shift: found 2147483647",
+        ),
+        (
+            ["profiles", "digits_four", "colour"],
+            1,
+            "profiles.digits_four.colour: unknown key; allowed: architecture",
+        ),
+        (
+            ["fit", "ridge"],
+            1e308,
+            "fit.ridge: found 1e+308 (float); allowed: less than or equal to 1000000000",
+        ),
+        (["probe", "penalty"], 1e308, "probe.penalty: found 1e+308"),
+        (
+            ["probe", "latency_repeats"],
+            10**9,
+            "probe.latency_repeats: found 1000000000 (int); allowed: less than",
+        ),
+        (["artifacts", "timeout"], 1e300, "artifacts.timeout: found 1e+300"),
+        (
+            ["profiles", "digits", "tasks", "average"],
+            GIVEN["profiles"]["digits"]["tasks"]["rotated"],
+            "profiles.digits: tasks.average: this name is the mean's",
+        ),
         (["profiles", "digits", "tasks", "rotated"], None, "profiles.digits: tasks needs at least two"),
     ],
 )

@@ -1,0 +1,35 @@
+"""What an input must be: plain comparisons of sizes, which torch.compile and torch.export look through."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.core.graph.trace import Trace
+from stages.core.runtime.errors import InputError
+
+
+def check_input(trace: Trace, x: Tensor) -> None:
+    """x: (n, ...). Raises InputError for other dimensions, channels or kinds of number than were traced.
+
+    Sizes of images are left to the layers that fix them.
+    """
+    first = trace.graph.nodes[0]
+    shape, whole = trace.shapes[first.name], first.attributes.get("integers", False)
+    channels = len(shape) > 1 and not whole
+    if x.dim() != len(shape) or (channels and x.shape[1] != shape[1]):
+        raise InputError(f"input: found {of_shape(x.shape)}; allowed: {of_shape(shape)}")
+    check_numbers(x, whole)
+
+
+def check_numbers(x: Tensor, whole: bool) -> None:
+    """Raises InputError unless x holds floats, or whole numbers (tokens) where ``whole``."""
+    if whole and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise InputError(f"input: found {x.dtype}; allowed: whole numbers")
+    if not whole and not x.is_floating_point():
+        raise InputError(f"input: found {x.dtype}; allowed: floats, preprocessed as for the sources")
+
+
+def of_shape(shape: Sequence[int]) -> str:
+    """A shape for a message: `n x 3 x 32 x 32`, whatever the number of images."""
+    return " x ".join(["n", *(str(int(extent)) for extent in shape[1:])])

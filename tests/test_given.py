@@ -1,0 +1,344 @@
+"""The notebook face: what is given in another form is read where its meaning is clear, and told of where it is not."""
+
+import copy
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_api import Plain, batches, networks
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from stages import inspect, merge
+from stages.core.runtime.errors import LONGEST, InputError
+
+
+def weights(merged):
+    return merged.state_dict()
+
+
+def alike(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return weights(merge(networks(), batches(), 1.3, progress=False))
+
+
+class Items(Dataset):
+    def __init__(self, images, pack=lambda x: x):
+        self.images, self.pack = images, pack
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.pack(self.images[index])
+
+
+FORMS = {
+    "tuples": lambda own: [(x, torch.zeros(len(x))) for x in own],
+    "dicts": lambda own: [{"pixel_values": x, "labels": torch.zeros(len(x))} for x in own],
+    "a generator": iter,
+    "doubles": lambda own: [x.double() for x in own],
+    "a loader": lambda own: DataLoader(TensorDataset(torch.cat(own), torch.zeros(16)), 8),
+    "frozen by inference mode": lambda own: [frozen(x) for x in own],
+}
+TOGETHER = {  # the same images in one batch
+    "a bare tensor": torch.cat,
+    "a tuple of images and labels": lambda own: (torch.cat(own), torch.zeros(16).long()),
+    "a dataset": lambda own: Items(torch.cat(own)),
+    "a labelled dataset": lambda own: Items(torch.cat(own), lambda x: (x, 3)),
+    "a dataset of dicts": lambda own: Items(torch.cat(own), lambda x: {"image": x, "label": 3}),
+    "a list of images": lambda own: list(torch.cat(own)),
+    "a loader of images": lambda own: DataLoader(torch.cat(own), batch_size=None),
+}
+
+
+def frozen(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+@pytest.mark.parametrize("form", [*FORMS, *TOGETHER])
+def test_images_in_any_clear_form_give_the_same_network(form, plain):
+    own = batches()
+    if form in FORMS:
+        expected = plain
+    else:
+        expected = weights(
+            merge(networks(), {k: [torch.cat(v)] for k, v in own.items()}, 1.3, progress=False)
+        )
+    given = {name: {**FORMS, **TOGETHER}[form](x) for name, x in own.items()}
+    assert alike(weights(merge(networks(), given, 1.3, progress=False)), expected)
+
+
+def test_an_endless_generator_is_read_as_far_as_is_asked():
+    own = batches()
+    endless = {name: itertools.cycle(x) for name, x in own.items()}
+    found = merge(networks(), endless, 1.3, images=12, progress=False)
+    first = {name: [x[0], x[1][:4]] for name, x in own.items()}
+    assert alike(weights(found), weights(merge(networks(), first, 1.3, progress=False)))
+
+
+def test_an_endless_generator_is_refused_by_count(monkeypatch):
+    monkeypatch.setattr("stages.loaders.MOST_IMAGES", 1000)
+    endless = {name: itertools.cycle(x) for name, x in batches().items()}
+    refused({"batches": endless}, "task a: found 1008 images.* no end; allowed: up to 1000 .*images=1000")
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "a default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("what", AROUND)
+def test_what_is_set_around_the_call_changes_nothing(what, plain):
+    given, own = networks(), batches()
+    with AROUND[what]():
+        found = weights(merge(given, own, 1.3, progress=False))
+    assert alike(found, plain)
+    assert not any(tensor.is_inference() for tensor in found.values())
+
+
+def test_the_default_type_changes_nothing(plain):
+    given, own = networks(), batches()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = weights(merge(given, own, 1.3, progress=False))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert alike(found, plain)
+
+
+class Noisy(Plain):
+    """Draws numbers while it runs."""
+
+    def forward(self, x):
+        torch.rand(3)
+        random.random()
+        np.random.rand()
+        return super().forward(x)
+
+
+def test_random_states_and_flags_are_left_as_found():
+    flags = (torch.are_deterministic_algorithms_enabled, torch.is_inference_mode_enabled, torch.is_grad_enabled,
+             torch.is_autocast_enabled, torch.get_default_dtype, torch.backends.mha.get_fastpath_enabled,
+             torch.get_num_threads)  # fmt: skip
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [f() for f in flags]
+    given = {name: Noisy() for name in "ab"}
+    torch.set_rng_state(before[0])
+    with pytest.raises(InputError):
+        merge(given, {"a": [torch.zeros(8, 3, 6, 6)], "b": []}, progress=False)
+    merge({n: copy.deepcopy(net) for n, net in networks().items()}, batches(), progress=False)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [f() for f in flags]
+    assert torch.equal(before[0], after[0]) or given  # networks() seeds itself
+    assert before[1:] == after[1:]
+
+
+def refused(change, message):
+    arguments = {"networks": networks(), "batches": batches(), "progress": False} | change
+    with pytest.raises(InputError, match=message) as error:
+        merge(**arguments)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= LONGEST
+
+
+def changed(name, value, given=None):
+    """Networks of which the second has another tensor, or other tensors."""
+    found = given or networks()
+    with torch.no_grad():
+        found["b"].get_buffer(name).copy_(value) if "running" in name else found["b"].get_parameter(
+            name
+        ).copy_(value)
+    return found
+
+
+def of(network):
+    return {"a": networks()["a"], "b": network}
+
+
+class Lazy(Plain):
+    def __init__(self):
+        super().__init__()
+        self.values = nn.LazyLinear(3)
+
+
+def forward(body, **more):
+    """A network with a forward of its own."""
+    return type("Odd", (Plain,), {"forward": lambda self, x: body(self, x), **more})
+
+
+run = Plain.forward
+squeezed = forward(lambda self, x: run(self, x).squeeze())
+HALF = {"a": networks()["a"].half(), "b": networks()["b"]}
+
+NETWORKS = {
+    "a list": (lambda: list(networks().values()), "networks: found list; allowed: a mapping"),
+    "None": (lambda: None, "networks: found None; allowed"),
+    "text": (lambda: "ab", "networks: found str"),
+    "one": (lambda: {"a": Plain()}, "networks: found 1; allowed: two"),
+    "a state dict": (lambda: of(Plain().state_dict()), "task b: found OrderedDict; allowed: a torch.nn.Module, with"),
+    "nothing": (lambda: of(None), "task b: found None; allowed: a torch.nn.Module"),
+    "numbers as names": (lambda: {0: Plain(), 1: Plain()}, "a task named 0; allowed: a text"),
+    "lazy layers": (lambda: of(Lazy()), "task b: values.weight is lazy"),
+    "no numbers": (lambda: of(Plain().to("meta")), "task b: first.weight is on the meta device"),
+    "two types between them": (lambda: of(Plain().double()), "a of torch.float32, b of torch.float64; allowed: one"),
+    "two types within one": (lambda: of(mixed()), "task b: parameters of torch.float32, torch.float64"),
+    "NaN": (lambda: changed("second.weight", math.nan), "task b: second.weight holds NaN"),
+    "infinity": (lambda: changed("second.weight", math.inf), "task b: second.weight holds NaN or inf"),
+    "a negative variance": (lambda: changed("norm.running_var", -1.0), "running_var holds a negative variance"),
+    "huge weights": (lambda: changed("values.weight", 3e38), "task b: .* returns NaN or infinity"),
+    "a tuple as output": (lambda: of(forward(lambda s, x: (run(s, x), x))()), "returns tuple; allowed: one tensor"),
+    "a dict as output": (lambda: of(forward(lambda s, x: {"logits": run(s, x)})()), "returns dict; allowed: one"),
+    "no classes": (lambda: of(forward(lambda s, x: run(s, x).sum(1))()), r"returns \(2,\) for 2 images"),
+    "an error of its own": (lambda: of(forward(lambda s, x: 1 / 0)()), "Error: division by zero, at test_given"),
+    "a strange class": (lambda: of(forward(lambda s, x: s.missing)()), "AttributeError: .*missing"),
+}  # fmt: skip
+
+
+def mixed():
+    network = Plain()
+    network.values.double()
+    return network
+
+
+@pytest.mark.parametrize("what", NETWORKS)
+def test_what_is_no_network_is_told_of(what):
+    make, message = NETWORKS[what]
+    refused({"networks": make()}, message)
+
+
+def images(own):
+    return {"batches": {"a": own, "b": batches()["b"]}}
+
+
+def failing():
+    yield torch.zeros(8, 1, 6, 6)
+    raise OSError("no such disk")
+
+
+BATCHES = {
+    "a list": ({"batches": list(batches().values())}, "batches: found list; allowed: a mapping"),
+    "None": ({"batches": None}, "batches: found None"),
+    "text": (images("abc"), "batches: task a: found str; allowed: tensors"),
+    "nothing": (images(None), "batches: task a: found None; allowed: tensors"),
+    "lists of numbers": (images([[1.0, 2.0]]), "batches: task a: found float; allowed: tensors"),
+    "arrays": (images([np.zeros((8, 1, 6, 6))]), "batches: task a: found ndarray"),
+    "labels first": (images([(torch.zeros(8).long(), torch.zeros(8, 1, 6, 6))]), "labels before images"),
+    "three dimensions": (
+        images([torch.zeros(8, 6, 6)]),
+        "task a: Plain on images of n x 6 x 6, torch.float32, fails",
+    ),
+    "three channels": (images([torch.zeros(8, 3, 6, 6)]), "task a: Plain on images of n x 3 x 6 x 6"),
+    "bool": (images([torch.zeros(8, 1, 6, 6).bool()]), "task a: found torch.bool"),
+    "complex": (images([torch.zeros(8, 1, 6, 6) + 0j]), "task a: found torch.complex64"),
+    "bytes": (
+        images([torch.zeros(8, 1, 6, 6).byte()]),
+        "task a: Plain on images of n x 1 x 6 x 6, torch.uint8, fails",
+    ),
+    "NaN": (images([torch.full((8, 1, 6, 6), math.nan)]), "found NaN or infinite images|returns NaN"),
+    "infinity": (images([torch.full((8, 1, 6, 6), math.inf)]), "found NaN or infinite images|returns NaN"),
+    "huge": (images([torch.full((8, 1, 6, 6), 3e38)]), "returns NaN or infinity"),
+    "no numbers": (images([torch.zeros(8, 1, 6, 6, device="meta")]), "meta, sparse or nested"),
+    "sparse": (images([torch.zeros(8, 1, 6, 6).to_sparse()]), "meta, sparse or nested"),
+    "a strange dict": (images([{"a": torch.zeros(8, 1, 6, 6)}]), "found a dict of a; allowed: one of image"),
+    "a loader that fails": (
+        images(failing()),
+        "reading its images fails .OSError: no such disk, at test_given.py",
+    ),
+    "no images": (images([torch.zeros(0, 1, 6, 6)]), "task a has none or an empty one"),
+    "a network": (images(Plain()), "task a: found Plain"),
+}
+
+
+@pytest.mark.parametrize("what", BATCHES)
+def test_what_are_no_images_is_told_of(what):
+    refused(*BATCHES[what])
+
+
+OTHERS = {
+    "ridge below zero": ({"ridge": -1}, "ridge: found -1; allowed: a number from 0"),
+    "ridge of NaN": ({"ridge": math.nan}, "ridge: found nan"),
+    "an endless ridge": ({"ridge": math.inf}, "ridge: found inf"),
+    "ridge true": ({"ridge": True}, "ridge: found True"),
+    "seed of text": ({"seed": "1"}, "seed: found '1'"),
+    "half a seed": ({"seed": 0.5}, "seed: found 0.5"),
+    "images of zero": ({"images": 0}, "images: found 0"),
+    "fit as text": ({"fit": "exact"}, "fit: found 'exact'"),
+    "allocate as None": ({"allocate": None}, "allocate: found None; allowed: a mapping"),
+    "allocate as text": ({"allocate": "measured"}, "allocate: found 'measured'; allowed: a mapping"),
+    "match by proxy": ({"match": {"by": "activations", "data": "proxy"}}, "found data: proxy"),
+    "a rate that cannot be meant": (
+        {"method": "pleas_adam", "fit": {"solver": "adam", "learning_rate": 1e30}}, "fit: adam gives no numbers"),
+    "classes of another task": ({"classes": {"c": ["x", "y", "z"]}}, "classes: found task c; allowed: a, b"),
+    "classes twice": ({"classes": {"a": ["x", "x", "y"]}}, "task a: found x, x, y; allowed: 3 different names"),
+    "classes as one text": ({"classes": {"a": "xyz"}}, "task a: found 'xyz'; allowed: 3 different"),
+    "classes by number": ({"classes": {"a": [0, 1, 2]}}, "task a: found .0, 1, 2.; allowed: 3 different"),
+    "too few classes": ({"classes": {"a": ["x", "y"]}}, "task a: found x, y; allowed: 3"),
+    "classes as a list": ({"classes": ["x", "y", "z"]}, "classes: found list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_settings_that_cannot_be_meant_are_refused(what):
+    refused(*OTHERS[what])
+
+
+def test_a_network_that_squeezes_is_merged_though_a_batch_may_hold_one_image():
+    given = {name: squeezed() for name in "ab"}
+    own = {name: [torch.randn(1, 1, 6, 6), torch.randn(8, 1, 6, 6)] for name in "ab"}
+    assert merge(given, own, progress=False)(torch.randn(1, 1, 6, 6)).shape[-1] == 3
+
+
+def test_images_of_several_sizes_are_taken_where_every_network_takes_them():
+    own = {"a": [torch.randn(8, 1, 6, 6)], "b": [torch.randn(8, 1, 8, 8)]}
+    assert merge(networks(), own, progress=False)(torch.randn(2, 1, 7, 7)).shape == (2, 3)
+
+    class Flat(Plain):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Linear(6 * 36, 3)
+
+        def forward(self, x):
+            return self.values(torch.relu(self.norm(self.first(x))).flatten(1))
+
+    refused(
+        {"networks": {n: Flat() for n in "ab"}, "batches": own}, "task b: Flat on images of n x 1 x 8 x 8"
+    )
+
+
+def test_merged_networks_are_merged_again_in_their_plain_form():
+    pairs = [{name: Plain() for name in "ab"} for _ in range(2)]
+    merged = [merge(pair, batches(), progress=False) for pair in pairs]
+    both = dict(zip("ab", merged, strict=True))
+    again = merge(both, batches(), budget=2.0, labels="separate", progress=False)
+    x = torch.cat(batches()["b"])
+    for name, own in both.items():
+        torch.testing.assert_close(again(x, task=name), own(x), atol=1e-2, rtol=1e-2)
+
+
+def test_images_of_bytes_are_warned_of_once_a_task(caplog):
+    own = {name: [torch.randint(0, 256, (8, 1, 6, 6)).float() for _ in range(3)] for name in "ab"}
+    merge(networks(), own, progress=False)
+    said = [line for line in caplog.messages if "are they scaled as in training?" in line]
+    assert [line[:7] for line in said] == ["task a:", "task b:"]
+
+
+def test_an_inspection_tells_of_the_same(plain):
+    for network, example, message in [
+        (None, torch.zeros(2, 1, 6, 6), "network: found None"),
+        (Lazy(), torch.zeros(2, 1, 6, 6), "network: values.weight is lazy"),
+        (Plain(), torch.zeros(2, 3, 6, 6), "example: Plain on images of n x 3 x 6 x 6"),
+        (Plain(), None, "example: found None"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            inspect(network, example)
