@@ -143,7 +143,7 @@ def test_the_packaged_rows_are_those_of_the_parameters():
         ({"method": {"fit": {"refine": {"step": 3}}}}, "fit.refine.step: unknown key; allowed: steps"),
         ({"method": {"match": "luck", "fit": {}}}, "match: found 'luck'; allowed: identity"),
         ({"fit": {"solver": "magic"}}, "solver: found 'magic'"),
-        ({"fit": {"solvr": "exact"}}, "fit.solvr: unknown key; allowed: solver"),
+        ({"fit": {"solvr": "exact"}}, "fit: solvr: not a setting of solver: exact; allowed: solver"),
         ({"match": {"by": "luck"}}, "by: found 'luck'"),
         ({"recalibrate": "no"}, "recalibrate: found 'no'"),
         ({"batches": {"a": []}}, "batches: found tasks"),

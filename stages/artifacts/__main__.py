@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from stages.core.recipe.recipe import load_recipe
+from stages.core.recipe.rooms import check_rows
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.settings.datasets import HOMES
@@ -22,7 +23,7 @@ def main(*words: str) -> None:
     if words:
         return show(*words)
     params = load_params()
-    load_recipe(params)  # a mistake in a row is said now, not after the training
+    check_rows(load_recipe(params))  # a mistake in a row is said now, not after the training
     profile, files = params.active, outputs(params.active)
     clear(keep=set(files.values()))
     homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}

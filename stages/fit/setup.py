@@ -41,8 +41,6 @@ class Setup:
         }
         if self.fit.ridge is not None:
             fixed["ridge"] = self.fit.ridge
-        if self.fit.solver == "regmean":  # by definition
-            fixed["fit"] = self.fit.model_copy(update={"inputs": "source", "targets": "own"})
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
 

@@ -1,17 +1,24 @@
-"""The closed form for layers whose outputs read every input: ridge regression, one block of the layer at a time."""
+"""The closed form: ridge regression, one block of a layer at a time.
+
+Layers whose outputs read every input, and grouped convolutions: there every part of the channels is a small problem.
+"""
 
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from stages.core.recipe.rooms import SOLVERS
 from stages.core.sweep.rows import weight_matrix
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations
+from stages.fit.equations.parts import PartEquations
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import Solution, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
+from stages.fit.setup import Setup
+from stages.fit.solver import LayerSolvers
 from stages.fit.start import starts
 
 Equations = MapEquations | NormalEquations | RowEquations
@@ -94,3 +101,39 @@ class Dense:
         found = solve(system, weight_matrix(start[local]).double(), problem.setup.ridge)
         weight[local] = found.weight.to(weight.dtype).view_as(weight[local])
         return found
+
+
+class Grouped:
+    """Holds the sums of products of all parts, and all their solutions."""
+
+    def bytes(self, layer: Layer, images: int, batch: int) -> int:
+        module = layer.module
+        sums = PartEquations.bytes(module.groups, module.weight[0].numel(), layer.d_out // module.groups)
+        return sums + layer.rows_bytes(batch)
+
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
+        layer, module = problem.layer, problem.layer.module
+        fitted = layer.fitted
+        if not fitted.any():
+            return None
+        equations = PartEquations(module.groups, layer.intercept, layer.node.name)
+        for index, _, weight in problem.batches():
+            problem.each_rows(index, partial(equations.add, weight=weight))
+        start = starts(layer)[0].view(module.groups, -1, module.weight[0].numel())
+        parts = [
+            solve(system, own, problem.setup.ridge)
+            for system, own in zip(equations.systems(), start, strict=True)
+        ]
+        weight = torch.cat([found.weight for found in parts]).view_as(module.weight)
+        module.weight[fitted] = weight[fitted].to(module.weight.dtype)
+        residual, energy, bias = (
+            torch.cat([getattr(found, what) for found in parts]) for what in ("residual", "energy", "bias")
+        )
+        moments = torch.cat([found.moments for found in parts], 1) if layer.intercept else None
+        return LayerSolution(float(residual[fitted].sum()), float(energy[fitted].sum()), bias, moments)
+
+
+@SOLVERS.register(uses=("inputs", "targets", "norm", "ridge"))
+def exact(setup: Setup) -> LayerSolvers:
+    """One for each kind of layer."""
+    return LayerSolvers(Dense(), Grouped())
