@@ -20,7 +20,7 @@ from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
-from stages.core.recipe.rooms import check_matching, check_row
+from stages.core.recipe.rooms import check_match, check_row
 from stages.core.recipe.sections import RIDGE, AllocateSection
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError
@@ -121,7 +121,7 @@ def _row(
     else:
         raise InputError(f"match: found {match!r}; allowed: {', '.join(known.match)}, or a mapping")
     found = _checked(Method, "", {**row, "match": "given"})
-    check_matching(settings)
+    check_match(settings)
     check_row(found)
     if "proxy" in (found.data, settings.data):
         raise InputError("method: found data: proxy; allowed: own, the images that are given")

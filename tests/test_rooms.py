@@ -31,7 +31,7 @@ WAYS = {
     "ALIGNMENTS": ALIGNMENTS, "MATCHINGS": MATCHINGS, "SOLVERS": SOLVERS, "RECALIBRATIONS": RECALIBRATIONS,
 }  # fmt: skip
 CHECKS = {
-    "ALIGNMENTS": "check_matching", "MATCHINGS": "check_matching", "SOLVERS": "check_fit",
+    "ALIGNMENTS": "check_match", "MATCHINGS": "check_match", "SOLVERS": "check_fit",
     "RECALIBRATIONS": "check_recalibration",
 }  # fmt: skip
 

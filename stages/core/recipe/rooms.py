@@ -104,7 +104,7 @@ SOLVERS = Room("stages.fit.solvers", "solver", ("refine",))
 RECALIBRATIONS = Room("stages.recalibrate.ways", "recalibrate")
 
 
-def check_matching(settings: MatchSettings, key: str = "match") -> Way:
+def check_match(settings: MatchSettings, key: str = "match") -> Way:
     """The way of a matching. Raises InputError in one line."""
     return (ALIGNMENTS if settings.by in ALIGNMENTS.names else MATCHINGS).of(settings, key)
 
@@ -130,7 +130,7 @@ def check_recalibration(name: str, data: str = "own", key: str = "recalibrate") 
 def check_rows(recipe: Recipe, path: str = "params.yaml") -> None:
     """Every matching and every row, those of the full list too, against what the rooms' files declare."""
     for name, settings in recipe.match.items():
-        check_matching(settings, f"{path}: match.{name}")
+        check_match(settings, f"{path}: match.{name}")
     for section in ("methods", "full"):
         for name, method in getattr(recipe, section).items():
             check_row(method, f"{path}: {section}.{name}.")

@@ -17,7 +17,7 @@ from stages.core.recipe.rooms import (
     RECALIBRATIONS,
     SOLVERS,
     check_fit,
-    check_matching,
+    check_match,
     check_rows,
 )
 from stages.core.runtime.errors import InputError
@@ -216,7 +216,7 @@ def test_a_fit_takes_what_its_solver_uses_and_nothing_else(solver):
 
 def test_a_matching_takes_what_its_way_uses_and_nothing_else():
     with pytest.raises(InputError, match="rho: not a setting of by: identity; allowed: by, data, allocate"):
-        check_matching(MatchSettings.model_validate({"by": "identity", "rho": 0.5}))
+        check_match(MatchSettings.model_validate({"by": "identity", "rho": 0.5}))
 
 
 def test_a_proxy_that_is_not_there_is_named():
