@@ -21,7 +21,7 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
 from stages.core.recipe.rooms import check_match, check_row
-from stages.core.recipe.sections import RIDGE, AllocateSection
+from stages.core.recipe.sections import Options
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import first_line
@@ -36,8 +36,6 @@ from stages.statistics.moments import gather
 
 __all__ = ["inspect", "load_merged", "merge"]
 
-ALLOCATE = {"by": "measured", "cost": "macs"}
-
 
 def merge(
     networks: Mapping[str, nn.Module],
@@ -47,23 +45,20 @@ def merge(
     *,
     labels: str | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
-    match: Mapping[str, Any] | None = None,
-    fit: Mapping[str, Any] | None = None,
-    recalibrate: str | None = None,
-    allocate: Mapping[str, Any] = ALLOCATE,
-    ridge: float = RIDGE,
-    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> MergedNetwork:
     """Merge networks of one architecture that were trained apart, without labels and without training.
 
     networks: task name -> module; any that torch.export reads as operations that have a rule. They are left alone.
-    batches: task name -> unlabelled images of that task as the network takes them: tensors (n, ...), or tuples
-    whose first entry is one (labels are not looked at). budget: cost relative to one network, from 1 to N. method: a
-    row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, as a mapping. labels:
-    shared (one label space), separate (a head each); by default shared when all have as many classes. classes: class
-    names of each task, by default numbers. match, fit, recalibrate: what differs from the row. allocate: as in
-    params.yaml. Runs on the device of the first network. Raises InputError in one line.
+    batches: task name -> unlabelled images of that task as the network takes them: a DataLoader or any iterable of
+    tensors (n, ...), of tuples whose first entry is one, or of mappings that hold one (labels are not looked at).
+    budget: cost relative to one network, from 1 to N. method: a row of the full list of params.yaml by its name, as
+    `progressive_refined`, or one of your own, {"match": ..., "fit": ..., "recalibrate": ...}, as there. labels: shared
+    (one label space), separate (a head each); by default shared when all have as many classes. classes: class names of
+    each task, by default numbers. options: what is rarely said: seed, ridge, positions, storage, memory, allocate
+    (stages.core.recipe.sections.Options). Runs on the device of the first network; ``report()`` of what it returns is a
+    table of layers and costs. Raises InputError in one line.
     """
     names = list(networks)
     if set(batches) != set(names):
@@ -72,17 +67,21 @@ def merge(
         )
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    row, settings = _row(method, {"match": match, "fit": fit, "recalibrate": recalibrate})
-    spending = _checked(AllocateSection, "allocate", allocate)
+    row, settings = _row(method)
+    rare = _checked(Options, "options", options or {})
     found = _batches(networks, batches)
     sources, labels = _sources(networks, found, labels, classes)
-    gathered = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
+    sweep = {"storage": getattr(torch, rare.storage), "memory": rare.memory}
+    drawn = {"generator": generator(rare.seed), "positions": rare.positions}
+    gathered = gather(sources, found, **sweep, **drawn, progress="statistics" if progress else None)
     statistics = pool(gathered, len(names), len(names))
-    matching, benefits = make_matching(sources, settings, statistics, generator(seed))
-    splits, allocation, base = split_units(sources[0], benefits, float(budget), len(names), labels, spending)
+    matching, benefits = make_matching(sources, settings, statistics, generator(rare.seed))
+    splits, allocation, base = split_units(
+        sources[0], benefits, float(budget), len(names), labels, rare.allocate
+    )
     alignment = make_alignment(settings, sources, lambda: statistics, matching, splits)
-    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": spending.cost}
-    network, _ = fit_network(
+    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": rare.allocate.cost}
+    network, record = fit_network(
         sources,
         matching,
         splits,
@@ -90,21 +89,21 @@ def merge(
         row.fit,
         labels=labels,
         alignment=alignment,
-        ridge=ridge,
-        generator=generator(seed),
+        ridge=rare.ridge,
+        **sweep,
+        **{**drawn, "generator": generator(rare.seed)},
         about={"budget": reached, "method": {**row.model_dump(), "match": settings.model_dump()}},
         progress="fit" if progress else None,
     )
+    network.about["residuals"] = {line.layer: line.residual for line in record}
     bar = "recalibrate" if progress else None
     aligned = align(sources, matching, splits)
-    recalibrate_network(network, row.recalibrate, found, aligned, alignment, progress=bar)
+    recalibrate_network(network, row.recalibrate, found, aligned, alignment, **sweep, progress=bar)
     return network
 
 
-def _row(
-    method: str | Mapping[str, Any], changes: Mapping[str, Mapping[str, Any] | str | None]
-) -> tuple[Method, MatchSettings]:
-    """A row and its matching: of the full list, or given, with what is given apart instead."""
+def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
+    """A row and its matching: of the full list, or given; what is left out is that of `progressive`."""
     known = known_methods()
     if isinstance(method, str):
         if method not in known.methods:
@@ -112,7 +111,7 @@ def _row(
         method = known.methods[method].model_dump(exclude_unset=True)
     elif not isinstance(method, Mapping):
         raise InputError(f"method: found {method!r}; allowed: a name or a mapping")
-    row = {"match": "activations", **method, **{key: own for key, own in changes.items() if own is not None}}
+    row = {**known.methods["progressive"].model_dump(exclude_unset=True), **method}
     match = row["match"]
     if isinstance(match, Mapping):
         settings = _checked(MatchSettings, "match", match)
@@ -142,14 +141,37 @@ def _batches(networks: Mapping[str, nn.Module], batches: Mapping[str, Iterable[A
         raise InputError(f"{type(first).__name__}: has no parameters; allowed: a trained network")
     found = []
     for task, name in enumerate(networks):
-        own = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches[name]]
-        if not own or not all(isinstance(batch, Tensor) and len(batch) for batch in own):
+        given = [batches[name]] if isinstance(batches[name], Tensor) else batches[name]
+        own = [_images(batch, name) for batch in given]
+        if not own or not all(map(len, own)):
             raise InputError(f"batches: task {name} has none or an empty one; allowed: tensors of images")
         found += [
             Batch(batch.to(tensor.device, tensor.dtype if batch.is_floating_point() else None), task)
             for batch in own
         ]
     return found
+
+
+def _images(batch: Any, task: str) -> Tensor:
+    """Of one batch: a tensor, the first entry of a tuple, or the one tensor of a mapping that can be images."""
+    if isinstance(batch, Mapping):
+        kinds = {key: own for key, own in batch.items() if isinstance(own, Tensor)}
+        images = {
+            key: own for key, own in kinds.items() if own.is_floating_point() and own.dim() > 1
+        } or kinds
+        if len(images) != 1:
+            keys = ", ".join(map(str, images or batch)) or "nothing"
+            raise InputError(
+                f"batches: task {task} has a mapping with {keys}; allowed: one tensor of images in each"
+            )
+        return next(iter(images.values()))
+    batch = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(batch, Tensor) or batch.dim() < 2:
+        kind = (
+            f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        )
+        raise InputError(f"batches: task {task} has {kind}; allowed: tensors of images, (n, ...)")
+    return batch
 
 
 def _sources(
