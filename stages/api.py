@@ -4,10 +4,10 @@ from stages import merge, load_merged
 merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budget=1.2)
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -20,12 +20,12 @@ from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
-from stages.core.recipe.sections import AllocateSection
+from stages.core.recipe.rooms import check_match, check_row
+from stages.core.recipe.sections import Options
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.surroundings import undisturbed, users_code
 from stages.core.settings.params import first_line
-from stages.core.settings.sections import MOST
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
@@ -39,8 +39,6 @@ from stages.statistics.moments import gather
 
 __all__ = ["inspect", "load_merged", "merge"]
 
-ALLOCATE = {"by": "measured", "cost": "macs"}
-
 
 def merge(
     networks: Mapping[str, nn.Module],
@@ -50,27 +48,22 @@ def merge(
     *,
     labels: str | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
-    match: Mapping[str, Any] | None = None,
-    fit: Mapping[str, Any] | None = None,
-    recalibrate: str | None = None,
-    allocate: Mapping[str, Any] = ALLOCATE,
-    ridge: float | Literal["auto"] = "auto",
-    images: int | None = None,
-    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> MergedNetwork:
     """Merge networks of one architecture that were trained apart, without labels and without training.
 
     networks: task name -> module; any that torch.export reads as operations that have a rule, or a merged network,
     which is taken in its plain form. They are left alone. batches: task name -> unlabelled images of that task as the
-    network takes them: tensors (n, ...), tuples whose first entry is one (labels are not looked at), dicts with one, in
-    any iterable; one tensor; or a Dataset. budget: cost relative to one network, from 1 to N. method: a row of the full
-    list of params.yaml by its name, as `progressive_refined`, or one of your own, as a mapping. labels: shared (one
-    label space), separate (a head each); by default shared when all have as many classes. classes: class names of each
-    task, by default numbers. match, fit, recalibrate: what differs from the row. allocate: as in params.yaml. images:
-    at most so many of each task are read. Runs on the device of the first network; autocast, default type and device,
-    inference and gradient mode around the call change nothing, and random states are left as found. Raises InputError
-    in one line.
+    network takes them: tensors (n, ...), tuples whose first entry is one (labels are not looked at), dicts with one,
+    in any iterable, as a DataLoader; one tensor; or a Dataset. budget: cost relative to one network, from 1 to N.
+    method: a row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, {"match":
+    ..., "fit": ..., "recalibrate": ...}, as there. labels: shared (one label space), separate (a head each); by
+    default shared when all have as many classes. classes: class names of each task, by default numbers. options: what
+    is rarely said: images, seed, ridge, positions, storage, memory, allocate (stages.core.recipe.sections.Options).
+    Runs on the device of the first network; autocast, default type and device, inference and gradient mode around the
+    call change nothing, and random states are left as found. ``report()`` of what it returns is a table of layers and
+    costs. Raises InputError in one line.
     """
     with undisturbed():
         return _merge(
@@ -80,11 +73,7 @@ def merge(
             method,
             labels=labels,
             classes=classes,
-            changes={"match": match, "fit": fit, "recalibrate": recalibrate},
-            allocate=allocate,
-            ridge=ridge,
-            images=images,
-            seed=seed,
+            options=options,
             progress=bool(progress),
         )
 
@@ -97,29 +86,28 @@ def _merge(
     *,
     labels: Any,
     classes: Any,
-    changes: Mapping[str, Any],
-    allocate: Any,
-    ridge: Any,
-    images: Any,
-    seed: Any,
+    options: Any,
     progress: bool,
 ) -> MergedNetwork:
     names = list(networks)
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    row, settings = _row(method, changes)
-    spending = _checked(AllocateSection, "allocate", allocate)
-    _check_numbers(ridge, seed)
-    found = checked_batches(networks, batches, images)
+    row, settings = _row(method)
+    rare = _checked(Options, "options", options or {})
+    found = checked_batches(networks, batches, rare.images)
     checked_sizes(networks, found)
     sources, labels = _sources(networks, found, labels, classes)
-    gathered = gather(sources, found, generator=generator(seed), progress="statistics" if progress else None)
+    sweep = {"storage": getattr(torch, rare.storage), "memory": rare.memory}
+    drawn = {"generator": generator(rare.seed), "positions": rare.positions}
+    gathered = gather(sources, found, **sweep, **drawn, progress="statistics" if progress else None)
     statistics = pool(gathered, len(names), len(names))
-    matching, benefits = make_matching(sources, settings, statistics, generator(seed))
-    splits, allocation, base = split_units(sources[0], benefits, float(budget), len(names), labels, spending)
+    matching, benefits = make_matching(sources, settings, statistics, generator(rare.seed))
+    splits, allocation, base = split_units(
+        sources[0], benefits, float(budget), len(names), labels, rare.allocate
+    )
     alignment = make_alignment(settings, sources, lambda: statistics, matching, splits)
-    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": spending.cost}
-    network, _ = fit_network(
+    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": rare.allocate.cost}
+    network, record = fit_network(
         sources,
         matching,
         splits,
@@ -127,21 +115,21 @@ def _merge(
         row.fit,
         labels=labels,
         alignment=alignment,
-        ridge=ridge,
-        generator=generator(seed),
+        ridge=rare.ridge,
+        **sweep,
+        **{**drawn, "generator": generator(rare.seed)},
         about={"budget": reached, "method": {**row.model_dump(), "match": settings.model_dump()}},
         progress="fit" if progress else None,
     )
+    network.about["residuals"] = {line.layer: line.residual for line in record}
     bar = "recalibrate" if progress else None
     aligned = align(sources, matching, splits)
-    recalibrate_network(network, row.recalibrate, found, aligned, alignment, progress=bar)
+    recalibrate_network(network, row.recalibrate, found, aligned, alignment, **sweep, progress=bar)
     return network
 
 
-def _row(
-    method: str | Mapping[str, Any], changes: Mapping[str, Mapping[str, Any] | str | None]
-) -> tuple[Method, MatchSettings]:
-    """A row and its matching: of the full list, or given, with what is given apart instead."""
+def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
+    """A row and its matching: of the full list, or given; what is left out is that of `progressive`."""
     known = known_methods()
     if isinstance(method, str):
         if method not in known.methods:
@@ -149,7 +137,7 @@ def _row(
         method = known.methods[method].model_dump(exclude_unset=True)
     elif not isinstance(method, Mapping):
         raise InputError(f"method: found {method!r}; allowed: a name or a mapping")
-    row = {"match": "activations", **method, **{key: own for key, own in changes.items() if own is not None}}
+    row = {**known.methods["progressive"].model_dump(exclude_unset=True), **method}
     match = row["match"]
     if isinstance(match, Mapping):
         settings = _checked(MatchSettings, "match", match)
@@ -158,6 +146,8 @@ def _row(
     else:
         raise InputError(f"match: found {match!r}; allowed: {', '.join(known.match)}, or a mapping")
     found = _checked(Method, "", {**row, "match": "given"})
+    check_match(settings)
+    check_row(found)
     if "proxy" in (found.data, settings.data):
         raise InputError("method: found data: proxy; allowed: own, the images that are given")
     return found, settings
@@ -170,14 +160,6 @@ def _checked(section: type, name: str, given: Any) -> Any:
         return section.model_validate(dict(given))
     except ValidationError as error:
         raise InputError(first_line(error, section, name)) from error
-
-
-def _check_numbers(ridge: Any, seed: Any) -> None:
-    number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
-    if not number or not 0 <= ridge < math.inf:
-        raise InputError(f"ridge: found {ridge!r:.40}; allowed: a number from 0")
-    if type(seed) is not int or not 0 <= seed <= MOST:
-        raise InputError(f"seed: found {seed!r:.40}; allowed: a whole number from 0 to {MOST}")
 
 
 def _sources(

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from stages import load_merged, merge
 from stages.core.recipe.known import FILE, known_methods
@@ -98,9 +100,86 @@ def test_a_row_of_the_full_list_by_name_is_what_its_parts_make(tmp_path, monkeyp
     by_name = merge(networks(), batches(), 1.2, "pleas", progress=False)
     parts = {"match": {"by": "activations"}, "fit": {"inputs": "source", "targets": "ensemble"}}
     by_parts = merge(networks(), batches(), 1.2, parts, progress=False)
-    changed = merge(networks(), batches(), 1.2, "progressive", fit=parts["fit"], progress=False)
-    for other in (by_parts, changed):
-        assert all(torch.equal(v, other.state_dict()[k]) for k, v in by_name.state_dict().items())
+    assert same(by_name, by_parts)
+
+
+def test_what_a_mapping_leaves_out_is_that_of_progressive():
+    fit = {"inputs": "merged", "targets": "own", "norm": "fold"}
+    whole = merge(networks(), batches(), 1.2, {"match": {"by": "weights"}, "fit": fit}, progress=False)
+    short = merge(networks(), batches(), 1.2, {"match": "weights"}, progress=False)
+    assert same(whole, short)
+
+
+def same(one, other):
+    return all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+def data_loader(images, count):
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return DataLoader(TensorDataset(images, labels), batch_size=count)
+
+
+FORMS = {
+    "tensor": lambda own: torch.cat(own),
+    "DataLoader": lambda own: data_loader(torch.cat(own), 16),
+    "mapping": lambda own: [{"pixel_values": torch.cat(own), "labels": torch.zeros(16, dtype=torch.int64)}],
+    "list": lambda own: [[torch.cat(own), ["name"] * 16]],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_come_in_any_form(form):
+    expected = merge(networks(), {name: [torch.cat(own)] for name, own in batches().items()}, progress=False)
+    given = {name: FORMS[form](own) for name, own in batches().items()}
+    assert same(expected, merge(networks(), given, progress=False))
+
+
+def test_options_are_those_of_the_stages():
+    plain = merge(networks(), batches(), 1.3, progress=False)
+    said = {"seed": 0, "ridge": 1e-3, "positions": 1.0, "storage": "float32", "memory": 8.0, "allocate": {}}
+    assert same(plain, merge(networks(), batches(), 1.3, options=said, progress=False))
+    for change in ({"ridge": 1.0}, {"positions": 0.3}, {"storage": "float16"}):
+        assert not same(plain, merge(networks(), batches(), 1.3, options=change, progress=False))
+    other = merge(networks(), batches(), 1.3, options={"allocate": {"cost": "parameters"}}, progress=False)
+    assert other.about["budget"]["counted"] == "parameters"
+
+
+def test_too_little_memory_is_said_before_the_work():
+    with pytest.raises(InputError, match=r"statistics: needs .* GiB"):
+        merge(networks(), batches(), options={"memory": 1e-6}, progress=False)
+
+
+def test_the_report_says_widths_residuals_and_costs(tmp_path):
+    merged = merge(networks(), batches(), 1.4, progress=False)
+    merged.save(tmp_path / "merged.safetensors")
+    table = merged.report()
+    assert table.equals(load_merged(tmp_path / "merged.safetensors").report())
+    assert list(table.index) == ["first", "second", "values", "whole network"]
+    widths = table.loc[["first", "second", "values"]]
+    assert (widths["units"] == [6, 6, 3]).all()
+    assert (widths["merged"] == widths["shared"] + 2 * widths["separate"]).all()
+    assert (widths["macs"] == [36 * 9 * 6, 36 * 9 * 36, 18]).all()
+    assert ((widths["residual"] > 0) & (widths["residual"] < 1)).all()
+    whole = table.loc["whole network"]
+    assert whole["counted"] == pytest.approx(merged.about["budget"]["reached"], abs=1e-4)
+    assert 1 < whole["counted"] <= whole["executed"] <= 2
+
+
+def test_a_report_counts_what_a_run_multiplies():
+    """Of a plain network, by torch's own counter, which knows no merged layers."""
+    merged = merge(networks(), batches(), 2.0, progress=False)
+    x = torch.zeros(1, 1, 6, 6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        merged(x)
+    whole = merged.report().loc["whole network"]
+    assert whole["executed"] * whole["macs"] == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+
+
+def test_a_refined_report_says_what_was_kept():
+    fit = {"solver": "average", "refine": {**QUICK, "images": 16}}
+    last = merge(networks(), batches(), method={"fit": fit}, progress=False).report().iloc[-1]
+    assert last.name == "refining: step 0 of 4 kept"
+    assert last["residual"] == 1
 
 
 def test_a_refined_row_says_what_it_saw_and_kept(tmp_path):
@@ -142,10 +221,21 @@ def test_the_packaged_rows_are_those_of_the_parameters():
         ({"method": "pleas_free"}, "method: found data: proxy"),
         ({"method": {"fit": {"refine": {"step": 3}}}}, "fit.refine.step: unknown key; allowed: steps"),
         ({"method": {"match": "luck", "fit": {}}}, "match: found 'luck'; allowed: identity"),
-        ({"fit": {"solver": "magic"}}, "solver: found 'magic'"),
-        ({"fit": {"solvr": "exact"}}, "fit.solvr: unknown key; allowed: solver"),
-        ({"match": {"by": "luck"}}, "by: found 'luck'"),
-        ({"recalibrate": "no"}, "recalibrate: found 'no'"),
+        ({"method": {"fit": {"solver": "magic"}}}, "solver: found 'magic'"),
+        (
+            {"method": {"fit": {"solvr": "exact"}}},
+            "fit: solvr: not a setting of solver: exact; allowed: solver",
+        ),
+        ({"method": {"match": {"by": "luck"}}}, "by: found 'luck'"),
+        ({"method": {"recalibrate": "no"}}, "recalibrate: found 'no'"),
+        ({"options": {"sead": 1}}, "options.sead: unknown key; allowed: seed, ridge"),
+        ({"options": {"storage": "int8"}}, "options.storage: found 'int8'"),
+        (
+            {"batches": {"a": [{"x": torch.ones(2, 3), "y": torch.ones(2, 3)}], "b": []}},
+            "a mapping with x, y",
+        ),
+        ({"batches": {"a": ["cat.png"], "b": []}}, "task a has str; allowed: tensors of images"),
+        ({"batches": {"a": [torch.ones(3)], "b": []}}, "task a has a tensor of shape"),
         ({"batches": {"a": []}}, "batches: found tasks"),
         ({"batches": {"a": [], "b": []}}, "task a has none"),
     ],

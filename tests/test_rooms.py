@@ -1,9 +1,12 @@
 """The house: which room of stages/core may use which, and no circle of files anywhere in stages."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from stages.core.recipe.rooms import ALIGNMENTS, MATCHINGS, RECALIBRATIONS, SOLVERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +26,15 @@ ROOMS = {
     "handover": "graph images networks runtime settings sweep tracing units",
 }
 
+# Files that are found by their names. The first stage looks at the settings that they declare, all at once.
+WAYS = {
+    "ALIGNMENTS": ALIGNMENTS, "MATCHINGS": MATCHINGS, "SOLVERS": SOLVERS, "RECALIBRATIONS": RECALIBRATIONS,
+}  # fmt: skip
+CHECKS = {
+    "ALIGNMENTS": "check_match", "MATCHINGS": "check_match", "SOLVERS": "check_fit",
+    "RECALIBRATIONS": "check_recalibration",
+}  # fmt: skip
+
 
 def imports(path: Path) -> set[str]:
     """Names of all modules a file imports, anywhere in it: inside functions and for type checkers too."""
@@ -36,6 +48,16 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def asked(path: Path) -> set[str]:
+    """Packages whose files a file finds by their names: `SOLVERS.way(name)` and what checks a row of one room."""
+    text = path.read_text()
+    return {
+        package.package
+        for name, package in WAYS.items()
+        if re.search(rf"\b{name}\.(way|of)\(|\b{CHECKS[name]}\(", text) and path.name != "rooms.py"
+    }
+
+
 def source(module: str, root: Path = ROOT) -> Path | None:
     """The file of a module of ours; None for others, and for names that are no module."""
     path = root.joinpath(*module.split("."))
@@ -47,6 +69,8 @@ def arrows(root: Path) -> dict[str, set[str]]:
     found = {}
     for path in sorted((root / "stages").rglob("*.py")):
         others = {source(name, root) for name in imports(path)} - {None, path}
+        for package in asked(path):
+            others |= set(root.joinpath(*package.split(".")).glob("*.py"))
         found[str(path.relative_to(root))] = {str(o.relative_to(root)) for o in others if o.stat().st_size}
     return found
 
@@ -93,6 +117,21 @@ def test_the_table_has_no_circle():
 
 def test_rooms_and_stages_use_what_they_may():
     assert not wrong_arrows(ROOT)
+
+
+def test_a_way_that_is_found_by_its_name_is_an_arrow():
+    found = arrows(ROOT)
+    assert "stages/fit/solvers/adam.py" in found["stages/fit/visitor.py"]
+    assert "stages/match/ways/dual.py" in found["stages/match/matching.py"]
+    assert "stages/core/align/ways/cca.py" in found["stages/core/align/solve.py"]
+    assert "stages/recalibrate/ways/tact.py" in found["stages/recalibrate/recalibrate.py"]
+
+
+@pytest.mark.parametrize("room", WAYS)
+def test_every_file_of_a_room_registers_itself(room):
+    ways = [WAYS[room].way(name) for name in WAYS[room].names]
+    assert [way.name for way in ways] == WAYS[room].names
+    assert all(callable(way.make) for way in ways)
 
 
 def test_no_circle_of_files():

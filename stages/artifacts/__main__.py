@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stages.core.networks.architectures import check_architecture
 from stages.core.recipe.recipe import load_recipe
+from stages.core.recipe.rooms import check_rows
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.settings.datasets import HOMES
@@ -23,7 +24,7 @@ def main(*words: str) -> None:
     if words:
         return show(*words)
     params = load_params()
-    load_recipe(params)  # a mistake in a row is said now, not after the training
+    check_rows(load_recipe(params))  # a mistake in a row is said now, not after the training
     profile, files = params.active, outputs(params.active)
     for name in profile.tasks:
         architecture = profile.architecture_of(name)

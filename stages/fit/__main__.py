@@ -11,6 +11,7 @@ from stages.core.handover.networks import load_sources
 from stages.core.handover.pairing import load_pairing
 from stages.core.handover.statistics import load_statistics
 from stages.core.recipe.recipe import Recipe, load_recipe
+from stages.core.recipe.rooms import check_fit
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json, write_text
@@ -22,6 +23,7 @@ def main(name: str) -> None:
     params = load_params()
     recipe = load_recipe(params)
     section, method, settings = recipe.fit, recipe.method(name), recipe.matching_of(name)
+    check_fit(method.fit, method.data, f"methods.{name}.fit")
     device = prepare(params.device, params.threads)
     matching, splits, reached = load_pairing(method.match)
     sources = load_sources(params, device)

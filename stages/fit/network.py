@@ -59,11 +59,9 @@ def fit_network(
     aligned, alignment = align(sources, matching, splits), alignment or Alignment(len(sources))
     network = build(aligned, matching, splits, labels, about or {})
     fill_average(network, aligned, alignment)
-    record: list[LayerFit] = []
     owned = all(batch.task >= 0 for batch in batches)
-    if fit.solver != "average":
-        setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
-        record = fit_layers(setup, batches, storage, memory, progress)
+    setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
+    record = fit_layers(setup, batches, storage, memory, progress)
     if fit.refine is not None:
         network.about["refined"] = refine(
             network,
@@ -127,9 +125,11 @@ def fit_layers(
     memory: float | None = None,
     progress: str | None = None,
 ) -> list[LayerFit]:
-    """Fit every layer of the setup's network, in place, in one sweep over the images."""
+    """Fit every layer of the setup's network, in place, in one sweep over the images; none where nothing is fitted."""
     visitor = FitVisitor(setup)
-    running = setup.network if setup.fit.inputs == "merged" else None
+    if not visitor.fits:
+        return []
+    running = setup.network if visitor.setup.fit.inputs == "merged" else None
     sweep = Sweep(setup.sources, batches, running, storage)
     check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "fit")
     sweep.run(visitor, progress)

@@ -1,6 +1,5 @@
 """What a layer's fit is given: inputs and targets over all images, as maps or as rows, and what they count for."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
 from stages.core.sweep.sweep import Sweep
-from stages.fit.equations.ridge import enough, held_out
+from stages.fit.equations.ridge import flags
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.layer import Layer
 
@@ -50,25 +49,18 @@ class LayerProblem:
     @cached_property
     def held(self) -> list[Tensor] | None:
         """Where the ridge is chosen by images held out, which those of each batch are: bool (n,)."""
-        batches, seen = self._sweep.batches, Counter()
-        if self.setup.ridge != "auto" or not enough([self.images(task) for task in self._sweep.weights]):
-            return None
-        found = []
-        for batch in batches:
-            found.append(held_out(len(batch.images), seen[batch.task]))
-            seen[batch.task] += len(batch.images)
-        return found
+        return flags(self._sweep.batches, self.setup.ridge)
 
     def count(self, part: int, task: int | None = None) -> int:
         """How many images ``parts`` gives, of one task or in all."""
         if self.held is None:
             return self.images(task)
-        flags = [
+        chosen = [
             held
             for held, batch in zip(self.held, self._sweep.batches, strict=True)
             if task in (None, batch.task)
         ]
-        return int((torch.cat(flags) == bool(part)).sum())
+        return int((torch.cat(chosen) == bool(part)).sum())
 
     def parts(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """z and y of one batch: of the images that are learnt from, as 0, and of those held out, if any, as 1."""

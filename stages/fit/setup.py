@@ -43,8 +43,6 @@ class Setup:
         }
         ridge = self.ridge if self.fit.ridge is None else self.fit.ridge
         fixed["ridge"] = RIDGE if ridge == "auto" and self.fit.solver != "exact" else ridge
-        if self.fit.solver == "regmean":  # by definition
-            fixed["fit"] = self.fit.model_copy(update={"inputs": "source", "targets": "own"})
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
 

@@ -10,6 +10,7 @@ from stages.core.handover.networks import load_sources
 from stages.core.handover.pairing import save_matching
 from stages.core.handover.statistics import load_statistics
 from stages.core.recipe.recipe import load_recipe
+from stages.core.recipe.rooms import check_match
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json
@@ -23,8 +24,11 @@ from stages.match.matching import correlations, make_matching
 def main() -> None:
     params = load_params()
     prepare("cpu", params.threads)
+    matchings = load_recipe(params).matchings
+    for name, settings in matchings.items():
+        check_match(settings, f"match.{name}")
     sources = load_sources(params, torch.device("cpu"))
-    for name, settings in load_recipe(params).matchings.items():
+    for name, settings in matchings.items():
         statistics, start = load_statistics(params, settings.data), time.perf_counter()
         matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
         seconds = time.perf_counter() - start

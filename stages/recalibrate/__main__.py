@@ -15,6 +15,7 @@ from stages.core.handover.pairing import load_pairing
 from stages.core.handover.statistics import load_statistics
 from stages.core.merged.file import load_merged
 from stages.core.recipe.recipe import Recipe, load_recipe
+from stages.core.recipe.rooms import check_recalibration
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
 from stages.core.settings.params import Params, load_params
@@ -28,12 +29,9 @@ def main() -> None:
     batches = cache(lambda data: load_calibration(params, section.images, section.batch_size, device, data))
     sources = cache(lambda: load_sources(params, device))
     for name, method in recipe.methods.items():
+        way = check_recalibration(method.recalibrate, method.data, f"methods.{name}.recalibrate")
         network = load_merged(f"models/fit/{name}.safetensors", device)
-        aligned = (
-            aligned_sources(params, recipe, method.match, sources())
-            if method.recalibrate in ("repair", "tact")
-            else ((), None)
-        )
+        aligned = aligned_sources(params, recipe, method.match, sources()) if way.aligned else ((), None)
         recalibrate(
             network,
             method.recalibrate,

@@ -17,10 +17,10 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
-from stages.core.sweep.batches import Batch
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes, moments_of
 from stages.core.sweep.sweep import Sweep
+from stages.recalibrate.mending import Mending
 
 TINY = 1e-6  # of a goal's deviation: below it a unit counts as constant
 
@@ -120,25 +120,15 @@ def _deviations(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: in
     return torch.stack([mean, variance.sqrt()])
 
 
-def repair(
-    network: MergedNetwork,
-    sources: Sequence[Source],
-    alignment: Alignment,
-    batches: Sequence[Batch],
-    *,
-    per_task: bool = False,
-    storage: torch.dtype | None = None,
-    memory: float | None = None,
-    progress: str | None = None,
-) -> None:
-    """Restore means and deviations of ``network``, in place; networks without norm layers too.
+def repair(mending: Mending, per_task: bool = False) -> None:
+    """Restore means and deviations of a network, in place; networks without norm layers too.
 
-    sources: units in merged order; batches: unlabelled images of every task. per_task: TACT; the network must be
-    told the task from then on. Entries that are copies of a source's are left alone, as is the last layer. Raises
-    InputError when it would not fit in memory.
+    per_task: TACT; the network must be told the task from then on. Entries that are copies of a source's are left
+    alone, as is the last layer. Raises InputError when it would not fit in memory.
     """
-    owned = all(batch.task >= 0 for batch in batches)
-    visitor = _Repair(network, sources, alignment, per_task, owned)
-    sweep = Sweep(sources, batches, network, storage)
-    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "recalibrate")
-    sweep.run(visitor, progress)
+    alignment = mending.alignment or Alignment(len(mending.sources))
+    owned = all(batch.task >= 0 for batch in mending.batches)
+    visitor = _Repair(mending.network, mending.sources, alignment, per_task, owned)
+    sweep = Sweep(mending.sources, mending.batches, mending.network, mending.storage)
+    check_memory(peak_bytes(sweep, visitor), mending.memory, sweep.device, "recalibrate")
+    sweep.run(visitor, mending.progress)

@@ -165,8 +165,7 @@ def test_independent_networks_merge_at_any_budget(family, by):
     make, x = family
     networks, images = {"a": make(0), "b": make(1)}, {"a": [x[:3]], "b": [x[3:]]}
     for budget in (1.0, 1.4, 2.0):
-        match = {"by": by}
-        found = merge(networks, images, budget, match=match, progress=False)
+        found = merge(networks, images, budget, {"match": {"by": by}}, progress=False)
         reached = built_cost(found, "macs") / source_cost(
             found.trace, networks["a"].state_dict(), "shared", "macs"
         )

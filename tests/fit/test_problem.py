@@ -12,7 +12,7 @@ from stages.fit.average import fill_average
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem
 from stages.fit.setup import Setup
-from stages.fit.solvers.dense import Dense
+from stages.fit.solvers.exact import Dense
 
 
 class Each:

@@ -132,7 +132,7 @@ def test_independent_networks_merge_at_any_budget(style):
     _, make, x = style
     networks, images = {"a": make(0), "b": make(1)}, {"a": [x[:3]], "b": [x[3:]]}
     for by, budget in (("weights", 1.0), ("activations", 1.4), ("activations", 2.0)):
-        found = merge(networks, images, budget, match={"by": by}, progress=False)
+        found = merge(networks, images, budget, {"match": {"by": by}}, progress=False)
         assert found.about["budget"]["reached"] <= budget
         with torch.no_grad():
             assert torch.isfinite(found(x)).all()

@@ -21,8 +21,8 @@ def merged(style, budget=1.3):
         networks.append(STYLES[style][0]().eval())
     x = torch.randint(0, 11, (6, *shape)) if len(shape) == 1 else torch.randn(6, *shape)
     found = merge(
-        dict(zip("ab", networks, strict=True)), {"a": [x[:3]], "b": [x[3:]]}, budget, labels="separate",
-        fit={"solver": "average"}, match={"by": "weights"}, progress=False,
+        dict(zip("ab", networks, strict=True)), {"a": [x[:3]], "b": [x[3:]]}, budget,
+        {"fit": {"solver": "average"}, "match": {"by": "weights"}}, labels="separate", progress=False,
     )  # fmt: skip
     return found, x
 

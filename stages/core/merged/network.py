@@ -5,7 +5,7 @@ How the units lie in its values, and which blocks exist, is in stages.core.merge
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,13 @@ from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, held_pieces
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.plain import make_plain
+from stages.core.merged.table import layer_table
 from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.merged.written import write_merged
 from stages.core.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class MergedNetwork(nn.Module):
@@ -289,6 +293,10 @@ class MergedNetwork(nn.Module):
         folded into the linear maps that they alone read. Raises InputError for a task that is not there.
         """
         return make_plain(self, self._index(task), fold)
+
+    def report(self) -> "pd.DataFrame":
+        """What became of each layer, and what it costs: a table (stages.core.merged.table)."""
+        return layer_table(self)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that ``load_merged`` reads without the code of the source networks."""

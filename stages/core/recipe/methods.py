@@ -1,24 +1,40 @@
 """The rows of the result table as params.yaml has them: `match`, `methods` and `full`."""
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 
 from stages.core.recipe.sections import FitRidge, Spending
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import first_line
 from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section, Shift
 
-Recalibrate = Literal["none", "batchnorm", "repair", "tact"]
+Kind = TypeVar("Kind", bound=Section)
 
 
-class MatchSettings(Section):
-    """How units are paired, and what is done to the shared ones beyond that.
+class Open(Section):
+    """A section that names a way of doing something, whose file says which settings it uses.
 
-    ``by`` a permutation: identity, weights (Git Re-Basin), activations, dual (MuDSC). By matrices: zip (ZipIt!), cca
-    (CCA Merge), transport (OT Fusion).
+    The fields are the settings that several ways share; others are the way's own (``own``), kept as they are.
     """
 
-    by: Literal["identity", "weights", "activations", "dual", "zip", "cca", "transport"]
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    def own(self, kind: type[Kind]) -> Kind:
+        """The settings that are no fields here, checked. Raises InputError in one line."""
+        try:
+            return kind.model_validate(self.model_extra)
+        except ValidationError as error:
+            raise InputError(first_line(error, kind)) from error
+
+
+class MatchSettings(Open):
+    """How units are paired, and what is done to the shared ones beyond that.
+
+    ``by``: a file of stages/match/ways (a permutation) or of stages/core/align/ways (matrices).
+    """
+
+    by: Name
     data: Literal["own", "proxy"] = "own"  # whose images the activations are of
     allocate: Spending | None = None  # null: allocate.by
     similarity: Literal["distance", "inner", "correlation"] = "distance"
@@ -30,21 +46,6 @@ class MatchSettings(Section):
     ridge: Positive = 0.1
     features: Literal["weights", "activations"] = "activations"
     regularisation: NonNegative = 0.0  # 0: exact transport
-
-    @model_validator(mode="after")
-    def _check(self) -> "MatchSettings":
-        _check_used(self, "by", ("data", "allocate", *MATCHING_KEYS.get(self.by, ())))
-        return self
-
-
-MATCHING_KEYS = {  # beside those of every matching
-    "weights": ("sweeps", "restarts"),
-    "activations": ("similarity", "sweeps"),
-    "dual": ("rho", "sweeps"),
-    "zip": ("alpha", "beta"),
-    "cca": ("ridge",),
-    "transport": ("features", "regularisation"),
-}
 
 
 class Refine(Section):
@@ -76,14 +77,14 @@ class Refine(Section):
         return self.steps * self.batch_size
 
 
-class Fit(Section):
+class Fit(Open):
     """How the merged layers come to be.
 
-    ``solver``: average is no fit, exact the closed form, adam the published iteration of PLeaS, regmean RegMean, which
-    has inputs: source and targets: own by definition. Only exact has an intercept to fold a batch norm into.
+    ``solver``: a file of stages/fit/solvers; average is no fit, exact the closed form, adam the published iteration of
+    PLeaS, regmean RegMean. Only exact has an intercept to fold a batch norm into.
     """
 
-    solver: Literal["average", "exact", "adam", "regmean"] = "exact"
+    solver: Name = "exact"
     inputs: Literal["source", "merged"] = "source"
     targets: Literal["ensemble", "own"] = "ensemble"
     norm: Literal["average", "fold"] = "average"
@@ -94,45 +95,14 @@ class Fit(Section):
     off_diagonal: Fraction = 0.9  # of regmean: what the off-diagonal entries of a Gram matrix are scaled by
     refine: Refine | None = None  # what comes after the solver
 
-    @model_validator(mode="after")
-    def _check(self) -> "Fit":
-        _check_used(self, "solver", (*FIT_KEYS[self.solver], "refine"))
-        return self
-
-
-FIT_KEYS = {
-    "average": (),
-    "exact": ("inputs", "targets", "norm", "ridge"),
-    "adam": ("inputs", "targets", "steps", "learning_rate", "batch_size"),
-    "regmean": ("ridge", "off_diagonal"),
-}
-
-
-def _check_used(settings: Section, choice: str, used: Sequence[str]) -> None:
-    """Refuse a setting that was given although what ``choice`` says does not use it."""
-    for key in type(settings).model_fields:
-        if key in settings.model_fields_set and key not in (choice, *used):
-            allowed = ", ".join((choice, *used))
-            raise ValueError(
-                f"{key}: not a setting of {choice}: {getattr(settings, choice)}; allowed: {allowed}"
-            )
-
 
 class Method(Section):
-    """A row of the result table: a matching, a fit and a recalibration, on the tasks' own images or a proxy's."""
+    """A row of the result table: a matching, a fit and a recalibration, on the tasks' own images or a proxy's.
+
+    ``recalibrate``: a file of stages/recalibrate/ways.
+    """
 
     match: Name
     fit: Fit
-    recalibrate: Recalibrate = "batchnorm"
+    recalibrate: Name = "batchnorm"
     data: Literal["own", "proxy"] = "own"
-
-    @model_validator(mode="after")
-    def _check(self) -> "Method":
-        if self.data == "proxy":
-            if self.fit.solver == "regmean" or self.fit.targets == "own":
-                raise ValueError(
-                    "data: found proxy with targets: own; allowed: targets: ensemble, a proxy has no owner"
-                )
-            if self.recalibrate == "tact":
-                raise ValueError("data: found proxy with recalibrate: tact, which is per task; allowed: own")
-        return self

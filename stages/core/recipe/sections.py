@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.core.settings.sections import Count, Positive, Ridge, Section
+from stages.core.settings.sections import Count, Positive, Ridge, Section, Whole
 
 Spending = Literal["measured", "uniform", "prefix"]
 
@@ -29,6 +29,24 @@ class FitSection(Section):
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     memory: Positive | None = None
+
+
+class Options(Section):
+    """What is rarely said in a notebook; the same settings as the stages have, once for all of them.
+
+    images: at most so many of each task are read; None: all. seed: of what is drawn at random. ridge: relative to the
+    mean diagonal of a fit's Gram matrix, or auto. positions: share of a
+    feature map's positions that statistics and fit use. storage: type in which values are kept. memory: GiB; None: what
+    the machine has free. allocate: how the budget is spent.
+    """
+
+    images: Count | None = None
+    seed: Whole = 0
+    ridge: FitRidge = "auto"
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    memory: Positive | None = None
+    allocate: AllocateSection = AllocateSection()
 
 
 class RecalibrateSection(Section):

@@ -4,13 +4,13 @@ Images are held out, not rows: the positions of one image tell of each other. Th
 its middle, a layer being solved three to five times more: but for noise, the loss of ridge regression has one valley.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from stages.core.sweep.batches import Batch
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))  # 1e-4, 3e-4, ..., 10
 MIDDLE = 5  # 0.03
@@ -22,7 +22,16 @@ def held_out(count: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + count) % ONE_IN == ONE_IN // 2
 
 
-def enough(counts: Sequence[int]) -> bool:
+def flags(batches: Sequence[Batch], ridge: float | str) -> list[Tensor] | None:
+    """Which images of each batch are held out, bool (n,); None where the ridge is fixed or a task has too few."""
+    counts, found = Counter(), []
+    for batch in batches:
+        found.append(held_out(len(batch.images), counts[batch.task]))
+        counts[batch.task] += len(batch.images)
+    return found if ridge == "auto" and enough(counts.values()) else None
+
+
+def enough(counts: Iterable[int]) -> bool:
     """Whether every task has images of which one can be held out."""
     return min(counts) >= ONE_IN
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.core.recipe.rooms import SOLVERS
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
+from stages.fit.setup import Setup
+from stages.fit.solver import LayerSolvers
 
 Pairs = Sequence[
     tuple[Tensor, Tensor, Tensor]
@@ -98,3 +101,9 @@ def _residual(module: torch.nn.Module, data: Pairs, fitted: Tensor, dim: int) ->
         left += float(error.square()[:, mask].sum())
         energy += float((rows - mean).square()[:, mask].sum())
     return left, energy
+
+
+@SOLVERS.register(uses=("inputs", "targets", "steps", "learning_rate", "batch_size"))
+def adam(setup: Setup) -> LayerSolvers:
+    """The same for every kind of layer."""
+    return LayerSolvers(Adam(), Adam())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.core.align.alignment import view_states
 from stages.core.merged.blocks import Block
+from stages.core.recipe.rooms import SOLVERS
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restricted
 from stages.core.sweep.maps import MapSums, map_entries
 from stages.fit.average import average_block
@@ -21,6 +22,7 @@ from stages.fit.equations.solve import Solution, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
+from stages.fit.solver import LayerSolvers
 
 
 class RegMean:
@@ -141,3 +143,9 @@ class RegressionMean:
 def regression_mean(grams: list[Tensor], weights: list[Tensor], ridge: float, name: str = "") -> Solution:
     """Float64. The ridge is towards the mean of the weights, so that what no image tells stays there."""
     return solve(RegressionMean(grams, weights, name), sum(weights) / len(weights), ridge)
+
+
+@SOLVERS.register(uses=("ridge", "off_diagonal"), always={"inputs": "source", "targets": "own"})
+def regmean(setup: Setup) -> LayerSolvers:
+    """Grouped convolutions stay the average."""
+    return LayerSolvers(RegMean(setup))

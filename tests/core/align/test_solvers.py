@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
-from stages.core.align.cca import cca_transform
-from stages.core.align.transport import transport
-from stages.core.align.zipit import zip_clusters
+from stages.core.align.ways.cca import cca_transform
+from stages.core.align.ways.transport import transport
+from stages.core.align.ways.zip import zip_clusters
 from stages.core.units.moments import Moments
 
 SEEDS = st.integers(0, 10_000)

@@ -11,6 +11,15 @@ from hypothesis import strategies as st
 from stages.core.recipe.methods import Fit, MatchSettings, Refine
 from stages.core.recipe.names import RENAMED
 from stages.core.recipe.recipe import load_recipe
+from stages.core.recipe.rooms import (
+    ALIGNMENTS,
+    MATCHINGS,
+    RECALIBRATIONS,
+    SOLVERS,
+    check_fit,
+    check_match,
+    check_rows,
+)
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params, nearest, parse_params
 
@@ -78,7 +87,26 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
             "fit.ridge: found -1.0 (float); allowed: greater than or equal to 0 or 'auto'",
         ),
         (["fit", "ridge"], "much", "fit.ridge: found 'much' (str); allowed: number or 'auto'"),
-        (["match", "weights", "luck"], 3, "match.weights.luck: unknown key; allowed: by, data, allocate"),
+        (
+            ["match", "weights", "luck"],
+            3,
+            "match.weights: luck: not a setting of by: weights; allowed: by, sweeps",
+        ),
+        (
+            ["match", "weights", "by"],
+            "luck",
+            "match.weights.by: found 'luck'; allowed: activations, cca, dual",
+        ),
+        (
+            ["full", "tact", "fit", "solver"],
+            "luck",
+            "full.tact.fit.solver: found 'luck'; allowed: adam, average",
+        ),
+        (
+            ["full", "tact", "recalibrate"],
+            "luck",
+            "full.tact.recalibrate: found 'luck'; allowed: batchnorm, none",
+        ),
         (["methods", "average", "match"], "luck", "methods.average.match: found 'luck'; allowed: identity"),
         (["methods", "oracle"], {"match": "identity", "fit": {}}, "methods.oracle: this name is taken"),
         (
@@ -128,7 +156,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
 )
 def test_anything_else_is_one_line(path, value, message):
     with pytest.raises(InputError) as error:
-        load_recipe(parse_params(changed(path, value)))
+        check_rows(load_recipe(parse_params(changed(path, value))))
     assert str(error.value).startswith(f"params.yaml: {message}")
     assert "\n" not in str(error.value)
 
@@ -190,7 +218,7 @@ def test_combinations_that_mean_nothing_are_refused(row, message):
         assert load_recipe(params).method("mine").data == "proxy"
     else:
         with pytest.raises(InputError, match=f"methods.mine.*{message}"):
-            load_recipe(params)
+            check_rows(load_recipe(params))
 
 
 FIT = {
@@ -210,17 +238,19 @@ def test_a_fit_takes_what_its_solver_uses_and_nothing_else(solver):
     assert {"solver", *FIT} == set(Fit.model_fields)
     for key, value in FIT.items():
         if key in USED[solver]:
-            assert getattr(Fit.model_validate({"solver": solver, key: value}), key) == value
+            found = Fit.model_validate({"solver": solver, key: value})
+            check_fit(found)
+            assert getattr(found, key) == value
         else:
             with pytest.raises(
-                ValueError, match=f"{key}: not a setting of solver: {solver}; allowed: solver"
+                InputError, match=f"{key}: not a setting of solver: {solver}; allowed: solver"
             ):
-                Fit.model_validate({"solver": solver, key: value})
+                check_fit(Fit.model_validate({"solver": solver, key: value}))
 
 
 def test_a_matching_takes_what_its_way_uses_and_nothing_else():
-    with pytest.raises(ValueError, match="rho: not a setting of by: identity; allowed: by, data, allocate"):
-        MatchSettings.model_validate({"by": "identity", "rho": 0.5})
+    with pytest.raises(InputError, match="rho: not a setting of by: identity; allowed: by, data, allocate"):
+        check_match(MatchSettings.model_validate({"by": "identity", "rho": 0.5}))
 
 
 def test_a_proxy_that_is_not_there_is_named():
@@ -233,10 +263,10 @@ def test_a_proxy_that_is_not_there_is_named():
 def test_the_full_list_holds_the_short_one():
     methods = load_recipe(load_params(ROOT / "params.yaml"))
     assert methods.full.items() >= methods.methods.items()
-    assert {methods.match[m.match].by for m in methods.full.values()} == {
-        "identity", "weights", "activations", "dual", "zip", "cca", "transport"
-    }  # fmt: skip
-    assert {m.recalibrate for m in methods.full.values()} == {"none", "batchnorm", "repair", "tact"}
+    used = {methods.match[m.match].by for m in methods.full.values()}
+    assert used == {*MATCHINGS.names, *ALIGNMENTS.names}
+    assert {m.fit.solver for m in methods.full.values()} == {*SOLVERS.names}
+    assert {m.recalibrate for m in methods.full.values()} == {*RECALIBRATIONS.names}
 
 
 def test_a_task_may_have_a_head_of_its_own_width():

@@ -6,6 +6,8 @@ from torch import nn
 
 from stages.core.graph.source import Task
 from stages.core.recipe.methods import Fit
+from stages.core.recipe.rooms import check_fit
+from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.matching import full_split, identity_matching
@@ -63,6 +65,6 @@ def test_a_network_is_merged_by_the_normal_equations_layer_by_layer(scale):
 @pytest.mark.parametrize(("key", "value"), [("inputs", "source"), ("targets", "own"), ("norm", "average")])
 def test_settings_that_it_has_by_definition_are_refused(key, value):
     with pytest.raises(
-        ValueError, match=f"{key}: not a setting of solver: regmean; allowed: solver, ridge, off"
+        InputError, match=f"{key}: not a setting of solver: regmean; allowed: solver, ridge, off"
     ):
-        Fit.model_validate({"solver": "regmean", key: value})
+        check_fit(Fit.model_validate({"solver": "regmean", key: value}))

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from stages.core.graph.nodes import Node
 from stages.core.merged.mixed import MixMap
+from stages.core.recipe.sections import RIDGE_OF_FEW
 from stages.core.sweep.sweep import Sweep
 from stages.fit.equations.normal import NormalEquations
-from stages.fit.equations.solve import solve
+from stages.fit.equations.ridge import choose, flags
+from stages.fit.equations.solve import left_over, solve
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.problem import LayerSolution
 from stages.fit.setup import Setup
@@ -34,8 +36,9 @@ class Mixing:
         d_out, d_in = self._module(node).weight.shape[1:3]
         network, size = self.setup.network, self._module(node).weight.element_size()
         values = sum(network.entries(name) for name in (node.inputs[0], node.name))
-        sums = NormalEquations.bytes(d_in, d_out) + NormalEquations.add_bytes(d_in, d_out)
-        return sums + NormalEquations.solve_bytes(d_in, d_in, d_out) + 3 * batch * values * size
+        equations = 2 if self.setup.ridge == "auto" else 1
+        sums = equations * NormalEquations.bytes(d_in, d_out) + NormalEquations.add_bytes(d_in, d_out)
+        return sums + NormalEquations.solve_bytes(d_in, d_in, d_out) + (2 + equations) * batch * values * size
 
     def fit(self, node: Node, sweep: Sweep) -> LayerSolution:
         """Fit the layer and install its weights."""
@@ -43,16 +46,30 @@ class Mixing:
         at, bias = module.owners.index(-1), "bias" in node.parameters
         start = module.weight[at].flatten(1)
         d_out, d_in = start.shape
-        equations = NormalEquations(d_in, d_out, bias, start.device, node.name)
+        held = flags(sweep.batches, self.setup.ridge)
+        equations = [
+            NormalEquations(d_in, d_out, bias, start.device, node.name)
+            for _ in range(1 if held is None else 2)
+        ]
         for index, batch in enumerate(sweep.batches):
             z, y = inputs_of(self.setup, node, sweep, index), targets_of(self.setup, node, sweep, index)
-            equations.add(_rows(module, z), _rows(module, y), sweep.weights[batch.task])
-        system = equations.block(*(torch.arange(n, device=start.device) for n in (d_out, d_in)))
-        found = solve(system, start.double(), self.setup.ridge)
-        module.weight[at] = found.weight.to(start.dtype).view_as(module.weight[at])
+            for part, own in enumerate(equations):
+                some = slice(None) if held is None else (held[index] == bool(part)).to(z.device)
+                if len(z[some]):
+                    own.add(_rows(module, z[some]), _rows(module, y[some]), sweep.weights[batch.task])
+        every = tuple(torch.arange(n, device=start.device) for n in (d_out, d_in))
+        ridge, start = self.setup.ridge, start.double()
+        if held is not None:
+            learnt, other = (own.block(*every) for own in equations)
+            ridge = choose(lambda ridge: left_over(other, solve(learnt, start, ridge)))
+            equations[0].absorb(equations[1])
+        elif ridge == "auto":
+            ridge = RIDGE_OF_FEW
+        found = solve(equations[0].block(*every), start, ridge)
+        module.weight[at] = found.weight.to(module.weight.dtype).view_as(module.weight[at])
         if bias:
-            module.bias[at] = found.bias.to(start.dtype)
-        return LayerSolution(float(found.residual.sum()), float(found.energy.sum()))
+            module.bias[at] = found.bias.to(module.bias.dtype)
+        return LayerSolution(float(found.residual.sum()), float(found.energy.sum()), ridge=ridge)
 
     def _module(self, node: Node) -> MixMap:
         return self.setup.network.map_of(node)

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from stages.core.align.alignment import Alignment
 from stages.core.align.problem import Problem
+from stages.core.recipe.methods import MatchSettings
+from stages.core.recipe.rooms import ALIGNMENTS
 from stages.core.units.moments import Moments
 
 
-def align_cca(problem: Problem, ridge: float) -> Alignment:
-    """ridge: added to every variance (the paper's gamma). With N > 2 all go to the first network's coordinates."""
-    return problem.each(lambda moments: _group(moments, ridge))
+@ALIGNMENTS.register(uses=("ridge",))
+def align_cca(problem: Problem, settings: MatchSettings) -> Alignment:
+    """settings.ridge: added to every variance (the paper's gamma). With N > 2 all go to the first's coordinates."""
+    return problem.each(lambda moments: _group(moments, settings.ridge))
 
 
 def _group(moments: Moments, ridge: float) -> tuple[list[Tensor], list[Tensor], Tensor]:

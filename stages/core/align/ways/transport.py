@@ -12,10 +12,13 @@ from torch import Tensor
 from stages.core.align.alignment import Alignment, GroupAlignment
 from stages.core.align.problem import Problem
 from stages.core.graph.nodes import oriented
+from stages.core.recipe.methods import MatchSettings
+from stages.core.recipe.rooms import ALIGNMENTS
 
 
-def align_transport(problem: Problem, features: str, regularisation: float) -> Alignment:
-    """features: weights or activations. regularisation: of Sinkhorn, relative to the largest cost; 0 is exact."""
+@ALIGNMENTS.register(uses=("features", "regularisation"))
+def align_transport(problem: Problem, settings: MatchSettings) -> Alignment:
+    """settings.features, settings.regularisation: of Sinkhorn, relative to the largest cost; 0 is exact."""
     alignment = Alignment(problem.networks, {})
     for name, moments in problem.after.items():
         k = moments.sizes[0]
@@ -23,10 +26,10 @@ def align_transport(problem: Problem, features: str, regularisation: float) -> A
         for m in range(1, problem.networks):
             cost = (
                 _weight_cost(problem, alignment, name, m)
-                if features == "weights"
+                if settings.features == "weights"
                 else _activation_cost(problem, name, m)
             )
-            plan = torch.from_numpy(transport(cost.cpu().numpy(), regularisation))  # (k, k)
+            plan = torch.from_numpy(transport(cost.cpu().numpy(), settings.regularisation))  # (k, k)
             views.append(plan / plan.sum(1, keepdim=True))
             unmerges.append((plan / plan.sum(0)).T)
         weights = torch.full((problem.networks, k), 1 / problem.networks, dtype=torch.float64)

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from stages.core.align.alignment import Alignment
 from stages.core.align.problem import Problem
+from stages.core.recipe.methods import MatchSettings
+from stages.core.recipe.rooms import ALIGNMENTS
 from stages.core.units.moments import Moments
 
 
-def align_zip(problem: Problem, alpha: float, beta: float) -> Alignment:
-    """alpha: 0 to 1, how much a merged unit is worth merging again. beta: 0 to 1, see the module's docstring."""
-    return problem.each(lambda moments: _group(moments, alpha, beta))
+@ALIGNMENTS.register(uses=("alpha", "beta"))
+def align_zip(problem: Problem, settings: MatchSettings) -> Alignment:
+    """settings.alpha: how much a merged unit is worth merging again. settings.beta: see the module's docstring."""
+    return problem.each(lambda moments: _group(moments, settings.alpha, settings.beta))
 
 
 def _group(moments: Moments, alpha: float, beta: float) -> tuple[list[Tensor], list[Tensor], Tensor]:

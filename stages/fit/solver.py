@@ -1,0 +1,47 @@
+"""What a file of stages/fit/solvers gives: how a layer is fitted, and what that takes."""
+
+from typing import NamedTuple, Protocol
+
+from stages.core.graph.nodes import Node
+from stages.core.sweep.sweep import Sweep
+from stages.fit.layer import Layer
+from stages.fit.problem import LayerProblem, LayerSolution
+
+
+class NodeSolver(Protocol):
+    """How a linear map over positions is fitted."""
+
+    def wants(self, node: Node) -> bool:
+        """Whether there is anything to fit."""
+        ...
+
+    def bytes(self, node: Node, batch: int) -> int:
+        """What it holds, beside the values that the sweep keeps."""
+        ...
+
+    def fit(self, node: Node, sweep: Sweep) -> LayerSolution:
+        """Fit the map and install its weights."""
+        ...
+
+
+class Solver(Protocol):
+    """How one layer is fitted."""
+
+    def bytes(self, layer: Layer, images: int, batch: int) -> int:
+        """What it holds, beside the values that the sweep keeps; ``batch``: the most images that are worked with."""
+        ...
+
+    def fit(self, problem: LayerProblem) -> LayerSolution | None:
+        """Fit the layer and install its weights; None where there is nothing to fit."""
+        ...
+
+
+class LayerSolvers(NamedTuple):
+    """For layers whose outputs read all inputs, for grouped convolutions and for linear maps over positions.
+
+    None: they stay the average.
+    """
+
+    dense: Solver | None = None
+    grouped: Solver | None = None
+    mixing: NodeSolver | None = None
