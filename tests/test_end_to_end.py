@@ -170,7 +170,7 @@ def test_another_budget_runs_only_what_depends_on_it(default):
     default.run("git", "commit", "-q", "--allow-empty", "-m", "run")
     output, seconds = default.processor_seconds("dvc", "exp", "run", "-S", "budget=1.46")
     assert stages_run(output) == AFTER_ALLOCATE
-    assert seconds < BUSY * 2 * 60, "the README says one minute on two cores"
+    assert seconds < 0.75 * default.seconds, "what does not depend on the budget takes the rest"
     for method in ("average", "git_rebasin", "activation_matching", "pleas", "pleas_adam", "progressive"):
         assert default.metrics()[method]["average"]["macs"] <= 1.46
     difference = default.run("dvc", "metrics", "diff", "--md")

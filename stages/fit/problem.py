@@ -87,12 +87,8 @@ class LayerProblem:
         counted = owner == task if self.layer.own_rows else torch.ones_like(owner, dtype=torch.bool)
         return counted[None].to(self.layer.device)
 
-    def each_rows(self, index: int, use: Callable[[Tensor, Tensor], None]) -> None:
-        """Call ``use`` with the rows of z and y of one batch. Nothing of a batch is held when the next is made."""
-        self.by_rows(self.inputs(index), self.targets(index), use)
-
     def by_rows(self, z: Tensor, y: Tensor, use: Callable[[Tensor, Tensor], None]) -> None:
-        """The same for some images' z and y."""
+        """Call ``use`` with the rows of some images' z and y, a few images at a time."""
         step = self.layer.images_by_row
         for z_some, y_some in zip(z.split(step), y.split(step), strict=True):
             drawn, y_rows = self._drawn(len(z_some)), output_rows(self.node, y_some)
@@ -101,7 +97,7 @@ class LayerProblem:
             use(self._input_rows(z_some, drawn), y_rows)
 
     def each_input_rows(self, index: int, use: Callable[[Tensor], None]) -> None:
-        """The same of z alone."""
+        """The same of z alone, of one batch."""
         for z_some in self.inputs(index).split(self.layer.images_by_row):
             use(self._input_rows(z_some, self._drawn(len(z_some))))
 

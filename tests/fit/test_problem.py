@@ -6,6 +6,7 @@ from live import Live
 
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
+from stages.core.recipe.sections import RIDGE
 from stages.core.sweep.batches import NO_TASK, Batch, images_to_batches
 from stages.core.sweep.sweep import Sweep
 from stages.fit.average import fill_average
@@ -13,6 +14,7 @@ from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem
 from stages.fit.setup import Setup
 from stages.fit.solvers.exact import Dense
+from stages.fit.visitor import FitVisitor
 
 
 class Each:
@@ -47,8 +49,9 @@ def test_a_ridge_of_the_method_comes_first_and_regmean_is_what_it_is(small, imag
     assert Setup(network, made, Fit()).ridge == "auto"
     assert Setup(network, made, Fit(), 0.2).ridge == 0.2
     assert Setup(network, made, Fit(ridge=0.0), 0.2).ridge == 0.0
-    fit = Setup(network, made, Fit(solver="regmean")).fit
-    assert (fit.inputs, fit.targets) == ("source", "own")
+    visitor = FitVisitor(Setup(network, made, Fit(solver="regmean")))
+    assert (visitor.setup.fit.inputs, visitor.setup.fit.targets) == ("source", "own")
+    assert visitor.setup.ridge == RIDGE
 
 
 @torch.no_grad()
@@ -62,7 +65,9 @@ def test_rows_of_the_inputs_alone_are_those_beside_the_targets(small, images, so
         for index, _, _ in problem.batches():
             both, alone = [], []
             state = setup.generator.get_state()
-            problem.each_rows(index, lambda z, y, both=both: both.append((z, y)))
+            problem.by_rows(
+                problem.inputs(index), problem.targets(index), lambda z, y, both=both: both.append((z, y))
+            )
             setup.generator.set_state(state)
             problem.each_input_rows(index, alone.append)
             assert len(both) == len(alone) > 0

@@ -157,7 +157,7 @@ def _problems(layer: Layer, start: list[Tensor]) -> Iterator[_Problem]:
             )
 
 
-MOST = 32  # parts that the ridge is chosen by
+PARTS = 32  # of a grouped map, that the ridge is chosen by
 
 
 class Grouped:
@@ -202,7 +202,7 @@ class Grouped:
 
 def _loss(learnt: list[System], held: list[System], start: Tensor, ridge: float) -> float:
     """Energy left of the images held out, over some parts."""
-    some = range(0, len(start), -(-len(start) // MOST))
+    some = range(0, len(start), -(-len(start) // PARTS))
     return sum(left_over(held[i], solve(learnt[i], start[i], ridge)) for i in some)
 
 

@@ -15,8 +15,8 @@ from stages.fit.layer import Layer
 from stages.fit.network import build, fit_network
 from stages.fit.problem import LayerProblem
 from stages.fit.setup import Setup
+from stages.fit.solvers.exact import exact
 from stages.fit.start import starts
-from stages.fit.visitor import solvers
 
 
 class Mixed(nn.Module):
@@ -79,7 +79,8 @@ class Compare:
             pieces = zip(z.chunk(groups, 1), y.chunk(groups, 1), solved(learnt, ridge), strict=True)
             return sum((w[:, None] * (a @ W.T + b - c).square()).sum() for a, c, (W, b) in pieces)
 
-        found = solvers(self.setup)[node.grouped].fit(problem)
+        solver = exact(self.setup).grouped if node.grouped else exact(self.setup).dense
+        found = solver.fit(problem)
         lowest = min(GRID, key=loss)
         self.seen[node.name] = found.ridge
         torch.testing.assert_close(loss(found.ridge), loss(lowest), rtol=1e-9, atol=0)
