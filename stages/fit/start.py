@@ -1,8 +1,13 @@
-"""What the ridge of a layer's fit holds to."""
+"""What the ridge of a layer's fit holds to, and what each network alone has there."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from stages.core.graph.folding import norm_scale
+from stages.core.graph.nodes import oriented
+from stages.core.units.groups import State
 from stages.fit.average import average_block, average_vector, entry_shares
 from stages.fit.layer import Layer
 
@@ -28,3 +33,26 @@ def starts(layer: Layer) -> list[Tensor]:
     if node.grouped:
         return [average_vector(scaled, module.outputs, shares)]
     return [average_block(scaled, block, module.inputs, module.outputs, shares) for block in module.blocks]
+
+
+def networks_weights(layer: Layer, states: Sequence[State]) -> list[list[Tensor]]:
+    """What each network alone would put into a layer, block by block, zero where it has nothing.
+
+    states: the sources' as seen through the alignment.
+    """
+    own = [oriented(layer.node, state[layer.node.parameters["weight"]]) for state in states]
+    whole = [weight.new_ones(len(weight)) for weight in own]
+    module = layer.module
+    return [
+        [
+            average_block(
+                [weight if n == m else torch.zeros_like(weight) for n, weight in enumerate(own)],
+                block,
+                module.inputs,
+                module.outputs,
+                whole,
+            )
+            for block in module.blocks
+        ]
+        for m in range(len(own))
+    ]

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from stages.core.align.alignment import view_states
-from stages.core.merged.blocks import Block
 from stages.core.recipe.rooms import SOLVERS
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restricted
 from stages.core.sweep.maps import MapSums, map_entries
-from stages.fit.average import average_block
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.solve import Solution, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solver import LayerSolvers
+from stages.fit.start import networks_weights
 
 
 class RegMean:
@@ -51,7 +50,8 @@ class RegMean:
         if not merged.any():
             return None
         grams, residual, energy = self._grams(problem), 0.0, 0.0
-        for block, weight in zip(module.blocks, module.weights, strict=True):
+        networks = networks_weights(layer, self.states)
+        for i, (block, weight) in enumerate(zip(module.blocks, module.weights, strict=True)):
             rows = merged[block.start : block.stop].nonzero().flatten().to(weight.device)
             if len(rows):
                 columns = layer.columns(block)
@@ -59,7 +59,7 @@ class RegMean:
                     columns = map_entries(columns, layer.taps, layer.module.inputs.width)
                 found = regression_mean(
                     [restricted(G, columns) for G in grams],
-                    [own[rows].flatten(1).double() for own in self._networks(layer, block)],
+                    [own[i][rows].flatten(1).double() for own in networks],
                     problem.setup.ridge,
                     layer.node.name,
                 )
@@ -92,21 +92,6 @@ class RegMean:
         for index, task, weight in problem.batches():
             sums[task].add(problem.inputs(index), weight=weight)
         return [own.finish().G for own in sums]
-
-    def _networks(self, layer: Layer, block: Block) -> list[Tensor]:
-        """W_t of a block: what each network alone would put there, zero where it has nothing."""
-        own = [state[layer.node.parameters["weight"]] for state in self.states]
-        whole = [weight.new_ones(len(weight)) for weight in own]
-        return [
-            average_block(
-                [weight if n == m else torch.zeros_like(weight) for n, weight in enumerate(own)],
-                block,
-                layer.module.inputs,
-                layer.module.outputs,
-                whole,
-            )
-            for m in range(len(own))
-        ]
 
 
 @dataclass(frozen=True)
