@@ -43,19 +43,17 @@ def match_weights(
     units = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
     units |= {name: torch.arange(i.size).repeat(networks, i.parts, 1) for name, i in spec.inner.items()}
     for m in range(1, networks) if networks > 2 else ():  # a start: each to those before it
-        _ascend(WeightProblem(spec, states[: m + 1]), units, [m], generator, sweeps, tolerance)
-    return units, _ascend(
-        WeightProblem(spec, states), units, range(1, networks), generator, sweeps, tolerance
-    )
+        ascend(WeightProblem(spec, states[: m + 1]), units, [m], generator, sweeps, tolerance)
+    return units, ascend(WeightProblem(spec, states), units, range(1, networks), generator, sweeps, tolerance)
 
 
-def _ascend(
+def ascend(
     problem: "WeightProblem",
     units: Mapping[str, Tensor],
     networks: Sequence[int],
     generator: torch.Generator,
-    sweeps: int,
-    tolerance: float,
+    sweeps: int = 100,
+    tolerance: float = 1e-12,
 ) -> list[float]:
     """Improve the order of some networks in place, group by group in random order, until a sweep gains nothing.
 

@@ -9,7 +9,7 @@ from stages.core.networks.architectures import build
 from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
 from stages.match.assign import assign
-from stages.match.weights import STATISTICS, WeightProblem, _ascend, match_weights
+from stages.match.weights import STATISTICS, WeightProblem, ascend, match_weights
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -192,7 +192,7 @@ def test_what_is_left_out_and_what_is_updated_changes_nothing(kind, networks, ra
         start = {name: torch.arange(g.size).repeat(networks, 1) for name, g in spec.free.items()}
         visits, improve = [], WeightProblem.improve
         monkeypatch.setattr(WeightProblem, "improve", lambda *a, v=visits, i=improve: (v.append(1), i(*a))[1])
-        values = _ascend(problem, start, range(1, networks), everything, 100, 1e-12)
+        values = ascend(problem, start, range(1, networks), everything, 100, 1e-12)
         monkeypatch.setattr(WeightProblem, "improve", improve)
         units, value = plain_ascent(spec, states, seed)
         assert values[-1] == pytest.approx(value, rel=1e-10)
