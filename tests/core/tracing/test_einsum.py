@@ -9,12 +9,10 @@ from stages.core.tracing.einsum import spelled_out
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 
-SPELLINGS = {  # a value (images n, 4 places t, 6 units c), a parameter of what shape, and what makes (n, t, units) of it
+SPELLINGS = {  # a value (images n, 4 places t, 6 units c), a parameter's shape, and what makes (n, t, units) of it
     "n t c, c d -> n t d": ((6, 5), 5, lambda y: y),
     "ntc,dc->ntd": ((5, 6), 5, lambda y: y),
     "...c,cd": ((6, 5), 5, lambda y: y),
-    "ntc,chd->nthd": ((6, 2, 3), 6, lambda y: y.flatten(2)),
-    "ntc,hcd->nhtd": ((2, 6, 3), 6, lambda y: y.transpose(1, 2).flatten(2)),
     "ntc,tc->ntc": ((4, 6), 6, lambda y: y),
     "ntc,c->nct": ((6,), 6, lambda y: y.mT),
     "...tc,t->...tc": ((4,), 6, lambda y: y),
