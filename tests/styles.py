@@ -410,6 +410,24 @@ class Tensors(nn.Module):
         return self.head((x + torch.einsum("...c,c->...c", y, self.scale)).mean(1))
 
 
+class Cbam(nn.Module):
+    """Attention over places from the mean and the maximum over all channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.places, self.last = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(2, 1, 3, padding=1),
+            nn.Conv2d(6, 5, 1),
+        )
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        seen = torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True)[0]], dim=1)
+        return self.fc(F.relu(self.last(x * torch.sigmoid(self.places(seen)))).mean((2, 3)))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -431,6 +449,8 @@ STYLES = {
     "ghostnet": (Ghost, IMAGE),
     "hand-written vit": (HandViT, IMAGE),
     "einsum": (Einsum, IMAGE),
+    "cbam": (Cbam, IMAGE),
+    "response norm": (lambda: Spelled(lambda m, x: m.norm(F.relu(x)), norm=nn.LocalResponseNorm(3)), IMAGE),
     "einsum of tensors": (Tensors, IMAGE),
     "mlp-mixer": (Mixer, IMAGE),
     "mixer of convolutions": (PatchConv, IMAGE),

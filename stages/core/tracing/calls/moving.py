@@ -21,6 +21,8 @@ SKIPPED = {
 RESHAPES = {
     "view",
     "reshape",
+    "reshape_as",
+    "view_as",
     "_unsafe_view",
     "flatten",
     "unflatten",
