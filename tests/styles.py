@@ -393,6 +393,41 @@ class Gated(nn.Module):
         return self.head((x + self.back(u * v)).mean(1))
 
 
+class Tensors(nn.Module):
+    """Attention whose projections are tensors of (channels, heads, width), read by einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 3)
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(6, 2, 4) / 3) for _ in range(3))
+        self.out, self.scale = nn.Parameter(torch.randn(2, 4, 6) / 3), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = (torch.einsum("btc,chd->bthd", x, w) for w in (self.q, self.k, self.v))
+        y = torch.einsum("bhqk,bkhd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q, k).div(2).softmax(-1), v)
+        y = torch.einsum("...hd,hdc", y, self.out)
+        return self.head((x + torch.einsum("...c,c->...c", y, self.scale)).mean(1))
+
+
+class Cbam(nn.Module):
+    """Attention over places from the mean and the maximum over all channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.places, self.last = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(2, 1, 3, padding=1),
+            nn.Conv2d(6, 5, 1),
+        )
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        seen = torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True)[0]], dim=1)
+        return self.fc(F.relu(self.last(x * torch.sigmoid(self.places(seen)))).mean((2, 3)))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -414,6 +449,9 @@ STYLES = {
     "ghostnet": (Ghost, IMAGE),
     "hand-written vit": (HandViT, IMAGE),
     "einsum": (Einsum, IMAGE),
+    "cbam": (Cbam, IMAGE),
+    "response norm": (lambda: Spelled(lambda m, x: m.norm(F.relu(x)), norm=nn.LocalResponseNorm(3)), IMAGE),
+    "einsum of tensors": (Tensors, IMAGE),
     "mlp-mixer": (Mixer, IMAGE),
     "mixer of convolutions": (PatchConv, IMAGE),
     "resmlp": (ResMlp, IMAGE),

@@ -1,4 +1,6 @@
-"""Attention with one head: the head gets a dimension of its own, so that a merged network can have several.
+"""Units that are one part: attention with one head, a mean over all channels. The part gets a dimension of its own.
+
+So a merged network can have several.
 
 With several heads the network itself has a dimension for them, on which merged heads lie side by side. With one, all
 units lie on the dimension that the scores sum over: nodes before and behind move them to a dimension of heads,
@@ -14,6 +16,8 @@ from stages.core.graph.nodes import Node
 
 def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
     """The node, or what it is with a dimension for its one head. masked: the shape of a mask, () without one."""
+    if node.operation in ("mean", "sum", "amax", "amin", "local_response_norm"):
+        return _whole(node, inputs[0])
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
     if node.operation != "matmul":
@@ -24,6 +28,9 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
         spare = _spare([a, b])
         if spare or rank == 3:
             return _product(node, {0: rank - 1, 1: rank - 2}, inputs, spare, back=False)
+    turned = b.labels.numel() == 1 and b.dims == (len(b.shape) - 3,)
+    if turned and a.dims == (len(a.shape) - 2,) and len(a.shape) == len(b.shape) and _spare([a]):
+        return _product(node, {0: len(a.shape) - 2}, inputs, True, back=True)
     scored = a.labels.numel() == 1 and a.dims == (len(a.shape) - 3,)
     if (
         scored
@@ -32,6 +39,22 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
     ):
         return _product(node, {1: rank - 1}, inputs, len(a.shape) == rank, back=True)
     return [node]
+
+
+def _whole(node: Node, value: Value) -> list[Node]:
+    """What looks at all units of a value, or at neighbours among them: they are one part, as a head's are."""
+    if value.common or len(value.dims) != 1:
+        return [node]
+    (dim,), shape, name = value.dims, value.shape, f"{node.name}_part"
+    apart = _to_heads(name, node.inputs[0], shape, dim, False, dim)
+    if node.operation == "local_response_norm":
+        attributes = {**node.attributes, "part": True}
+        inside = dataclasses.replace(node, name=f"{name}s", inputs=(name,), attributes=attributes)
+        return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
+    if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
+        return [node]
+    attributes = {"dims": [dim + 1], "keepdim": False}  # the part stays in the place of its units
+    return [apart, dataclasses.replace(node, inputs=(name,), attributes=attributes)]
 
 
 def _on_last(value: Value) -> bool:
@@ -66,12 +89,16 @@ def _product(
     rank = len(inputs[-1 if node.operation == "matmul" else 0].shape)
     rows, columns = inputs[0].shape[-2], inputs[2 if len(inputs) > 2 else 1].shape[-1]
     lead = list(inputs[1].shape[: rank - 2])
-    return [*nodes, _from_heads(node.name, whole, [*lead, rows, columns], spare)]
+    at = rank - 2 if moved.get(0) == rank - 2 else rank - 1
+    return [*nodes, _from_heads(node.name, whole, [*lead, rows, columns], at, spare)]
 
 
-def _to_heads(name: str, source: str, shape: Sequence[int], dim: int, spare: bool) -> Node:
-    """Units of dimension ``dim`` to heads, before the last two dimensions; spare: on what lies there."""
+def _to_heads(
+    name: str, source: str, shape: Sequence[int], dim: int, spare: bool, at: int | None = None
+) -> Node:
+    """Units of dimension ``dim`` to heads, at ``at`` or before the last two dimensions; spare: on what lies there."""
     rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
+    heads = heads if at is None else at
     atoms = [[1, n] if d == dim else [n] for d, n in enumerate(shape)]
     number = [d + (d > dim) for d in range(rank)]
     groups = [[dim + 1] if d == dim else [number[d]] for d in range(rank)]
@@ -82,12 +109,16 @@ def _to_heads(name: str, source: str, shape: Sequence[int], dim: int, spare: boo
     return _rearrange(name, source, atoms, groups)
 
 
-def _from_heads(name: str, source: str, shape: Sequence[int], spare: bool) -> Node:
-    """The inverse, to ``shape``, units on the last dimension."""
+def _from_heads(
+    name: str, source: str, shape: Sequence[int], dim: int, spare: bool, at: int | None = None
+) -> Node:
+    """The inverse, to ``shape``, units on dimension ``dim``."""
     rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
+    heads = heads if at is None else at
     whole = list(shape) if spare else [*shape[:heads], 1, *shape[heads:]]
     groups = [[d] for d in range(len(whole))]
-    groups[-1] = [heads, len(whole) - 1]
+    own = dim if spare else dim + 1
+    groups[own] = [heads, own]
     if spare:
         groups[heads] = []
     else:

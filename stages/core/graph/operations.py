@@ -164,6 +164,14 @@ def _log_softmax(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return torch.log_softmax(x[0], a["dim"])
 
 
+def _neighbours(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """part: whether the channels of dimension 2 are looked at, those of each part of dimension 1 for themselves."""
+    settings = {key: value for key, value in a.items() if key != "part"}
+    if not a.get("part"):
+        return F.local_response_norm(x[0], **settings)
+    return F.local_response_norm(x[0].flatten(0, 1), **settings).reshape_as(x[0])
+
+
 def _reduction(function: Callable[..., Tensor]) -> Operation:
     return Operation(lambda x, p, a: function(x[0], a["dims"], keepdim=a["keepdim"]), rules.reduced)
 
@@ -226,7 +234,7 @@ OPERATIONS: dict[str, Operation] = {
     "sum": _reduction(torch.sum),
     "amax": _reduction(torch.amax),
     "amin": _reduction(torch.amin),
-    "local_response_norm": Operation(lambda x, p, a: F.local_response_norm(x[0], **a), rules.neighbours),
+    "local_response_norm": Operation(_neighbours, rules.neighbours),
     **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
     "interpolate": _spatial(F.interpolate),
     **{name: _aten(name) for name in UNARY},

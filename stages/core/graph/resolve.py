@@ -54,7 +54,7 @@ class Resolved:
         fixed |= np.where(outer >= 0, fixed[outer], False)
         fixed |= whole
         self.across = whole
-        self.colours = colours = _colours(units, of, outer, places, fixed)
+        colours, self.kinds = _colours(units, of, outer, places, fixed)
         self.classes, self.spec = self._groups(of, outer, places, fixed, colours)
 
     def layout(self, node: str, value: Value) -> Layout:
@@ -98,7 +98,7 @@ class Resolved:
         segments: list[Segment] = []
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             name = "" if group[start] < 0 else self.classes.names[group[start]]
-            for block in _repeats(own[start:stop], self.colours):
+            for block in _repeats(own[start:stop], self.kinds):
                 last = segments[-1] if segments else None
                 follows = (
                     last is not None
@@ -181,13 +181,13 @@ class Resolved:
         return name
 
 
-def _repeats(own: np.ndarray, colours: np.ndarray) -> list[int]:
+def _repeats(own: np.ndarray, kinds: np.ndarray) -> list[int]:
     """Lengths of the runs of one unit's entries, cut where what is inside comes again or is of another kind."""
     if len(own) < 2 or (own == own[0]).all():
         return [len(own)]
     again = np.flatnonzero(own[1:] == own[0]) + 1
     again = [int(i) for i in again if own[i - 1] != own[0]]
-    other = np.flatnonzero(np.diff(colours[own])) + 1
+    other = np.flatnonzero(np.diff(kinds[own])) + 1
     edges = [0, *sorted({*again, *other.tolist()}), len(own)]
     return [b - a for a, b in itertools.pairwise(edges)]
 
@@ -240,8 +240,8 @@ def _colours(
     outer: np.ndarray,
     places: Mapping[tuple[str, int], np.ndarray],
     fixed: np.ndarray,
-) -> np.ndarray:
-    """A number for each class: equal for those that may change places."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each class: equal for those that may change places; the same without what pins an order."""
     seen: list[list[tuple]] = [[] for _ in outer]
     for number, own in enumerate(places.values()):
         for cls, count in zip(*np.unique(own[own >= 0], return_counts=True), strict=True):
@@ -262,9 +262,12 @@ def _colours(
     result = np.zeros(len(outer), dtype=int)
     for cls in np.flatnonzero(outer < 0).tolist():
         result[cls] = numbers.setdefault(("top", whole[cls]), len(numbers))
+    kinds = result.copy()
     for cls in np.flatnonzero(outer >= 0).tolist():
         result[cls] = numbers.setdefault((result[outer[cls]], keys[cls]), len(numbers))
-    return result
+        loose = tuple(key for key in keys[cls] if not (isinstance(key, tuple) and key[0] == -2))
+        kinds[cls] = numbers.setdefault((result[outer[cls]], loose, "kind"), len(numbers))
+    return result, kinds
 
 
 Positions = Mapping[tuple[str, int], Mapping[int, np.ndarray]]

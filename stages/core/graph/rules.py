@@ -233,6 +233,13 @@ def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     """(..., m, k) times (..., k, n): what it sums over is tied, and lies inside the parts that both share."""
     a, b = (_batched(value, len(out)) for value in inputs)
     last, before = len(out) - 1, len(out) - 2
+    if (
+        before in a.dims and last not in a.dims and not {before, last} & set(b.dims)
+    ):  # values times turned scores
+        both = torch.Size([*out[:-1], 1])
+        found = join(units, node.name, _at(a, both), _at(b, both), both)
+        units.hints += [(found.labels, ".value")] if len(found.dims) > 1 else []
+        return Value(found.labels, found.dims, out, a.common and b.common)
     if before in a.dims or (last in b.dims and last in a.dims):
         raise InputError(
             f"{node.name}: {node.operation} of units with units; allowed: sums over what lies in parts"
@@ -324,8 +331,13 @@ def spatial(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
 
 
 def neighbours(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """What reads units beside each other keeps them in their places."""
-    units.fixed.append(inputs[0].labels)
+    """What reads units beside each other: those of a part stay there, in their order."""
+    if len(inputs[0].dims) > 1:
+        rows = inputs[0].labels.movedim(1, 0).flatten(1)
+        units.put_inside(node.name, rows, units.new(len(rows), f"{node.name}.parts"))
+        units.pinned.append(rows)
+    else:
+        units.fixed.append(inputs[0].labels)
     return Value(inputs[0].labels, inputs[0].dims, out, inputs[0].common)
 
 

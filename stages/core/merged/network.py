@@ -113,9 +113,15 @@ class MergedNetwork(nn.Module):
         layout = self.trace.layouts[node.name]
         for i, name in enumerate(node.inputs):
             own = self.trace.layouts[name]
-            if own.segments != layout.segments and own.width == layout.width:
-                parts = self.arrangement(name), self.arrangement(node.name)
+            if own.segments == layout.segments or own.width not in (1, layout.width):
+                continue
+            parts = self.arrangement(name), self.arrangement(node.name)
+            if own.width == layout.width:
                 self.maps[f"{_key(node)}{i}"] = Moved(range(own.width), own.dim, *parts)
+            elif parts[0].width > 1:  # one entry for all of a part
+                dim = own.dim + len(self.trace.shapes[node.name]) - len(self.trace.shapes[name])
+                if dim == layout.dim:
+                    self.maps[f"{_key(node)}{i}"] = Moved([0] * layout.width, own.dim, *parts)
 
     def _lined_up(self, node: Node, inputs: Sequence[Tensor]) -> list[Tensor]:
         keys = [f"{_key(node)}{i}" for i in range(len(inputs))]

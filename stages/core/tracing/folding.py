@@ -4,7 +4,7 @@ Position tables, masks, rotary angles, standardised or normalised weights: each 
 with becomes one more tensor of the state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,41 @@ PREFIX = "folded"
 
 
 class Folding:
-    """tensors: placeholder -> state name or constant. wanted: {state name: (the call that gives it, transposed)}."""
+    """tensors: placeholder -> state name or constant.
+
+    wanted: {state name: (the call that gives it, the order of its dimensions, its shape then)}, None where it stays.
+    """
 
     def __init__(self, graph: torch.fx.Graph, tensors: Mapping[str, str | Tensor]) -> None:
         self.graph, self.tensors = graph, tensors
-        self.wanted: dict[str, tuple[torch.fx.Node, bool]] = {}
+        self.wanted: dict[str, tuple[torch.fx.Node, list[int] | None, list[int] | None]] = {}
 
-    def want(self, fx: torch.fx.Node, transposed: bool = False) -> str:
-        """The state name of what a call gives."""
+    def want(
+        self,
+        fx: torch.fx.Node,
+        transposed: bool = False,
+        order: Sequence[int] | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> str:
+        """The state name of what a call gives, ``transposed`` or with its dimensions in an order and then a shape."""
         while fx.name not in self.tensors and _passes_on(fx):
             fx = fx.args[0]
-        own = self.tensors.get(fx.name)
-        if isinstance(own, str) and not transposed:
+        own, ending = self.tensors.get(fx.name), "_t" if transposed else ""
+        found = [] if order is None and not transposed else [_one_image(n) for n in self._shape(fx)]
+        if transposed:
+            order = [*range(len(found) - 2), len(found) - 1, len(found) - 2]
+        elif order is not None:
+            alike = list(order) == list(range(len(found))) and list(shape) == found
+            order, ending = (None, "") if alike else (order, "_" + "".join(map(str, order)))
+        if isinstance(own, str) and order is None:
             return own
-        name = f"{PREFIX}.{fx.name}" + ("_t" if transposed else "")
-        self.wanted[name] = (fx, transposed)
+        name = f"{PREFIX}.{fx.name}{ending}"
+        self.wanted[name] = (fx, order and list(order), shape and list(shape))
         return name
+
+    def _shape(self, fx: torch.fx.Node) -> Sequence[int]:
+        known = self.tensors.get(fx.name)
+        return known.shape if isinstance(known, Tensor) else fx.meta["val"].shape
 
     @torch.no_grad()
     def state(self, module: nn.Module) -> dict[str, Tensor]:
@@ -40,9 +59,10 @@ class Folding:
         own = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         like = next((t for t in own.values() if t.is_floating_point()), torch.zeros(()))
         known: dict[torch.fx.Node, Any] = {}
-        for name, (fx, transposed) in self.wanted.items():
+        for name, (fx, order, shape) in self.wanted.items():
             value = self._evaluate(fx, own, like, known)
-            value = value.mT if transposed else value
+            value = value if order is None else value.permute(order)
+            value = value if order is None or shape is None else value.reshape(shape)
             if value.is_floating_point():
                 value = value.to(like)
             own[name] = value.contiguous().clone()

@@ -1,5 +1,6 @@
 """docs/adding.md, followed."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from stages.core.graph import operations
 from stages.core.tracing import reading
+from stages.core.tracing.calls import joins
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 
@@ -24,7 +26,7 @@ def test_an_operation_is_added_as_the_page_says(monkeypatch):
     name = page.partition('UNARY = ("')[2].partition('"')[0]
     assert name not in operations.OPERATIONS
     monkeypatch.setitem(operations.OPERATIONS, name, operations._aten(name))
-    monkeypatch.setattr(reading, "UNARY", (*operations.UNARY, name))
+    monkeypatch.setitem(reading.CALLS, name, partial(joins._elementwise, name=name))
     network = nn.Sequential(nn.Linear(4, 5), Sinh(), nn.Linear(5, 2)).double()
     verify(network, trace(network, torch.zeros(2, 4)), torch.zeros(2, 4))
 
@@ -34,4 +36,7 @@ def test_the_names_on_the_page_are_there():
     for rule in ("same", "spatial", "reduced", "channels", "linear", "moved"):
         assert f"`{rule}`" in page
         assert hasattr(operations.rules, rule)
-    assert hasattr(reading._Reader, "_node")
+    assert hasattr(reading.Reader, "node")
+    kinds = page.partition("`calls/`: ")[2].partition(".")[0].replace("`", "").split(", ")
+    folder = Path(reading.__file__).parent / "calls"
+    assert sorted(kinds) == sorted(path.stem for path in folder.glob("[a-z]*.py"))

@@ -1,0 +1,105 @@
+"""Linear maps: layers, convolutions, products of matrices, tables."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch.fx
+
+from stages.core.graph.nodes import Node
+from stages.core.graph.operations import CONVOLUTIONS, TRANSPOSED
+from stages.core.tracing.einsum import read_einsum
+
+if TYPE_CHECKING:
+    from stages.core.tracing.reading import Reader
+
+
+def _linear(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
+    reader.node(fx, "linear", [given["input"]], {}, parameters)
+
+
+def _addmm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    if (
+        reader.is_value(given["self"])
+        or reader.is_value(given["mat2"])
+        or given["beta"] != 1
+        or given["alpha"] != 1
+    ):
+        raise reader.unknown(fx, "addmm of values")
+    weight = reader.folding.want(reader.through(given["mat2"]), transposed=True)
+    parameters = {"weight": weight, "bias": reader.parameter(given["self"])}
+    reader.node(fx, "linear", [given["mat1"]], {}, parameters)
+
+
+def _matmul(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    a, b = given["self"], given.get("other", given.get("mat2"))
+    if reader.is_value(a) and reader.is_value(b):
+        reader.node(fx, "matmul", [a, b])
+    elif reader.is_value(a) and len(reader.shape(b)) == 2:
+        weight = reader.folding.want(reader.through(b), transposed=True)
+        reader.node(fx, "linear", [a], {}, {"weight": weight})
+    elif reader.is_value(b) and len(reader.shape(a)) == 2 and len(reader.shape(b)) > 2:
+        _in_front(reader, fx, reader.parameter(a), b)
+    else:
+        raise reader.unknown(fx, "a matrix product with a parameter in front or of many dimensions")
+
+
+def _in_front(reader: "Reader", fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:
+    """A matrix in front of a value: a linear map over the dimension before the last."""
+    shape, name = reader.shape(value), reader.name(fx, {})
+    letters = list(range(len(shape)))
+    swapped = [*letters[:-2], letters[-1], letters[-2]]
+    turned = reader.ordered(f"{name}_turned", reader.value(value), shape, letters, swapped)
+    reader.nodes.append(Node(f"{name}_map", "linear", (turned,), {}, {"weight": weight}))
+    reader.taken.add(f"{name}_map")
+    found = [*reader.shape(fx)[:-2], reader.shape(fx)[-1], reader.shape(fx)[-2]]
+    reader.names[fx] = reader.ordered(name, f"{name}_map", found, letters, swapped)
+
+
+def _einsum(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    read_einsum(reader, fx, given)
+
+
+def _convolve(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    spatial = len(reader.shape(given["input"])) - 2
+    parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
+    padding = given["padding"]
+    attributes = {
+        "stride": _each(given["stride"], spatial),
+        "padding": padding if isinstance(padding, str) else _each(padding, spatial),
+        "dilation": _each(given["dilation"], spatial),
+    }
+    if "output_padding" in given and any(_each(given["output_padding"], spatial)):
+        attributes["output_padding"] = _each(given["output_padding"], spatial)
+    if given["groups"] != 1:
+        attributes["groups"] = given["groups"]
+    reader.node(fx, name, [given["input"]], attributes, parameters)
+
+
+def _convolution(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    kind = "conv_transpose" if given["transposed"] else "conv"
+    own = {k: v for k, v in given.items() if k != "output_padding" or given["transposed"]}
+    _convolve(reader, fx, own, f"{kind}{len(reader.shape(given['input'])) - 2}d")
+
+
+def _embedding(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    reader.node(fx, "embedding", [given["indices"]], {}, reader.roles(fx, given, {"weight": "weight"}))
+
+
+def _each(value: Any, count: int) -> list[int]:
+    value = [value] if isinstance(value, int) else list(value)
+    return value * count if len(value) == 1 else value
+
+
+CALLS = {
+    "linear": _linear,
+    "addmm": _addmm,
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "einsum": _einsum,
+    "convolution": _convolution,
+    "embedding": _embedding,
+    **{name: partial(_convolve, name=name) for name in (*CONVOLUTIONS, *TRANSPOSED)},
+}

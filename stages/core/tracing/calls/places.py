@@ -1,0 +1,185 @@
+"""What takes some of the places of a dimension, adds places or changes their order."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from stages.core.tracing.export import INPUT, opname
+
+if TYPE_CHECKING:
+    from stages.core.tracing.reading import Reader
+
+
+def _slice(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    size = reader.shape(given["self"])[given["dim"]]
+    start, stop, _ = slice(given["start"], given["end"]).indices(size)
+    _cut(reader, fx, given["self"], given["dim"], start, stop, given["step"])
+
+
+def _narrow(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    start = given["start"]
+    _cut(reader, fx, given["self"], given["dim"], start, start + given["length"], 1)
+
+
+def _cut(
+    reader: "Reader", fx: torch.fx.Node, source: torch.fx.Node, dim: int, start: int, stop: int, step: int
+) -> None:
+    shape = reader.shape(source)
+    dim %= len(shape)
+    if (start, stop, step) == (0, shape[dim], 1):
+        reader.same[fx] = source
+    elif shape[dim] % INPUT == 0:
+        raise reader.unknown(fx, "a part of the images")
+    else:
+        reader.node(fx, "slice", [source], {"dim": dim, "start": start, "stop": stop, "step": step})
+
+
+def _select(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    shape = reader.shape(given["self"])
+    dim = given["dim"] % len(shape)
+    if shape[dim] % INPUT == 0:
+        raise reader.unknown(fx, "one of the images")
+    reader.node(fx, "select", [given["self"]], {"dim": dim, "index": given["index"] % shape[dim]})
+
+
+def _split(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    source, dim = given["self"], given["dim"]
+    size = reader.shape(source)[dim]
+    sizes = given.get("split_size", given.get("split_sizes"))
+    if isinstance(sizes, int):
+        sizes = [min(sizes, size - start) for start in range(0, size, sizes)]
+    start = 0
+    for i, own in enumerate(sizes):
+        reader.parts[fx, i] = lambda user, s=start, n=own: _cut(reader, user, source, dim, s, s + n, 1)
+        start += own
+
+
+def _chunk(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    size = reader.shape(given["self"])[given["dim"]]
+    _split(
+        reader,
+        fx,
+        {"self": given["self"], "dim": given["dim"], "split_size": math.ceil(size / given["chunks"])},
+    )
+
+
+def _unbind(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    for i in range(len(fx.meta["val"])):
+        reader.parts[fx, i] = lambda user, i=i: _select(
+            reader, user, {"self": given["self"], "dim": given["dim"], "index": i}
+        )
+
+
+def _getitem(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    make = reader.parts.get((fx.args[0], fx.args[1]))
+    if make is None:
+        if fx.users:
+            raise reader.unknown(fx, f"output {fx.args[1]} of {opname(fx.args[0])}")
+        return
+    make(fx)
+
+
+def _index(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    picked = [i for i, index in enumerate(given["indices"]) if index is not None]
+    if len(picked) != 1 or reader.is_value(given["indices"][picked[0]]) or picked[0] == 0:
+        raise reader.unknown(fx, "an index that is not one list of places")
+    _pick(
+        reader,
+        fx,
+        given["self"],
+        picked[0],
+        reader.folding.value(reader.through(given["indices"][picked[0]]), reader.module),
+    )
+
+
+def _index_select(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    if reader.is_value(given["index"]):
+        raise reader.unknown(fx, "an index that depends on a value")
+    index = reader.folding.value(reader.through(given["index"]), reader.module)
+    _pick(reader, fx, given["self"], given["dim"] % len(reader.shape(fx)), index)
+
+
+def _pick(reader: "Reader", fx: torch.fx.Node, source: torch.fx.Node, dim: int, index: Tensor) -> None:
+    if index.dim() != 1 or index.dtype == torch.bool or reader.shape(source)[dim] % INPUT == 0:
+        raise reader.unknown(fx, "an index that is not one list of places")
+    size = reader.shape(source)[dim]
+    reader.node(fx, "pick", [source], {"dim": dim, "index": [int(i) % size for i in index]})
+
+
+def _pad(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    pad, mode, value = list(given["pad"]), given.get("mode", "constant"), given.get("value")
+    if not any(pad):
+        reader.same[fx] = given["self"]
+        return
+    extra = {"mode": mode} if mode != "constant" else {}
+    extra |= {"value": value} if value else {}
+    reader.node(fx, "pad", [given["self"]], {"pad": pad, **extra})
+
+
+def _constant_pad_nd(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _pad(reader, fx, given)
+
+
+def _mode_pad(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], mode: str) -> None:
+    _pad(reader, fx, {"self": given["self"], "pad": given["padding"], "mode": mode})
+
+
+def _reflection_pad2d(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _mode_pad(reader, fx, given, "reflect")
+
+
+def _replication_pad2d(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _mode_pad(reader, fx, given, "replicate")
+
+
+def _roll(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    dims = list(given["dims"])
+    if not dims or any(reader.shape(fx)[d] % INPUT == 0 for d in dims):
+        raise reader.unknown(fx, "a roll of the images")
+    reader.node(fx, "roll", [given["self"]], {"shifts": list(given["shifts"]), "dims": dims})
+
+
+def _flip(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    reader.node(fx, "flip", [given["self"]], {"dims": list(given["dims"])})
+
+
+def _expand(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    before, after = reader.shape(given["self"]), reader.shape(fx)
+    ahead = len(after) - len(before)
+    sizes = [n if i < ahead or before[i - ahead] != n else -1 for i, n in enumerate(after)]
+    if all(n == -1 for n in sizes):
+        reader.same[fx] = given["self"]
+    elif any(n != -1 and n % INPUT == 0 for n in sizes):
+        raise reader.unknown(fx, "a value repeated over images")
+    else:
+        reader.node(fx, "expand", [given["self"]], {"sizes": sizes})
+
+
+CALLS = {
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": _select,
+    "split": _split,
+    "split_with_sizes": _split,
+    "chunk": _chunk,
+    "unbind": _unbind,
+    "getitem": _getitem,
+    "index": _index,
+    "index_select": _index_select,
+    "pad": _pad,
+    "constant_pad_nd": _constant_pad_nd,
+    "reflection_pad1d": _reflection_pad2d,
+    "reflection_pad2d": _reflection_pad2d,
+    "reflection_pad3d": _reflection_pad2d,
+    "replication_pad1d": _replication_pad2d,
+    "replication_pad2d": _replication_pad2d,
+    "replication_pad3d": _replication_pad2d,
+    "roll": _roll,
+    "flip": _flip,
+    "expand": _expand,
+    "expand_as": _expand,
+}

@@ -1,0 +1,118 @@
+"""Attention, softmax, sums, pooling and resizing."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch.fx
+
+from stages.core.graph.operations import ADAPTIVE, POOLS
+from stages.core.tracing.calls.joins import binary
+from stages.core.tracing.export import INPUT
+
+if TYPE_CHECKING:
+    from stages.core.tracing.reading import Reader
+
+INTERPOLATION = {
+    "upsample_nearest1d": "nearest", "upsample_nearest2d": "nearest", "upsample_nearest3d": "nearest",
+    "upsample_linear1d": "linear", "upsample_bilinear2d": "bilinear", "upsample_bicubic2d": "bicubic",
+    "upsample_trilinear3d": "trilinear", "_upsample_nearest_exact2d": "nearest-exact",
+}  # fmt: skip
+
+
+def _scaled_dot_product_attention(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    attributes = {k: given[k] for k in ("is_causal", "scale") if given.get(k)}
+    inputs, mask, parameters = [given["query"], given["key"], given["value"]], given.get("attn_mask"), {}
+    if mask is not None and reader.is_value(mask):
+        inputs.append(mask)
+    elif mask is not None:
+        parameters["mask"] = reader.parameter(mask)
+    reader.node(fx, "attention", inputs, attributes, parameters)
+
+
+def _softmax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    rank = len(reader.shape(fx))
+    reader.node(fx, "softmax", [given["self"]], {"dim": given["dim"] % rank - rank})
+
+
+def _log_softmax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    reader.node(fx, "log_softmax", [given["self"]], {"dim": given["dim"]})
+
+
+def _reduce(reader: "Reader", fx: torch.fx.Node, operation: str, given: Mapping[str, Any]) -> None:
+    dims = given.get("dim")
+    if dims is None or dims == []:
+        raise reader.unknown(fx, f"{operation} over everything")
+    dims = list(dims) if isinstance(dims, tuple | list) else [dims]
+    if any(reader.shape(given["self"])[d] % INPUT == 0 for d in dims):
+        raise reader.unknown(fx, f"{operation} over the images")
+    reader.node(fx, operation, [given["self"]], {"dims": dims, "keepdim": bool(given.get("keepdim", False))})
+
+
+def _mean(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _reduce(reader, fx, "mean", given)
+
+
+def _sum(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _reduce(reader, fx, "sum", given)
+
+
+def _amax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _reduce(reader, fx, "amax", given)
+
+
+def _max(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    if "other" in given:
+        binary(reader, fx, "maximum", given)
+    elif "dim" in given:
+        _reduce(reader, fx, "amax", given)
+        reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
+    else:
+        raise reader.unknown(fx, "max over everything")
+
+
+def _pool(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    first = next(iter(given))
+    settings = {k: _plain(v) for k, v in given.items() if k != first}
+    if name in ADAPTIVE:
+        settings = {"output_size": settings["output_size"]}
+    else:
+        settings["stride"] = settings.get("stride") or settings["kernel_size"]
+        settings = {k: v for k, v in settings.items() if v is not None}
+    reader.node(fx, name, [given[first]], settings)
+    if isinstance(fx.meta["val"], tuple | list):
+        reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
+
+
+def _max_pool2d_with_indices(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _pool(reader, fx, given, "max_pool2d")
+
+
+def _interpolate(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], mode: str) -> None:
+    settings: dict[str, Any] = {"mode": mode}
+    factors = given.get("scale_factors")
+    if factors:
+        settings["scale_factor"] = list(factors)
+    else:
+        settings["size"] = reader.shape(fx)[2:]
+    if given.get("align_corners"):
+        settings["align_corners"] = True
+    reader.node(fx, "interpolate", [given.get("input", given.get("self"))], settings)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+CALLS = {
+    "scaled_dot_product_attention": _scaled_dot_product_attention,
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "mean": _mean,
+    "sum": _sum,
+    "amax": _amax,
+    "max": _max,
+    "max_pool2d_with_indices": _max_pool2d_with_indices,
+    **{name: partial(_pool, name=name) for name in (*POOLS, *ADAPTIVE)},
+    **{call: partial(_interpolate, mode=mode) for call, mode in INTERPOLATION.items()},
+}
