@@ -61,6 +61,8 @@ RESHAPES = {
     "squeeze",
     "_reshape_alias",
     "view_copy",
+    "view_as",
+    "reshape_as",
 }
 PERMUTES = {"permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT"}
 BINARY_CALLS = {
@@ -553,6 +555,9 @@ class _Reader:
     def _amax(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         self._reduce(fx, "amax", given)
 
+    def _amin(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+        self._reduce(fx, "amin", given)
+
     def _max(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         if "other" in given:
             self._binary(fx, "maximum", given)
@@ -561,6 +566,12 @@ class _Reader:
             self.parts[fx, 0] = lambda user: self.same.__setitem__(user, fx)
         else:
             raise self._unknown(fx, "max over everything")
+
+    def _min(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+        if "dim" not in given:
+            raise self._unknown(fx, "min over everything")
+        self._reduce(fx, "amin", given)
+        self.parts[fx, 0] = lambda user: self.same.__setitem__(user, fx)
 
     def _linalg_vector_norm(self, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         """F.normalize: x / max(|x|, eps), as one operation."""
