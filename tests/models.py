@@ -1,13 +1,14 @@
 """Public networks, family by family, and what is expected of each: docs/families.md is made from this.
 
-make test-models                              every network , and the page
-python tests/models.py --quick                those of the gate (tests/test_models.py), and their rows of the page
-python tests/models.py densenet121 option     those whose names begin so; --report: without the page
+make test-models                    every network, and the page
+python tests/models.py --quick      those of the gate (tests/test_models.py), and their rows of the page
+python tests/models.py 'dense*'     those of these names; --report: without the page
 """
 
 import argparse
 import fnmatch
 import gc
+import resource
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from stages.core.runtime.errors import InputError  # noqa: E402
 
 PAGE = ROOT / "docs/families.md"
 SLOW = 60.0  # seconds of one core for trace, verify, match and allocate: no network may take more
+MEMORY = 12 * 2**30  # bytes: what needs more fails, and the machine goes on
 START, STOP = "<!-- rows: python tests/models.py -->", "<!-- end of rows -->"
 
 
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="leave the page alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     names = [name for name, model in MODELS.items() if model.quick or not given.quick]
     patterns = given.names or ["*"]
     chosen = [name for name in names if any(fnmatch.fnmatch(name, own) for own in patterns)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.core.graph.operations import ADAPTIVE, OPERATIONS, POOLS, UNARY
-from stages.core.tracing.known import read_known
+from stages.core.tracing.trace import trace
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -108,6 +108,7 @@ MADE = {  # operation: constructor
     "local_response_norm": body(norm=lambda: nn.LocalResponseNorm(3), after=lambda: nn.Conv2d(4, 4, 1))(
         lambda m, x: m.after(m.norm(x))),
     "normalize": body()(lambda m, x: F.normalize(x, dim=1)),
+    "mix": lambda: Tokens(lambda m, x: x + m.over(x.mT).mT, over=nn.Linear(4, 4)),
     "attention": lambda: Tokens(attend, qkv=nn.Linear(8, 24)),
     "matmul": lambda: Tokens(attend_by_hand, qkv=nn.Linear(8, 24)),
     "softmax": body()(lambda m, x: x.flatten(2).softmax(-1).view_as(x)),
@@ -168,7 +169,7 @@ CASES = cases()
 @pytest.mark.parametrize("operation", CASES)
 def test_a_network_with_the_operation_passes_every_gate(operation):
     make, shape = CASES[operation]
-    graph = read_known(gates.trained(make, 0), gates.example(shape)).graph
+    graph = trace(gates.trained(make, 0), gates.example(shape)).graph
     assert operation in {node.operation for node in graph.nodes}
     gates.check(make, shape)
 

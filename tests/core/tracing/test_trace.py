@@ -361,7 +361,6 @@ READ = {  # what other readers refuse: each verified
     "axis": lambda m, x: torch.cat([m.conv(x), x], axis=1),
     "keyword": lambda m, x: m.conv(input=x),
     "one map for all units": lambda m, x: m.conv(x) * F.relu(m.thin(x)),
-    "groups of a concatenation": lambda m, x: m.of_eight(torch.cat([m.conv(x), m.conv2(x)], 1)),
     "hooked": lambda m, x: m.conv(x.clone().relu_()).mul_(2).add_(1),
 }  # fmt: skip
 
