@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test lint lock clean
+.PHONY: repro test test-models lint lock clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -12,6 +12,10 @@ repro: $(VENV)/installed
 
 test: $(VENV)/installed
 	python -m pytest
+
+# Public networks, family by family, and docs/families.md (the seconds of each are in it; half an hour of one core, 4 GB)
+test-models: $(VENV)/installed
+	python tests/models.py
 
 lint: $(VENV)/installed
 	ruff check .

@@ -25,6 +25,7 @@ from stages.match.gains import Gains
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TURNS = 50  # at most, inside one pair of parts; each gains, and few are needed
 PAIRS = 64  # of parts that are solved side by side
+CANDIDATES = 8  # for each part that are solved by turns; the others keep the order they start from
 
 
 def match_weights(
@@ -210,7 +211,12 @@ class WeightProblem:
             worth = sum(gained(gains[what], own) for what, own in orders.items())
             before = sum(gained(gains[what][every, old], own).sum() for what, own in present.items())
         new = assign(worth) if name in units else every
-        change = float(worth[every, new].sum() - before)
+        inside = {what: own[every, new] for what, own in orders.items()}
+        if kernels:  # those that were not improved by turns, and are chosen
+            inside, found = _take_turns(gains, kernels, every, new, inside)
+            change = float(found.sum() - before)
+        else:
+            change = float(worth[every, new].sum() - before)
         if change <= 0:
             return 0.0
         twice = self._twice(contents)
@@ -218,7 +224,7 @@ class WeightProblem:
         _set(
             units,
             network,
-            {name: new, **{what: own[every, new] for what, own in orders.items() if what in kept}},
+            {name: new, **{what: own for what, own in inside.items() if what in kept}},
         )
         if not twice:
             return change
@@ -272,16 +278,36 @@ Kernels = Sequence[tuple[_Kernel, _Kernel | None]]
 def _solve_pairs(
     gains: Mapping[str, Tensor], kernels: Kernels, parts: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Every pair of parts from the order that is best without the kernels.
+    """Every pair of parts from the order that is best without the kernels; the most promising are improved by turns.
 
     Returns {what: (parts, parts, size)} and what these are worth, (parts, parts).
     """
-    pairs, found = torch.cartesian_prod(torch.arange(parts), torch.arange(parts)), []
-    for a, b in (own.unbind(1) for own in pairs.split(PAIRS)):
-        start = {what: assign_inside(gain[a, b]) for what, gain in gains.items()}
-        found.append(_take_turns(gains, kernels, a, b, start))
-    orders = {what: torch.cat([own[what] for own, _ in found]).view(parts, parts, -1) for what in gains}
-    return orders, torch.cat([worth for _, worth in found]).view(parts, parts)
+    a, b = torch.cartesian_prod(torch.arange(parts), torch.arange(parts)).unbind(1)
+    orders = {what: assign_inside(gain[a, b]) for what, gain in gains.items()}
+    worth = torch.cat([_worth(gains, kernels, a[i], b[i], _of(orders, i)) for i in _batches(len(a))])
+    chosen = _promising(worth.view(parts, parts)).flatten().nonzero().flatten()
+    for at in _batches(len(chosen)):
+        i = chosen[at]
+        turned, worth[i] = _take_turns(gains, kernels, a[i], b[i], _of(orders, i))
+        for what, own in turned.items():
+            orders[what][i] = own
+    return {what: own.view(parts, parts, -1) for what, own in orders.items()}, worth.view(parts, parts)
+
+
+def _of(orders: Mapping[str, Tensor], pairs: Tensor) -> dict[str, Tensor]:
+    return {what: own[pairs] for what, own in orders.items()}
+
+
+def _batches(count: int) -> Sequence[Tensor]:
+    return torch.arange(count).split(PAIRS)
+
+
+def _promising(worth: Tensor) -> Tensor:
+    """For each part, as row or column, the CANDIDATES that are worth most: bool (parts, parts)."""
+    most = min(CANDIDATES, len(worth))
+    chosen = torch.zeros_like(worth, dtype=torch.bool)
+    chosen.scatter_(1, worth.topk(most, 1).indices, True)
+    return chosen.scatter_(0, worth.topk(most, 0).indices, True)
 
 
 def _take_turns(

@@ -9,10 +9,11 @@ from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
 
 
-def check_input(trace: Trace, x: Tensor) -> None:
+def check_input(trace: Trace, x: Tensor, dtype: torch.dtype) -> None:
     """x: (n, ...). Raises InputError for other dimensions, channels or kinds of number than were traced.
 
-    Sizes of images are left to the layers that fix them.
+    dtype: of the network's own tensors, which floats must be of unless torch casts them (autocast). Sizes of images are
+    left to the layers that fix them.
     """
     first = trace.graph.nodes[0]
     shape, whole = trace.shapes[first.name], first.attributes.get("integers", False)
@@ -20,6 +21,8 @@ def check_input(trace: Trace, x: Tensor) -> None:
     if x.dim() != len(shape) or (channels and x.shape[1] != shape[1]):
         raise InputError(f"input: found {of_shape(x.shape)}; allowed: {of_shape(shape)}")
     check_numbers(x, whole)
+    if not whole and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise InputError(f"input: found {x.dtype}; allowed: {dtype}, as the network has it")
 
 
 def check_numbers(x: Tensor, whole: bool) -> None:

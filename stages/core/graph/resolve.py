@@ -6,7 +6,7 @@ the group. What may be separate follows: docs/networks.md.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,9 +157,9 @@ class Resolved:
                 size = len(rows[0])
                 own = _spans(positions, [[child] for row in rows for child in row])
                 spans[names[g]] += [whole for span in own for whole in _of_parts(span, size)]
-                if size > 1 and not fixed[rows[0][0]]:
+                reads = self._kernels(of, rows)
+                if size > 1 and not fixed[rows[0][0]] and reads is not None:
                     name = self._name(int(first[rows[0][0]]), taken)
-                    reads = [p for p, u in self.units.kernels.items() if of[int(u[0, 0])] in rows[0]]
                     inner[name] = Inner(name, names[g], len(rows), size, tuple(own), tuple(reads))
         ordered = {own.outer for own in inner.values()}
         groups = {
@@ -168,6 +168,17 @@ class Resolved:
             if name in ordered or not self.across[leaders[g]]
         }
         return classes, PermutationSpec(groups, inner)
+
+    def _kernels(self, of: np.ndarray, rows: list[list[int]]) -> list[str] | None:
+        """Kernels of grouped convolutions that read these units, part by part; None where one reads others too."""
+        reads = []
+        for parameter, units in self.units.kernels.items():
+            own = np.isin(of[units.numpy()], rows)
+            if own.any():
+                if not own.all() or len(units) != len(rows):
+                    return None
+                reads.append(parameter)
+        return reads
 
     def _name(self, unit: int, taken: set[str]) -> str:
         name = next(n for n, start, size in reversed(self.units.origins) if start <= unit < start + size)
@@ -209,29 +220,51 @@ def _classes(units: Units) -> tuple[np.ndarray, np.ndarray]:
         return connected_components(graph, directed=False)[1]
 
     pairs = [(a, b) for a, b, _ in units.ties]
-    child = torch.cat([c for c, _, _ in units.inside]) if units.inside else torch.zeros(0, dtype=torch.long)
-    parent = torch.cat([p for _, p, _ in units.inside]) if units.inside else child
+    inside = [(c, p) for c, p, _ in units.inside]
     while True:
         of = joined(pairs)
-        own = torch.from_numpy(of)[child]
-        order = own.argsort(stable=True)
-        same = own[order][1:] == own[order][:-1]
-        a, b = parent[order][1:][same], parent[order][:-1][same]
-        new = torch.from_numpy(of)[a] != torch.from_numpy(of)[b]
-        if not bool(new.any()):
+        parents, whole = _same_parents(inside, of), _too_deep(inside, of)
+        if parents is not None:
+            pairs.append(parents)
+        elif whole is not None:
+            pairs.append(inside.pop(whole))
+        else:
             break
-        pairs.append((a[new], b[new]))
     outer = np.full(int(of.max()) + 1 if len(of) else 0, -1)
-    outer[of[child.numpy()]] = of[parent.numpy()]
-    for c, p, node in units.inside:
-        parts = len(np.unique(p.numpy()))
-        found = len(np.unique(of[p.numpy()]))
-        if found < parts or (outer[of[p.numpy()]] >= 0).any() or (of[c.numpy()] == of[p.numpy()]).any():
-            raise InputError(
-                f"{node}: keeps units in {parts} parts, another operation in {found} or in parts of parts; "
-                "allowed: one number of parts (heads, groups) for the units of a stream"
-            )
+    for c, p in inside:
+        outer[of[c.numpy()]] = of[p.numpy()]
     return of, outer
+
+
+Inside = Sequence[tuple[Tensor, Tensor]]
+
+
+def _same_parents(inside: Inside, of: np.ndarray) -> tuple[Tensor, Tensor] | None:
+    """Units that are one class are inside one: pairs of parents to tie, if there are any."""
+    if not inside:
+        return None
+    child, parent = (torch.cat(own) for own in zip(*inside, strict=True))
+    own = torch.from_numpy(of)[child]
+    order = own.argsort(stable=True)
+    same = own[order][1:] == own[order][:-1]
+    a, b = parent[order][1:][same], parent[order][:-1][same]
+    new = torch.from_numpy(of)[a] != torch.from_numpy(of)[b]
+    return (a[new], b[new]) if bool(new.any()) else None
+
+
+def _too_deep(inside: Inside, of: np.ndarray) -> int | None:
+    """A relation that makes no tree of two levels, whose units are then one with what holds them.
+
+    Parts of parts (groups inside groups), or parts that cross others (a channel shuffle between grouped convolutions:
+    every unit of either is in the same part as every other, and they stay whole together).
+    """
+    children = np.unique(np.concatenate([of[c.numpy()] for c, _ in inside])) if inside else np.zeros(0)
+    for number, (_, parent) in enumerate(inside):
+        own = np.unique(parent.numpy())
+        parts = np.unique(of[own])
+        if len(parts) < len(own) or np.isin(parts, children).any():
+            return number
+    return None
 
 
 def _colours(

@@ -191,10 +191,18 @@ def _check_reduced(node: Node, value: Value, over: Sequence[int]) -> None:
 
 
 def softmax(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """Over positions; over units at the network's end alone, where they are fixed."""
+    """Over positions, or over what is inside parts; over units at the network's end alone, where they are fixed."""
     value, dim = inputs[0], node.attributes["dim"] % len(out)
-    if dim in value.dims:
+    if value.dims == (dim,):
         units.fixed.append(value.labels)
+    elif dim in value.dims:
+        left = [d for d in value.dims if d != dim]
+        if len(left) > 1:
+            raise InputError(
+                f"{node.name}: softmax over a part of the units; allowed: over what is inside parts"
+            )
+        rows = value.labels.movedim(left[0], 0).flatten(1)
+        units.put_inside(node.name, rows, units.new(len(rows), f"{node.name}.parts"))
     return Value(value.labels, value.dims, out, value.common)
 
 

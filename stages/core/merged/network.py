@@ -239,6 +239,9 @@ class MergedNetwork(nn.Module):
         name = self.head.inputs[0]
         return self._joined(name, self._run(x, self.head, index)[name])
 
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters())
+
     def _index(self, task: str | None) -> int | None:
         names = [own.name for own in self.tasks]
         if task is None and not (self.corrected and self.labels == "shared"):
@@ -251,7 +254,7 @@ class MergedNetwork(nn.Module):
 
     def _run(self, x: Tensor, stop: Node, task: int | None) -> dict[str, list[Tensor]]:
         """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in."""
-        check_input(self.trace, x)
+        check_input(self.trace, x, self._dtype())
         values = {self.trace.graph.nodes[0].name: [x]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:

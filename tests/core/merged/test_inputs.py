@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stages.api import load_merged, merge
 from stages.core.graph.source import Task
 from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
@@ -104,6 +105,21 @@ def test_numbers_of_another_kind_are_refused():
     for dtype in (torch.float32, torch.bool):
         with pytest.raises(InputError, match=f"input: found {dtype}; allowed: whole"):
             tokens(torch.zeros(2, 5, dtype=dtype))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_merged_network_has_the_type_of_its_sources_and_says_so(dtype, tmp_path):
+    networks, x = {name: Flattened().to(dtype) for name in "ab"}, torch.randn(4, 1, 8, 8)
+    net = merge(networks, {name: [x] for name in "ab"}, 1.3, progress=False)
+    net.save(tmp_path / "merged")
+    for own in (net, load_merged(tmp_path / "merged")):
+        assert own(x.to(dtype)).dtype == dtype
+        assert {p.dtype for p in own.parameters()} == {dtype}
+        with pytest.raises(InputError, match=f"input: found torch.float32; allowed: {dtype}, as the network"):
+            own(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert merged(Flattened(), torch.zeros(1, 1, 8, 8), 1)(x).dtype == torch.bfloat16
 
 
 @torch.no_grad()

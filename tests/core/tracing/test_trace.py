@@ -346,6 +346,8 @@ READ = {  # what other readers refuse: each verified
     "neighbours": lambda m, x: m.inner["norm"](m.conv(x)),
     "statistics of the batch": lambda m, x: m.inner["bare"](m.conv(x)),
     "norm over places": lambda m, x: m.places(m.conv(x)),
+    "parts of two sizes": lambda m, x: m.in_three(m.in_two(m.six(x))),
+    "groups of a concatenation": lambda m, x: m.of_eight(torch.cat([m.conv(x), m.conv2(x)], 1)),
     "table": lambda m, x: m.conv(x) + m.table,
     "a permuted batch": lambda m, x: m.conv(x).permute(1, 0, 2, 3),
     "padding mode": lambda m, x: m.circular(x),
@@ -359,7 +361,6 @@ READ = {  # what other readers refuse: each verified
     "axis": lambda m, x: torch.cat([m.conv(x), x], axis=1),
     "keyword": lambda m, x: m.conv(input=x),
     "one map for all units": lambda m, x: m.conv(x) * F.relu(m.thin(x)),
-    "groups of a concatenation": lambda m, x: m.of_eight(torch.cat([m.conv(x), m.conv2(x)], 1)),
     "hooked": lambda m, x: m.conv(x.clone().relu_()).mul_(2).add_(1),
 }  # fmt: skip
 
@@ -375,7 +376,6 @@ CUTS = "cuts through units"
 EXPORT = "torch.export cannot read it"
 REFUSALS = {
     "method": (lambda m, x: m.conv(x).cumsum(1), "Refused: no rule for cumsum"),
-    "parts of two sizes": (lambda m, x: m.in_three(m.in_two(m.six(x))), "keeps units in 2 parts, another"),
     "attention mask": (
         lambda m, x: (lambda t: m.attend(t, t, t, attn_mask=t[:, :, 0])[0])(m.tokens(x)), EXPORT),
     "attention weights": (

@@ -3,11 +3,13 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from stages.core.graph.nodes import graph_from_json, graph_to_json
 from stages.core.graph.trace import lay_out
 from stages.core.runtime.errors import InputError
+from stages.core.tracing.known import read_known
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 
@@ -71,3 +73,25 @@ def test_a_tensor_out_of_proportion_is_refused(small, images):
 def test_a_graph_survives_its_file(small, images):
     traced = trace(small(), images())
     assert altered(traced, lambda nodes: None) == traced
+
+
+class Chosen(nn.Module):
+    """Whose activation is a plain attribute."""
+
+    def __init__(self, act, slope=0.1):
+        super().__init__()
+        self.act, self.slope = act, slope
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.act(self.first(x)) * self.slope)
+
+
+def test_a_network_that_differs_in_what_images_seldom_show_is_read_anew():
+    graphs = [
+        read_known(Chosen(*settings), torch.zeros(2, 3)).graph
+        for settings in ((F.relu,), (F.relu6,), (F.relu, 0.1 + 1e-12), (F.relu,))
+    ]
+    assert len({str(graph) for graph in graphs}) == 3
+    assert graphs[0] == graphs[3]
+    assert "relu6" in [node.operation for node in graphs[1].nodes]

@@ -61,6 +61,10 @@ def _amax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     _reduce(reader, fx, "amax", given)
 
 
+def _amin(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    _reduce(reader, fx, "amin", given)
+
+
 def _max(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if "other" in given:
         binary(reader, fx, "maximum", given)
@@ -69,6 +73,13 @@ def _max(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
     else:
         raise reader.unknown(fx, "max over everything")
+
+
+def _min(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    if "dim" not in given:
+        raise reader.unknown(fx, "min over everything")
+    _reduce(reader, fx, "amin", given)
+    reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
 
 
 def _pool(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
@@ -112,6 +123,8 @@ CALLS = {
     "sum": _sum,
     "amax": _amax,
     "max": _max,
+    "amin": _amin,
+    "min": _min,
     "max_pool2d_with_indices": _max_pool2d_with_indices,
     **{name: partial(_pool, name=name) for name in (*POOLS, *ADAPTIVE)},
     **{call: partial(_interpolate, mode=mode) for call, mode in INTERPOLATION.items()},
