@@ -60,7 +60,8 @@ def merge(
     method: a row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, {"match":
     ..., "fit": ..., "recalibrate": ...}, as there. labels: shared (one label space), separate (a head each); by
     default shared when all have as many classes. classes: class names of each task, by default numbers. options: what
-    is rarely said: images, seed, ridge, positions, storage, memory, allocate (stages.core.recipe.sections.Options).
+    is rarely said: images, seed, ridge, positions, precision, storage, memory, allocate
+    (stages.core.recipe.sections.Options).
     Runs on the device of the first network; autocast, default type and device, inference and gradient mode around the
     call change nothing, and random states are left as found. ``report()`` of what it returns is a table of layers and
     costs. Raises InputError in one line.
@@ -94,10 +95,10 @@ def _merge(
         raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
     row, settings = _row(method)
     rare = _checked(Options, "options", options or {})
-    found = checked_batches(networks, batches, rare.images)
+    found = checked_batches(networks, batches, rare.images, rare.storage)
     checked_sizes(networks, found)
     sources, labels = _sources(networks, found, labels, classes)
-    sweep = {"storage": getattr(torch, rare.storage), "memory": rare.memory}
+    sweep = {"precision": getattr(torch, rare.precision), "storage": rare.storage, "memory": rare.memory}
     drawn = {"generator": generator(rare.seed), "positions": rare.positions}
     gathered = gather(sources, found, **sweep, **drawn, progress="statistics" if progress else None)
     statistics = pool(gathered, len(names), len(names))

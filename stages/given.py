@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from stages.core.graph.inputs import of_shape
 from stages.core.merged.network import MergedNetwork
 from stages.core.merged.ranges import FLOATS
+from stages.core.runtime.cache import Storage
 from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
+from stages.core.sweep.values import ImagesOnDisk
 from stages.loaders import kind_of, read_images
 
 log = logging.getLogger(__name__)
@@ -80,10 +82,13 @@ def _kind(network: nn.Module) -> str:
     return str(next((p.dtype for p in network.parameters() if p.is_floating_point()), None))
 
 
-def checked_batches(networks: Mapping[str, nn.Module], batches: Any, images: int | None) -> list[Batch]:
+def checked_batches(
+    networks: Mapping[str, nn.Module], batches: Any, images: int | None, storage: Storage = "memory"
+) -> list[Batch]:
     """The images of every task, on the device and of the type of the first network.
 
-    images: at most so many of each task are read. Raises InputError that says what was found and what is expected.
+    images: at most so many of each task are read. storage: disk: they are kept there, task after task.
+    Raises InputError that says what was found and what is expected.
     """
     if not isinstance(batches, Mapping):
         raise InputError(f"batches: found {kind_of(batches)}; allowed: a mapping of the same tasks to images")
@@ -102,7 +107,11 @@ def checked_batches(networks: Mapping[str, nn.Module], batches: Any, images: int
         images_of_task = read_images(batches[name], f"batches: task {name}", runs, images)
         own = [_numbers(batch, weight, name) for batch in images_of_task]
         _warn_of_scale(own, name)
-        found += [Batch(batch, task) for batch in own]
+        if storage == "disk":
+            kept = ImagesOnDisk()
+            found += [Batch(kept, task, kept.add(batch)) for batch in own]
+        else:
+            found += [Batch(batch, task) for batch in own]
     return found
 
 

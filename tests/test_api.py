@@ -136,9 +136,9 @@ def test_batches_come_in_any_form(form):
 
 def test_options_are_those_of_the_stages():
     plain = merge(networks(), batches(), 1.3, progress=False)
-    said = {"seed": 0, "ridge": 1e-3, "positions": 1.0, "storage": "float32", "memory": 8.0, "allocate": {}}
+    said = {"seed": 0, "ridge": 1e-3, "positions": 1.0, "precision": "float32", "memory": 8.0, "allocate": {}}
     assert same(plain, merge(networks(), batches(), 1.3, options=said, progress=False))
-    for change in ({"ridge": 1.0}, {"positions": 0.3}, {"storage": "float16"}):
+    for change in ({"ridge": 1.0}, {"positions": 0.3}, {"precision": "float16"}):
         assert not same(plain, merge(networks(), batches(), 1.3, options=change, progress=False))
     other = merge(networks(), batches(), 1.3, options={"allocate": {"cost": "parameters"}}, progress=False)
     assert other.about["budget"]["counted"] == "parameters"
@@ -229,7 +229,7 @@ def test_the_packaged_rows_are_those_of_the_parameters():
         ({"method": {"match": {"by": "luck"}}}, "by: found 'luck'"),
         ({"method": {"recalibrate": "no"}}, "recalibrate: found 'no'"),
         ({"options": {"sead": 1}}, "options.sead: unknown key; allowed: seed, ridge"),
-        ({"options": {"storage": "int8"}}, "options.storage: found 'int8'"),
+        ({"options": {"precision": "int8"}}, "options.precision: found 'int8'"),
         (
             {"batches": {"a": [{"x": torch.ones(2, 3), "y": torch.ones(2, 3)}], "b": []}},
             "a mapping with x, y",

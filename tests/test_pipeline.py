@@ -120,6 +120,7 @@ TRAINED = ["statistics", "match", "allocate", *LATER]
         ("budget", ["allocate", "fit", "report"]),
         ("seed", ["artifacts", "finetune", "statistics", "match", "fit", "report"]),
         ("threads", ["finetune", "statistics", "match", "allocate", "fit", "recalibrate", "probe"]),
+        ("ranks", ["statistics", "fit", "recalibrate"]),
         ("device", ["finetune", "statistics", "fit", "recalibrate", "probe"]),
         ("source", ["artifacts"]),
         ("artifacts.endpoint", ["artifacts"]),

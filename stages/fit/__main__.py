@@ -12,15 +12,18 @@ from stages.core.handover.pairing import load_pairing
 from stages.core.handover.statistics import load_statistics
 from stages.core.recipe.recipe import Recipe, load_recipe
 from stages.core.recipe.rooms import check_fit
+from stages.core.runtime import ranks
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json, write_text
+from stages.core.runtime.spread import spread
 from stages.core.settings.params import Params, load_params
 from stages.fit.network import fit_network
 
 
 def main(name: str) -> None:
     params = load_params()
+    spread(params.ranks)
     recipe = load_recipe(params)
     section, method, settings = recipe.fit, recipe.method(name), recipe.matching_of(name)
     check_fit(method.fit, method.data, f"methods.{name}.fit")
@@ -42,7 +45,8 @@ def main(name: str) -> None:
         ),
         ridge=section.ridge,
         positions=section.positions,
-        storage=getattr(torch, section.storage),
+        precision=getattr(torch, section.precision),
+        storage=section.storage,
         memory=section.memory,
         generator=generator(params.seed),
         about=description(params, recipe, name, reached),
@@ -51,6 +55,8 @@ def main(name: str) -> None:
         flip=training.flip,
         progress=f"fit {name}",
     )
+    if ranks.rank():
+        return
     seconds = time.perf_counter() - start
     write_json(f"reports/fit/{name}.seconds.json", {"seconds": round(seconds, 3)})
     write_json(f"reports/fit/{name}.refined.json", network.about.get("refined"))
@@ -85,7 +91,7 @@ def description(params: Params, recipe: Recipe, name: str, reached: float) -> di
             "name": name,
             **recipe.method(name).model_dump(),
             "matching": recipe.matching_of(name).model_dump(),
-            "settings": recipe.fit.model_dump(),
+            "settings": recipe.fit.model_dump(exclude={"storage"}),  # where values were kept changes nothing
         },
         "budget": {"asked": params.budget, "reached": reached, "counted": recipe.allocate.cost},
         "seed": params.seed,

@@ -9,6 +9,7 @@ from torch import Tensor
 from stages.core.images.batches import Pool
 from stages.core.images.decoding import ahead
 from stages.core.merged.network import MergedNetwork
+from stages.core.runtime import ranks
 from stages.core.sweep.batches import NO_TASK, Batch
 from stages.core.sweep.norms import set_statistics
 from stages.fit.teachers import Lesson, Teacher, values_at
@@ -80,7 +81,7 @@ class Examiner:
         self.statistics = [
             Batch(x, task if owned else NO_TASK)
             for task, (own, apart) in enumerate(zip(images, self.apart, strict=True))
-            for x in read(own, apart.learnt[:count].split(AT_A_TIME))
+            for x in read(own, _shared(apart.learnt[:count]).split(AT_A_TIME))
         ]
         self.norms = any(node.operation == "batch_norm" for node in network.trace.graph.nodes)
         self.lessons: list[list[Lesson]] = []
@@ -100,14 +101,19 @@ class Examiner:
             found = []
             if first:
                 self.lessons.append([])
-            batches = self.apart[task].held.split(AT_A_TIME)
+            batches = _shared(self.apart[task].held).split(AT_A_TIME)
             for index, x in enumerate(read(self.images[task], batches)):
                 if first:
                     self.lessons[task].append(teacher(x))
                 values = values_at(self.network, graph, x, teacher.names)
                 found.append(teacher.losses(values, self.lessons[task][index]).double())
-            losses.append(torch.cat(found).cpu())
+            losses.append(torch.cat(ranks.said_by_all(torch.cat(found).cpu())))
         return Look(step, tuple(losses))
+
+
+def _shared(indices: Tensor) -> Tensor:
+    """Those of this rank."""
+    return indices[ranks.share(len(indices))]
 
 
 def read(images: Images, batches: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.merged.mixed import MixMap
 from stages.core.recipe.sections import RIDGE_OF_FEW
+from stages.core.runtime import ranks
 from stages.core.sweep.sweep import Sweep
 from stages.fit.equations.normal import NormalEquations
 from stages.fit.equations.ridge import choose, flags
@@ -23,6 +24,8 @@ from stages.fit.setup import Setup
 
 class Mixing:
     """Holds sums of products over the rows of one layer."""
+
+    over_ranks = True
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -40,7 +43,7 @@ class Mixing:
         sums = equations * NormalEquations.bytes(d_in, d_out) + NormalEquations.add_bytes(d_in, d_out)
         return sums + NormalEquations.solve_bytes(d_in, d_in, d_out) + (2 + equations) * batch * values * size
 
-    def fit(self, node: Node, sweep: Sweep) -> LayerSolution:
+    def fit(self, node: Node, sweep: Sweep) -> LayerSolution | None:
         """Fit the layer and install its weights."""
         module = self._module(node)
         at, bias = module.owners.index(-1), "bias" in node.parameters
@@ -57,6 +60,10 @@ class Mixing:
                 some = slice(None) if held is None else (held[index] == bool(part)).to(z.device)
                 if len(z[some]):
                     own.add(_rows(module, z[some]), _rows(module, y[some]), sweep.weights[batch.task])
+        for own in equations:
+            own.finished()
+        if ranks.rank():
+            return None
         every = tuple(torch.arange(n, device=start.device) for n in (d_out, d_in))
         ridge, start = self.setup.ridge, start.double()
         if held is not None:

@@ -13,10 +13,11 @@ from stages.core.merged.cost import check_built, split_cost
 from stages.core.merged.network import MergedNetwork
 from stages.core.merged.ranges import check_values
 from stages.core.recipe.methods import Fit
+from stages.core.runtime.cache import Storage
 from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.exact import fingerprint
-from stages.core.sweep.memory import check_memory, peak_bytes
+from stages.core.sweep.memory import place_values
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
@@ -37,7 +38,8 @@ def fit_network(
     alignment: Alignment | None = None,
     ridge: float | Literal["auto"] = "auto",
     positions: float = 1.0,
-    storage: torch.dtype = torch.float32,
+    precision: torch.dtype = torch.float32,
+    storage: Storage = "memory",
     memory: float | None = None,
     generator: torch.Generator | None = None,
     about: Mapping[str, Any] | None = None,
@@ -50,7 +52,7 @@ def fit_network(
 
     batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
     shared units beyond pairing them. ridge: see stages.fit.equations.solve; auto: chosen for
-    each layer (stages.fit.equations.ridge). storage: type in which values are kept.
+    each layer (stages.fit.equations.ridge). precision, storage: type in which values are kept, and where.
     memory: GiB, None for what is free. unlabelled, shift, flip: images that refining sees, by default those of
     ``batches``, and how the sources' training moves them. Returns the network and each layer's residual; its
     ``about["refined"]`` is the record of refining. Raises InputError when it would not fit in memory, AssertionError
@@ -61,7 +63,7 @@ def fit_network(
     fill_average(network, aligned, alignment)
     owned = all(batch.task >= 0 for batch in batches)
     setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
-    record = fit_layers(setup, batches, storage, memory, progress)
+    record = fit_layers(setup, batches, precision, storage, memory, progress)
     if fit.refine is not None:
         network.about["refined"] = refine(
             network,
@@ -121,7 +123,8 @@ def build(
 def fit_layers(
     setup: Setup,
     batches: Sequence[Batch],
-    storage: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
+    storage: Storage = "memory",
     memory: float | None = None,
     progress: str | None = None,
 ) -> list[LayerFit]:
@@ -130,11 +133,11 @@ def fit_layers(
     if not visitor.fits:
         return []
     running = setup.network if visitor.setup.fit.inputs == "merged" else None
-    sweep = Sweep(setup.sources, batches, running, storage)
-    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "fit")
+    sweep = Sweep(setup.sources, batches, running, precision)
+    place_values(sweep, visitor, storage, memory, "fit")
     sweep.run(visitor, progress)
     if running is not None:  # batch norms have the exact statistics of these images
-        running.about["exact"] = fingerprint(running, batches, storage)
+        running.about["exact"] = fingerprint(running, batches, precision)
     return visitor.record
 
 

@@ -7,8 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stages.core.runtime import ranks
 from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
 from stages.core.sweep.sweep import Sweep
+from stages.core.sweep.values import Kept
 from stages.fit.equations.ridge import flags
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.layer import Layer
@@ -42,9 +44,20 @@ class LayerProblem:
         for index, batch in enumerate(self._sweep.batches):
             yield index, batch.task, self._sweep.weights[batch.task]
 
+    def size(self, index: int) -> int:
+        """Images of a batch."""
+        return len(self._sweep.batches[index])
+
+    def tasks(self) -> Iterator[tuple[int, int]]:
+        """Where each task's images start among all, and how many there are, on all ranks."""
+        start = 0
+        for _, images in sorted(self._sweep.counts.items()):
+            yield start, images
+            start += images
+
     def images(self, task: int | None = None) -> int:
-        """How many there are, of one task or in all."""
-        return sum(len(batch.images) for batch in self._sweep.batches if task in (None, batch.task))
+        """How many there are, of one task or in all, on all ranks."""
+        return sum(images for own, images in self._sweep.counts.items() if task in (None, own))
 
     @cached_property
     def held(self) -> list[Tensor] | None:
@@ -60,7 +73,7 @@ class LayerProblem:
             for held, batch in zip(self.held, self._sweep.batches, strict=True)
             if task in (None, batch.task)
         ]
-        return int((torch.cat(chosen) == bool(part)).sum())
+        return sum(ranks.said_by_all(int((torch.cat(chosen) == bool(part)).sum())))
 
     def parts(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """z and y of one batch: of the images that are learnt from, as 0, and of those held out, if any, as 1."""
@@ -80,6 +93,10 @@ class LayerProblem:
     def targets(self, index: int) -> Tensor:
         """y of one batch, in the merged network's entries."""
         return targets_of(self.setup, self.node, self._sweep, index)
+
+    def keep(self) -> Kept:
+        """A place for one tensor of each batch, where the sweep's values are."""
+        return self._sweep.keeper.new()
 
     def counted(self, task: int) -> Tensor:
         """Which outputs an image of ``task`` counts for: bool (1, d_out)."""

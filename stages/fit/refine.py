@@ -26,13 +26,15 @@ from stages.core.images.batches import Pool
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Refine
+from stages.core.runtime import ranks
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.progress import Bar
 from stages.core.runtime.schedule import cycle, parameter_groups
 from stages.core.sweep.memory import check_memory
 from stages.core.sweep.norms import statistics_bytes
-from stages.fit.held_out import Examiner, Images, Look, read
+from stages.fit.held_out import ONE_IN, Examiner, Images, Look, read
 from stages.fit.kept import KeptEntries
+from stages.fit.shared_norms import SharedNorms
 from stages.fit.teachers import Teacher, values_at, watched_values
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,9 @@ def refine(
         }
     )
     _check(network, images, settings, owned)
+    if ranks.count() > 1:  # all draw the same images, and each looks at its share of them
+        generator = generator or torch.Generator().manual_seed(0)
+        generator.set_state(ranks.said_by_first(generator.get_state()))
     alignment = alignment or Alignment(len(sources))
     generator = generator or torch.Generator().manual_seed(0)
     run = _Run(network, sources, images, settings, alignment, owned, generator, memory)
@@ -121,7 +126,7 @@ class _Run:
         self.network.to(memory_format=torch.channels_last)
         fitted = self._look(0)
         best, curve, stopped = fitted, [[0, fitted.mean]], None
-        with self.kept, self._bar(progress) as bar:
+        with self.kept, SharedNorms(self.network), self._bar(progress) as bar:
             for step, loss in self._steps():
                 bar.update()
                 if not math.isfinite(loss):
@@ -172,18 +177,20 @@ class _Run:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cycle(step, settings.steps, settings.warmup)
-            parts = [self._changed(next(own)) for own in batches]
+            whole = [self._changed(next(own)) for own in batches]
+            parts = [x[ranks.share(len(x)).to(x.device)] for x in whole] if ranks.count() > 1 else whole
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
                 lessons = [teacher(x) for teacher, x in zip(self.teachers, parts, strict=True)]
                 values = values_at(self.network, graph, torch.cat(parts), self.teachers[0].names)
             losses, start = [], 0
-            for teacher, lesson, x in zip(self.teachers, lessons, parts, strict=True):
+            for teacher, lesson, x, all_ in zip(self.teachers, lessons, parts, whole, strict=True):
                 own = {name: value[start : start + len(x)] for name, value in values.items()}
-                losses.append(teacher.losses(own, lesson).mean())
+                losses.append(_mean(teacher.losses(own, lesson), len(all_)))
                 start += len(x)
             loss = torch.stack(losses).sum()
             optimizer.zero_grad()
             loss.backward()
+            _add_up_gradients(self.network, loss)
             found = loss.item()
             if math.isfinite(found):
                 optimizer.step()
@@ -246,12 +253,35 @@ def _check(network: MergedNetwork, images: Sequence[Images], settings: Refine, o
             raise InputError(
                 f"refine: found {len(own)} unlabelled images of {name}; allowed: two or more, as one is held out"
             )
+        ranks.check_share(
+            min(len(own) // ONE_IN, settings.batch_size), "images of a task in a step, or held out"
+        )
     shape = network.trace.shapes[network.trace.graph.nodes[0].name]
     if (settings.shift or settings.flip) and len(shape) != 4:
         raise InputError(
             f"refine: shift and flip: found {settings.shift} and {settings.flip} for inputs of {len(shape)} "
             "dimensions; allowed: 0 and false, as only images are moved"
         )
+
+
+def _mean(losses: Tensor, images: int) -> Tensor:
+    """What this rank's images add to the mean over all ``images`` of a step."""
+    return losses.mean() if len(losses) == images else losses.sum() / images
+
+
+@torch.no_grad()
+def _add_up_gradients(network: MergedNetwork, loss: Tensor) -> None:
+    """Over all ranks, in one message; and the loss."""
+    if ranks.count() == 1:
+        return
+    gradients = [own.grad for own in network.parameters() if own.grad is not None]
+    flat = torch.cat([loss.detach().reshape(1).to(gradients[0].dtype), *(own.flatten() for own in gradients)])
+    ranks.add_up(flat)
+    loss.copy_(flat[0])
+    start = 1
+    for own in gradients:
+        own.copy_(flat[start : start + own.numel()].view_as(own))
+        start += own.numel()
 
 
 def _optimizer(network: MergedNetwork, settings: Refine) -> torch.optim.AdamW:

@@ -19,20 +19,24 @@ class NodeSolver(Protocol):
         """What it holds, beside the values that the sweep keeps."""
         ...
 
-    def fit(self, node: Node, sweep: Sweep) -> LayerSolution:
-        """Fit the map and install its weights."""
+    def fit(self, node: Node, sweep: Sweep) -> LayerSolution | None:
+        """Fit the map and install its weights; on rank 0 at least."""
         ...
 
 
 class Solver(Protocol):
-    """How one layer is fitted."""
+    """How one layer is fitted.
+
+    One that sums over the images of all ranks says ``over_ranks = True``. One that has the sweep keep something of all
+    images (``LayerProblem.keep``) has ``kept_bytes(layer, images)`` besides.
+    """
 
     def bytes(self, layer: Layer, images: int, batch: int) -> int:
         """What it holds, beside the values that the sweep keeps; ``batch``: the most images that are worked with."""
         ...
 
     def fit(self, problem: LayerProblem) -> LayerSolution | None:
-        """Fit the layer and install its weights; None where there is nothing to fit."""
+        """Fit the layer and install its weights, on rank 0 at least; None where there is nothing to fit."""
         ...
 
 

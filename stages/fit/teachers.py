@@ -23,6 +23,7 @@ from stages.core.graph.nodes import Graph, Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.merged.network import MergedNetwork
+from stages.core.runtime import ranks
 
 Values = Mapping[str, Tensor]
 
@@ -154,7 +155,9 @@ class Teacher:
                     own[1] + rows.square().sum(0),
                     own[2] + len(rows),
                 )
-        for name, (total, squares, count) in moments.items():
+        for name, (total, squares, seen) in moments.items():
+            count = total.new_tensor(seen)
+            ranks.add_up(total, squares, count)
             variance = float((squares / count - (total / count).square()).clamp(min=0).mean())
             self.variance[name] = variance if variance > 0 else 1.0  # of one image, or of dead units
 

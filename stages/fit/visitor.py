@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 from stages.core.graph.nodes import Node
 from stages.core.recipe.rooms import SOLVERS
+from stages.core.runtime import ranks
+from stages.core.runtime.errors import InputError
 from stages.core.sweep.norms import moments_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.fit.intercepts import Intercepts
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
-from stages.fit.solver import LayerSolvers, Solver
+from stages.fit.solver import LayerSolvers, NodeSolver, Solver
 
 
 @dataclass
@@ -55,19 +57,38 @@ class FitVisitor:
             return moments_bytes(self.setup.network, node, batch)
         return self._solver(node).bytes(Layer(self.setup, node), images, batch)
 
+    def kept_bytes(self, node: Node, images: int) -> int:
+        keeps = node.fitted and getattr(self._solver(node), "kept_bytes", None)
+        return keeps(Layer(self.setup, node), images) if keeps else 0
+
     def visit(self, node: Node, sweep: Sweep) -> None:
         if node.operation == "mix":
             name = node.parameters["weight"].rpartition(".")[0] or node.name
-            self._note(name, self._solvers.mixing.fit(node, sweep))
+            found = self._over_ranks(node, self._solvers.mixing, self._solvers.mixing.fit(node, sweep))
+            self._note(name, found)
             return
         if not node.fitted:
             self._intercepts.set_statistics(node, sweep)
             return
         layer = Layer(self.setup, node)
-        found = self._solver(node).fit(LayerProblem(layer, sweep))
+        found = self._over_ranks(node, self._solver(node), self._solver(node).fit(LayerProblem(layer, sweep)))
         if found is not None:
             self._intercepts.install(layer, found)
             self._note(layer.name, found)
+
+    def _over_ranks(
+        self, node: Node, solver: Solver | NodeSolver, found: LayerSolution | None
+    ) -> LayerSolution | None:
+        """What rank 0 has found, for all."""
+        if ranks.count() == 1:
+            return found
+        if not getattr(solver, "over_ranks", False):
+            raise InputError(
+                f"fit.solver: found {self.setup.fit.solver} with {ranks.count()} ranks; allowed: one rank, as it knows "
+                "of its own images alone"
+            )
+        ranks.from_first(*self.setup.network.map_of(node).parameters())
+        return ranks.said_by_first(found)
 
     def _note(self, name: str, found: LayerSolution) -> None:
         residual = found.residual / found.energy if found.energy > 0 else 0.0

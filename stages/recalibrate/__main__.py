@@ -16,14 +16,17 @@ from stages.core.handover.statistics import load_statistics
 from stages.core.merged.file import load_merged
 from stages.core.recipe.recipe import Recipe, load_recipe
 from stages.core.recipe.rooms import check_recalibration
+from stages.core.runtime import ranks
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
+from stages.core.runtime.spread import spread
 from stages.core.settings.params import Params, load_params
 from stages.recalibrate.recalibrate import recalibrate
 
 
 def main() -> None:
     params = load_params()
+    spread(params.ranks)
     recipe = load_recipe(params)
     device, section = prepare(params.device, params.threads), recipe.recalibrate
     batches = cache(lambda data: load_calibration(params, section.images, section.batch_size, device, data))
@@ -37,11 +40,13 @@ def main() -> None:
             method.recalibrate,
             batches(method.data),
             *aligned,
-            storage=getattr(torch, section.storage),
+            precision=getattr(torch, section.precision),
+            storage=section.storage,
             memory=section.memory,
             progress=f"recalibrate {name}",
         )
-        network.save(f"models/recalibrate/{name}.safetensors")
+        if ranks.rank() == 0:
+            network.save(f"models/recalibrate/{name}.safetensors")
 
 
 def aligned_sources(

@@ -11,6 +11,7 @@ import torch
 
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
+from stages.core.runtime.cache import Storage
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.norms import set_statistics
 
@@ -18,7 +19,8 @@ from stages.core.sweep.norms import set_statistics
 def recompute_statistics(
     network: MergedNetwork,
     batches: Sequence[Batch],
-    storage: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
+    storage: Storage = "memory",
     memory: float | None = None,
     progress: str | None = None,
 ) -> None:
@@ -27,4 +29,4 @@ def recompute_statistics(
     batches: unlabelled images of every task, which weigh alike. Entries that are copies of a source's keep its
     statistics: they were trained with them. Raises InputError when it would not fit in memory.
     """
-    set_statistics(network, exact_entries(network), batches, storage, memory, progress)
+    set_statistics(network, exact_entries(network), batches, precision, storage, memory, progress)

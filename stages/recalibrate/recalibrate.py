@@ -21,7 +21,7 @@ def recalibrate(
 ) -> None:
     """Recalibrate ``network`` in place; ``way``: a file of stages/recalibrate/ways.
 
-    sources: units in merged order; they and the alignment are for ways that are ``aligned``. sweep: storage, memory
-    and progress.
+    sources: units in merged order; they and the alignment are for ways that are ``aligned``. sweep: precision,
+    storage, memory and progress.
     """
     RECALIBRATIONS.way(way).make(Mending(network, batches, sources, alignment, **sweep))

@@ -17,7 +17,7 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
-from stages.core.sweep.memory import check_memory, peak_bytes
+from stages.core.sweep.memory import place_values
 from stages.core.sweep.norms import install_statistics, merged_moments, moments_bytes, moments_of
 from stages.core.sweep.sweep import Sweep
 from stages.recalibrate.mending import Mending
@@ -53,6 +53,9 @@ class _Repair:
     def extra_bytes(self, node: Node, images: int, batch: int) -> int:
         own = max(self.network.entries(name) for name in (node.inputs[0], node.name))
         return moments_bytes(self.network, node, batch) + 8 * batch * own  # and the values themselves
+
+    def kept_bytes(self, node: Node, images: int) -> int:
+        return 0
 
     def visit(self, node: Node, sweep: Sweep) -> None:
         if node.operation == "batch_norm":  # first the statistics of what it reads now
@@ -129,6 +132,6 @@ def repair(mending: Mending, per_task: bool = False) -> None:
     alignment = mending.alignment or Alignment(len(mending.sources))
     owned = all(batch.task >= 0 for batch in mending.batches)
     visitor = _Repair(mending.network, mending.sources, alignment, per_task, owned)
-    sweep = Sweep(mending.sources, mending.batches, mending.network, mending.storage)
-    check_memory(peak_bytes(sweep, visitor), mending.memory, sweep.device, "recalibrate")
+    sweep = Sweep(mending.sources, mending.batches, mending.network, mending.precision)
+    place_values(sweep, visitor, mending.storage, mending.memory, "recalibrate")
     sweep.run(visitor, mending.progress)

@@ -17,9 +17,11 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
+from stages.core.runtime import ranks
+from stages.core.runtime.cache import Storage
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
-from stages.core.sweep.memory import check_memory, peak_bytes
+from stages.core.sweep.memory import place_values
 from stages.core.sweep.rows import draw_places, place_rows, unit_rows
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.groups import Axis, Inner, Span, span_index
@@ -111,6 +113,9 @@ class MomentsVisitor:
                 return most
         return 0
 
+    def kept_bytes(self, node: Node, images: int) -> int:
+        return 0
+
     def _sum_bytes(self, units: FeatureUnits) -> int:
         return 8 * self.tasks * (self.networks * units.count) ** 2
 
@@ -139,6 +144,7 @@ class MomentsVisitor:
             values = [sweep.source(m, feature.value, index) for m in range(self.networks)]
             self._add(sums, self.trace.layouts[feature.value].dim, values, feature.held, batch.task)
         for group, own in sums.items():
+            ranks.add_up(own.mean, own.second, own.count)
             self._count_alike((feature.point, group), own)
 
     def _add(
@@ -308,7 +314,8 @@ def gather(
     batches: Sequence[Batch],
     *,
     positions: float = 1.0,
-    storage: torch.dtype = torch.float32,
+    precision: torch.dtype = torch.float32,
+    storage: Storage = "memory",
     memory: float | None = None,
     generator: torch.Generator | None = None,
     progress: str | None = None,
@@ -316,14 +323,15 @@ def gather(
     """Moments of every free group of the (unaligned) sources, by point and group.
 
     batches: unlabelled images of every task (a proxy's as one more task). positions: share of a feature map's
-    positions that is used. memory: GiB, None for what is free. Raises InputError when it would not fit in memory.
+    positions that is used. precision, storage: type in which values are kept, and where. memory: GiB, None for what is
+    free. Raises InputError when it would not fit in memory.
     """
     trace = sources[0].trace
     generator = generator or torch.Generator().manual_seed(0)
     tasks = max(batch.task for batch in batches) + 1
     itemsize = batches[0].images.element_size()
     visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator, itemsize)
-    sweep = Sweep(sources, batches, None, storage)
-    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, "statistics")
+    sweep = Sweep(sources, batches, None, precision)
+    place_values(sweep, visitor, storage, memory, "statistics")
     sweep.run(visitor, progress)
     return visitor.moments()

@@ -51,7 +51,7 @@ def batches(x):
 
 def merged(made, matching, split, x, fit, labels="shared", **settings):
     return fit_network(
-        made, matching, split, batches(x), fit, labels=labels, **{"storage": x.dtype, **settings}
+        made, matching, split, batches(x), fit, labels=labels, **{"precision": x.dtype, **settings}
     )[0]
 
 

@@ -13,13 +13,14 @@ import torch, torchvision
 from stages import merge
 from stages.core.runtime.device import prepare
 from stages.core.sweep.sweep import Sweep
-from stages.fit import network as fitting
+from stages.core.sweep import memory
 
 prepare("cpu", 1)
 torch.manual_seed(0)
 networks = {name: torchvision.models.resnet18(num_classes=5) for name in "ab"}
 images = {name: [torch.randn(4, 3, 224, 224) for _ in range(4)] for name in "ab"}
-found, run, predict = {}, Sweep.run, fitting.peak_bytes
+storage, name = sys.argv[1], {"memory": "peak_bytes", "disk": "disk_peak_bytes"}[sys.argv[1]]
+found, run, predict = {}, Sweep.run, getattr(memory, name)
 
 def resident(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -28,7 +29,7 @@ def watched(self, visitor, progress=None):
     if type(visitor).__name__ != "FitVisitor":
         return run(self, visitor, progress)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS") - sum(batch.images.nbytes for batch in self.batches)
+    before = resident("VmRSS") - sum(batch.images.nbytes for batch in self.batches if batch.at_hand)
     run(self, visitor, progress)
     found["used"] = resident("VmHWM") - before
 
@@ -36,15 +37,19 @@ def predicted(*arguments):
     found["predicted"] = predict(*arguments)
     return found["predicted"]
 
-Sweep.run, fitting.peak_bytes = watched, predicted
-merge(networks, images, 1.2, progress=False)
+Sweep.run = watched
+setattr(memory, name, predicted)
+merge(networks, images, 1.2, options={"storage": storage}, progress=False)
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_fit_at_224_pixels_takes_the_memory_that_was_predicted():
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_a_fit_at_224_pixels_takes_the_memory_that_was_predicted(storage):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, storage], capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["used"] == pytest.approx(found["predicted"], rel=0.05), found

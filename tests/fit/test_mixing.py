@@ -78,7 +78,7 @@ def built(x, fit):
     matching = identity_matching(traced.spec, 2)
     return (
         networks,
-        *fit_network(sources, matching, split, batches, fit, labels="shared", storage=torch.float64),
+        *fit_network(sources, matching, split, batches, fit, labels="shared", precision=torch.float64),
     )
 
 

@@ -72,7 +72,7 @@ def permuted(first, seed=0):
 
 def fitted(sources, matching, split, x, fit, labels="shared"):
     batches = [Batch(x[:3], 0), Batch(x[3:], 1)]
-    return fit_network(sources, matching, split, batches, fit, labels=labels, storage=torch.float64)[0]
+    return fit_network(sources, matching, split, batches, fit, labels=labels, precision=torch.float64)[0]
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def merge(sources, matching, split, batches, fit, **settings):
         split,
         batches,
         fit,
-        **{"labels": "shared", "ridge": 0.0, "storage": torch.float64, **settings},
+        **{"labels": "shared", "ridge": 0.0, "precision": torch.float64, **settings},
     )
 
 

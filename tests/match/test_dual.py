@@ -19,7 +19,7 @@ def problem(small, images, sources):
     def make(networks=2):
         made = sources([small(m, bias=True) for m in range(networks)], images())
         batches = images_to_batches([images(40, m) for m in range(networks)], 20)
-        statistics = pool(gather(made, batches, storage=torch.float64), networks, networks)
+        statistics = pool(gather(made, batches, precision=torch.float64), networks, networks)
         alike = {g: m.between("correlation") for g, m in statistics.after.items()}
         return made[0].trace.spec, [source.state for source in made], alike
 
@@ -98,7 +98,7 @@ def test_a_permuted_copy_is_recovered(rho, small, images, sources, copies, calib
     networks, expected = copies(network, images(), n=3)
     made = sources(networks, images())
     batches = images_to_batches([images(40, m) for m in range(3)], 20)
-    statistics = pool(gather(made, batches, storage=torch.float64), 3, 3)
+    statistics = pool(gather(made, batches, precision=torch.float64), 3, 3)
     alike = {g: m.between("correlation") for g, m in statistics.after.items()}
     spec = trace(network, images()).spec
     found, value = match_dual(spec, [s.state for s in made], alike, rho, generator())

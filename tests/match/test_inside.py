@@ -130,7 +130,7 @@ def test_permuted_copies_are_recovered_by_every_way(family, copies, sources, cal
     made, expected = copies(calibrate(make(0), x), x, 3)
     given_sources = sources(made, x)
     statistics = pool(
-        gather(given_sources, images_to_batches([x[:8], x[8:16], x[16:]], 8), storage=x.dtype), 3, 3
+        gather(given_sources, images_to_batches([x[:8], x[8:16], x[16:]], 8), precision=x.dtype), 3, 3
     )
     way = {"by": "activations", "similarity": "correlation"} if by == "correlation" else {"by": by}
     generator = torch.Generator().manual_seed(0)

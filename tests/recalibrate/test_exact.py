@@ -23,16 +23,16 @@ def fitted(small, images, sources):
         batches,
         fit,
         labels="shared",
-        storage=torch.float64,
+        precision=torch.float64,
     )
     return network, batches
 
 
-def passes(network, batches, monkeypatch, storage=torch.float64):
+def passes(network, batches, monkeypatch, precision=torch.float64):
     """How often the images are swept."""
     count = []
     monkeypatch.setattr(stage, "recompute_statistics", lambda *arguments: count.append(arguments))
-    stage.recalibrate(network, "batchnorm", batches, storage=storage)
+    stage.recalibrate(network, "batchnorm", batches, precision=precision)
     return len(count)
 
 
@@ -50,7 +50,7 @@ def test_it_is_left_out_for_the_same_images_however_they_are_cut(fitted, images,
     assert passes(network, images_to_batches([images(20, 0), images(20, 1)], 5), monkeypatch) == 0
 
 
-def test_it_is_made_for_other_images_tasks_weights_or_storage(fitted, images, monkeypatch):
+def test_it_is_made_for_other_images_tasks_weights_or_precision(fitted, images, monkeypatch):
     network, batches = fitted
     assert passes(network, images_to_batches([images(20, 0), images(19, 1)], 8), monkeypatch) == 1
     assert passes(network, images_to_batches([images(20, 1), images(20, 0)], 8), monkeypatch) == 1

@@ -45,7 +45,7 @@ def test_moments_are_those_of_the_hooked_features(small, images, sources, dtype,
     networks = [small(m).to(dtype) for m in range(3)]
     tasks = [images(n, n).to(dtype) for n in (7, 4, 5)]
     made = sources(networks, tasks[0])
-    found = gather(made, images_to_batches(tasks, 3), storage=dtype)["after"]
+    found = gather(made, images_to_batches(tasks, 3), precision=dtype)["after"]
     assert set(found) == set(made[0].trace.spec.free)
     for task, x in enumerate(tasks):
         rows = [small_features(network.double(), x.double()) for network in networks]
@@ -61,7 +61,7 @@ def test_moments_are_those_of_the_hooked_features(small, images, sources, dtype,
 def test_units_inside_parts_are_seen_one_by_one_where_a_layer_reads_them(randomise, sources):
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     networks = [randomise(Normed(lambda c: torch.nn.GroupNorm(2, c)), m) for m in (0, 1)]
-    found = gather(sources(networks, x), images_to_batches([x, x], 2), storage=torch.float64)["inside"]
+    found = gather(sources(networks, x), images_to_batches([x, x], 2), precision=torch.float64)["inside"]
     rows = [features_of(network, ["branch", "back", "fc"], x) for network in networks]
     branch = torch.cat([channels(own["back"]) for own in rows], 1)
     torch.testing.assert_close(found["branch"].second[0], branch.T @ branch / len(branch))
@@ -74,7 +74,7 @@ def test_units_inside_parts_are_seen_one_by_one_where_a_layer_reads_them(randomi
 def test_queries_and_keys_are_seen_where_they_are_written(randomise, sources):
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     networks = [randomise(Written(), m) for m in (0, 1)]
-    found = gather(sources(networks, x), images_to_batches([x, x], 2), storage=torch.float64)["inside"]
+    found = gather(sources(networks, x), images_to_batches([x, x], 2), precision=torch.float64)["inside"]
     rows = [n.qkv(features_of(n, ["qkv"], x)["qkv"]).detach().flatten(0, 1).split(8, 1) for n in networks]
     places = [torch.cat([own[i] for own in rows], 1) for i in (0, 1)]
     expected = sum(place.T @ place / len(place) for place in places) / 2
@@ -102,7 +102,7 @@ def test_statistics_hold_what_was_predicted(name, randomise, sources, monkeypatc
 
 def test_before_is_in_front_of_the_non_linearity(small, images, sources):
     networks, x = [small(0), small(1)], images(5)
-    found = gather(sources(networks, x), [Batch(x, 0), Batch(x, 1)], storage=torch.float64)["before"]
+    found = gather(sources(networks, x), [Batch(x, 0), Batch(x, 1)], precision=torch.float64)["before"]
     rows = []
     for network in networks:
         stem = network.bn1(network.conv1(x))
@@ -120,7 +120,7 @@ def test_before_is_in_front_of_the_non_linearity(small, images, sources):
 def test_a_value_that_two_layers_read_counts_once(randomise, sources):
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     networks = [randomise(build("resnet", {"depth": 8, "width": 3, "classes": 3}), m) for m in (0, 1)]
-    found = gather(sources(networks, x), images_to_batches([x, x], 2), storage=torch.float64)["after"]
+    found = gather(sources(networks, x), images_to_batches([x, x], 2), precision=torch.float64)["after"]
     rows = []
     for network in networks:  # layer2.0.conv1 and its shortcut read the same
         read = features_of(network, ["layer1.0.conv1", "layer2.0.conv1"], x)
@@ -141,7 +141,7 @@ def test_every_free_group_is_seen_somewhere(small, images, sources):
 def test_how_images_are_split_into_batches_does_not_matter(small, images, sources):
     made, tasks = sources([small(0), small(1)], images()), [images(9, 0), images(5, 1)]
     one, other = (
-        gather(made, images_to_batches(tasks, size), storage=torch.float64)["after"] for size in (9, 2)
+        gather(made, images_to_batches(tasks, size), precision=torch.float64)["after"] for size in (9, 2)
     )
     for group, moments in one.items():
         torch.testing.assert_close(other[group].second, moments.second)
@@ -175,10 +175,10 @@ def test_the_same_positions_are_drawn_again(small, images, sources):
     assert not torch.equal(first["conv1"].second, other["conv1"].second)
 
 
-def test_narrow_storage_comes_close(small, images, sources):
+def test_narrow_precision_comes_close(small, images, sources):
     made = sources([small(0), small(1)], images())
     batches = images_to_batches([images(20, 0), images(20, 1)], 10)
-    wide, narrow = (gather(made, batches, storage=s)["after"] for s in (torch.float64, torch.bfloat16))
+    wide, narrow = (gather(made, batches, precision=s)["after"] for s in (torch.float64, torch.bfloat16))
     for group in wide:
         error = (narrow[group].second - wide[group].second).norm() / wide[group].second.norm()
         assert 0 < error < 0.02

@@ -4,29 +4,37 @@ from typing import Literal
 
 import torch
 
-from stages.core.images.batches import Pool, normalise
+from stages.core.images.batches import Pool
 from stages.core.images.load import load_images
+from stages.core.runtime import ranks
 from stages.core.settings.params import Params
 from stages.core.settings.places import DATA
 from stages.core.sweep.batches import NO_TASK, Batch, images_to_batches
 from stages.core.units.moments import Origin
 
+LEAST = (
+    5  # images of a task for each rank, so that it has some that are held out (stages.fit.equations.ridge)
+)
+
 
 def load_calibration(
     params: Params, images: int, batch_size: int, device: torch.device, data: Origin = "own"
 ) -> list[Batch]:
-    """Preprocessed calibration images without labels: at most ``images`` of every task, or as many of the proxy."""
+    """Preprocessed calibration images without labels: at most ``images`` of every task, or as many of the proxy.
+
+    They are read as they are used; each rank has its share of every task.
+    """
     profile = params.active
     if data == "proxy":
         wanted, images = [profile.proxy], images * len(profile.tasks)
     else:
         wanted = [task.data for task in profile.tasks.values()]
-    whole = []
-    for own in wanted:
-        found = load_images(own, "calibration", DATA, limit=images)
-        whole.append(normalise(found.images.to(device), own.mean, own.std))
-    batches = images_to_batches(whole, batch_size)
-    return [Batch(batch.images, NO_TASK) for batch in batches] if data == "proxy" else batches
+    found = [load_images(own, "calibration", DATA, limit=images).images for own in wanted]
+    pools = [Pool({"calibration": own}, kind, device) for own, kind in zip(found, wanted, strict=True)]
+    for own in found:
+        ranks.check_share(len(own) // LEAST, f"calibration images of a task, {LEAST} each")
+    batches = images_to_batches(pools, batch_size)
+    return [batch.of_task(NO_TASK) for batch in batches] if data == "proxy" else batches
 
 
 def load_pools(

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.core.settings.sections import Count, Positive, Ridge, Section, Whole
+from stages.core.runtime.cache import Storage
+from stages.core.settings.sections import Count, Positive, Precision, Ridge, Section, Whole
 
 Spending = Literal["measured", "uniform", "prefix"]
 
@@ -27,7 +28,8 @@ class FitSection(Section):
     batch_size: Count = 100
     ridge: FitRidge = "auto"
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Precision = "float32"  # of the values that are kept
+    storage: Storage = "auto"
     memory: Positive | None = None
 
 
@@ -36,15 +38,16 @@ class Options(Section):
 
     images: at most so many of each task are read; None: all. seed: of what is drawn at random. ridge: relative to the
     mean diagonal of a fit's Gram matrix, or auto. positions: share of a
-    feature map's positions that statistics and fit use. storage: type in which values are kept. memory: GiB; None: what
-    the machine has free. allocate: how the budget is spent.
+    feature map's positions that statistics and fit use. precision, storage: type in which
+    values are kept, and where. memory: GiB; None: what the machine has free. allocate: how the budget is spent.
     """
 
     images: Count | None = None
     seed: Whole = 0
     ridge: FitRidge = "auto"
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Precision = "float32"  # of the values that are kept
+    storage: Storage = "auto"
     memory: Positive | None = None
     allocate: AllocateSection = AllocateSection()
 
@@ -52,7 +55,8 @@ class Options(Section):
 class RecalibrateSection(Section):
     images: Count
     batch_size: Count = 100
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Precision = "float32"  # of the values that are kept
+    storage: Storage = "auto"
     memory: Positive | None = None
 
 

@@ -2,6 +2,7 @@
 
 <user's cache>/pleas-merging/hashes     SHA-256 of files of the workspace, by path, size and time
                             /unpacked   tar files without their gzip, until they are unused for 30 days
+                            /values     what a sweep keeps on disk; the files have no names (stages.core.sweep.values)
                             /decoded    images as arrays (stages.core.images.kept)
                             /<bucket>   downloads (stages.artifacts.bucket)
 """
@@ -15,10 +16,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import replacing, write_text
 from stages.core.runtime.progress import Bar
+
+Storage = Literal[
+    "memory", "disk", "auto"
+]  # where the values of all images are; auto: in memory where they fit
 
 UNUSED = 30 * 24 * 3600  # seconds after which an unpacked file goes
 SETTLED = 2.0  # seconds; clocks of file systems are coarser than two writes are apart

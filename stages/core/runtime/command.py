@@ -20,6 +20,9 @@ from stages.core.runtime.messages import start_logging
 OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
 LOOKS = 0.5  # seconds between two looks at the parent
 GRACE = 2.0  # seconds to leave after it is gone
+SAID = (
+    "STAGES_SAID"  # the variable with the file that a rank's last line goes to (stages.core.runtime.spread)
+)
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 
 
@@ -38,17 +41,17 @@ def command(main: Callable[..., None], *arguments: str) -> None:
     least = len(arguments) - more
     if len(words) < least or (len(words) > least and not more):
         usage = " ".join([f"python -m {stage}", *(n if n == "..." else f"<{n}>" for n in arguments)])
-        _say(f"{stage}: found {len(words)} arguments; usage: {usage}")
+        say(f"{stage}: found {len(words)} arguments; usage: {usage}")
         sys.exit(2)
     try:
         main(*words)
     except InputError as error:
         if verbose:
             traceback.print_exc()
-        _say(str(error))
+        say(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        _say(INTERRUPTED.format(stage))
+        say(INTERRUPTED.format(stage))
         sys.exit(130)
     except Exception:  # noqa: BLE001 (printed as Python would, but with a status of its own)
         traceback.print_exc()
@@ -64,7 +67,7 @@ def begin() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            _say(INTERRUPTED.format(module_name()))
+            say(INTERRUPTED.format(module_name()))
         else:
             shown(kind, error, trace)
 
@@ -75,11 +78,14 @@ def begin() -> None:
 def end_with_dvc() -> None:
     """Have this process end soon after the DVC that started it, however that ends: a newer run must have the outputs.
 
-    Only where DVC says that it runs a stage: one that a shell started outlives its shell, as under nohup. The system
-    can send a signal at a parent's death on Linux alone, and at that of the thread that started the process, so the
-    parent is looked at instead; where a shell stands between, its parent too.
+    A rank likewise, after what started the ranks. Only where DVC says that it runs a stage: one that a shell started
+    outlives its shell, as under nohup. The system can send a signal at a parent's death on Linux alone, and at that of
+    the thread that started the process, so the parent is looked at instead; where a shell stands between, its parent
+    too.
     """
-    if "DVC_STAGE" in os.environ and hasattr(os, "getppid"):
+    if any(name in os.environ for name in ("DVC_STAGE", "TORCHELASTIC_RUN_ID", SAID)) and hasattr(
+        os, "getppid"
+    ):
         threading.Thread(target=_watch, args=(_chain(),), daemon=True).start()
 
 
@@ -94,7 +100,8 @@ def _chain() -> list[int]:
 def _watch(chain: list[int]) -> None:
     while all(_parent(child) == parent for child, parent in itertools.pairwise(chain)):
         time.sleep(LOOKS)
-    _say(f"{module_name()}: the dvc that started it is gone; run the same command again")
+    what = "dvc" if "DVC_STAGE" in os.environ else "process"
+    say(f"{module_name()}: the {what} that started it is gone; run the same command again")
     os.kill(os.getpid(), signal.SIGINT)  # removes what is half written
     time.sleep(GRACE)
     import psutil
@@ -122,7 +129,12 @@ def _name(process: int) -> str:
         return ""
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """The one line at the end. A rank leaves it to the process that started it, so that it is said once."""
+    if SAID in os.environ:
+        with open(os.environ[SAID], "w") as file:
+            file.write(line)
+        return
     print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.ranks import join
 
 log = logging.getLogger(__name__)
 
@@ -15,14 +16,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def prepare(device: str, threads: int) -> torch.device:
-    """Pin the thread count, ask for deterministic kernels and return the device.
+    """Pin the thread count, ask for deterministic kernels, meet the other ranks and return the device.
 
-    ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N. Raises InputError when it is not there.
+    ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N; ranks of one machine take one GPU after the
+    other. Raises InputError when it is not there.
     """
     return_freed_memory()
     torch.set_num_threads(bounded_threads(threads))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = torch.device(device)
     if chosen.type == "cuda":
         if (chosen.index or 0) >= torch.cuda.device_count():
@@ -31,6 +35,7 @@ def prepare(device: str, threads: int) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    join(chosen)
     return chosen
 
 

@@ -1,6 +1,7 @@
 """The one format of everything that is logged, on stderr: the lines of our code, and warnings of others."""
 
 import logging
+import os
 import sys
 
 LOGGERS = ("stages", "__main__")
@@ -20,5 +21,8 @@ def start_logging(verbose: bool = False) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(VERBOSE, "%H:%M:%S") if verbose else Lines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    level = logging.DEBUG if verbose else logging.INFO
+    if os.environ.get("RANK", "0") != "0":  # all ranks have the same to say
+        level = logging.ERROR
     for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+        logging.getLogger(name).setLevel(level)

@@ -2,12 +2,14 @@
 
 import io
 import logging
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 DELAY = 2.0  # seconds of work before anything is shown on a terminal
+SILENT = os.environ.get("RANK", "0") != "0"  # all ranks are as far
 LINE_PERIOD = 60.0  # seconds between two lines where there is none
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ class Bar(tqdm):
         self.lines = not sys.stderr.isatty()
         if self.lines:
             named |= {"file": io.StringIO(), "delay": LINE_PERIOD, "mininterval": LINE_PERIOD, "miniters": 1}
-        super().__init__(*given, **{"delay": DELAY, **named, "leave": False, "disable": not shown})
+        super().__init__(*given, **{"delay": DELAY, **named, "leave": False, "disable": not shown or SILENT})
 
     def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **named: Any) -> None:
         """tqdm's; a line is never said before its time."""

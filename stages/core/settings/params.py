@@ -64,6 +64,7 @@ class Params(Section):
     seed: Whole
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     threads: Count
+    ranks: Annotated[int, Field(ge=1, le=1024)] = 1  # processes that share the images
     artifacts: ArtifactsSection
     finetune: FinetuneSection
     # checked by stages.core.recipe, so that a new way of merging retrains no network

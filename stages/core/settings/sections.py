@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stages.core.runtime.cache import Storage
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -14,6 +16,7 @@ Ridge = Annotated[
 ]  # relative to what it is added to: more is nothing but the ridge
 Shift = Annotated[int, Field(ge=0, le=2**15)]  # pixels
 Count = Annotated[int, Field(ge=1, le=MOST)]
+Precision = Literal["float32", "float16", "bfloat16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -26,6 +29,7 @@ class Section(BaseModel):
 class StatisticsSection(Section):
     images: Count  # per task
     batch_size: Count = 100
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Precision = "float32"  # of the values that are kept
+    storage: Storage = "auto"
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     memory: Positive | None = None  # GiB; null: what the machine has free

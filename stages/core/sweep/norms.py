@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
+from stages.core.runtime import ranks
+from stages.core.runtime.cache import Storage
 from stages.core.sweep.batches import Batch
-from stages.core.sweep.memory import check_memory, peak_bytes
+from stages.core.sweep.memory import peak_bytes, place_values
+from stages.core.sweep.pooling import pool_moments
 from stages.core.sweep.sweep import Merged, Sweep
 
 
@@ -30,6 +33,8 @@ def moments_of(sweep: Sweep, value: Callable[[int], Tensor], dim: int, task: int
         total = total + weight * x.sum(dims).double()
         squares = squares + weight * x.square_().sum(dims).double()
     mean = total / count
+    if ranks.count() > 1:
+        return torch.stack(pool_moments(count, mean + shift.flatten(), squares - count * mean.square()))
     return torch.stack([mean + shift.flatten(), (squares / count - mean.square()).clamp(min=0)])
 
 
@@ -62,23 +67,30 @@ class _Statistics:
     def extra_bytes(self, node: Node, images: int, batch: int) -> int:
         return moments_bytes(self.network, node, batch)
 
+    def kept_bytes(self, node: Node, images: int) -> int:
+        return 0
+
     def visit(self, node: Node, sweep: Sweep) -> None:
         moments = merged_moments(node, sweep)
         install_statistics(self.network.map_of(node), moments, ~self.kept[node.name].to(moments.device))
 
 
 def statistics_bytes(
-    network: Merged, kept: Mapping[str, Tensor], batches: Sequence[Batch], storage: torch.dtype | None = None
+    network: Merged,
+    kept: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    precision: torch.dtype | None = None,
 ) -> int:
     """What ``set_statistics`` holds at most."""
-    return peak_bytes(Sweep([], batches, network, storage), _Statistics(network, kept))
+    return peak_bytes(Sweep([], batches, network, precision), _Statistics(network, kept))
 
 
 def set_statistics(
     network: Merged,
     kept: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    storage: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
+    storage: Storage = "memory",
     memory: float | None = None,
     progress: str | None = None,
     what: str = "recalibrate",
@@ -88,6 +100,6 @@ def set_statistics(
     batches: unlabelled images of every task, which weigh alike. kept: bool (merged width,) by node name, entries whose
     statistics stay. Raises InputError, about ``what``, when it would not fit in memory.
     """
-    visitor, sweep = _Statistics(network, kept), Sweep([], batches, network, storage)
-    check_memory(peak_bytes(sweep, visitor), memory, sweep.device, what)
+    visitor, sweep = _Statistics(network, kept), Sweep([], batches, network, precision)
+    place_values(sweep, visitor, storage, memory, what)
     sweep.run(visitor, progress)

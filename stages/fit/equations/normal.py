@@ -4,7 +4,7 @@ The problem is that of stages.fit.equations.solve.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from stages.core.sweep.gram import (
     restricted_rows,
 )
 from stages.core.sweep.maps import RowSums
+from stages.core.sweep.pooling import pool_sums
 from stages.fit.equations.solve import check_finite, check_rows
 
 
@@ -41,10 +42,15 @@ class Summed(ABC):
         return columns
 
     def finished(self) -> RowSums:
-        """Raises InputError without any rows, or where they hold values that are not finite."""
+        """Of all ranks, which ask for it together; of use to rank 0.
+
+        Raises InputError without any rows, or where they hold values that are not finite.
+        """
         if self._found is None:
-            self._found = self._finish()
-            check_finite(self._found.G, self._found.C, self.name)
+            own = self._finish()
+            check_finite(own.G, own.C, self.name)
+            weight, means = pool_sums(own.weight, own.G, own.C, own.yy, own.means)
+            self._found = replace(own, weight=weight, means=means)
         return self._found
 
     def block(self, rows: Tensor, columns: Tensor) -> "NormalSystem":

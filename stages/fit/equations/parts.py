@@ -7,6 +7,7 @@ input only. The problem of each is that of stages.fit.equations.solve.
 import torch
 from torch import Tensor
 
+from stages.core.sweep.pooling import pool_sums
 from stages.fit.equations.normal import NormalSystem
 from stages.fit.equations.solve import check_finite, check_rows
 
@@ -40,18 +41,20 @@ class PartEquations:
         self.yy = self.yy + weight * y.square().sum(1).double()
 
     def systems(self) -> list[NormalSystem]:
-        """One for each part."""
+        """One for each part, over all ranks."""
         check_rows(self.weight, self.name)
         check_finite(self.G, self.C, self.name)
-        G, C, yy, means = self.G, self.C, self.yy, [None] * self.parts
+        G, C, yy, means = self.G, self.C, self.yy, None
         if self.intercept:
             z, y = self.sum_z / self.weight, self.sum_y / self.weight
             G = G - self.weight * z[:, :, None] * z[:, None, :]
             C = C - self.weight * z[:, :, None] * y[:, None, :]
             yy = yy - self.weight * y.square()
-            means = list(zip(self.shift_z.double() + z, self.shift_y.double() + y, strict=True))
+            means = self.shift_z.double() + z, self.shift_y.double() + y
+        weight, means = pool_sums(self.weight, G, C, yy, means)
+        means = [None] * self.parts if means is None else list(zip(*means, strict=True))
         every = torch.arange(G.shape[1], device=G.device)
         return [
-            NormalSystem(*own, mean, self.weight, self.eps, self.name)
+            NormalSystem(*own, mean, weight, self.eps, self.name)
             for *own, mean in zip(G, [every] * self.parts, C, yy, means, strict=True)
         ]

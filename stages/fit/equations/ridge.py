@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from stages.core.sweep.batches import Batch
+from stages.core.runtime import ranks
+from stages.core.sweep.batches import Batch, task_counts
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))  # 1e-4, 3e-4, ..., 10
 MIDDLE = 5  # 0.03
@@ -23,12 +24,18 @@ def held_out(count: int, start: int = 0) -> Tensor:
 
 
 def flags(batches: Sequence[Batch], ridge: float | str) -> list[Tensor] | None:
-    """Which images of each batch are held out, bool (n,); None where the ridge is fixed or a task has too few."""
-    counts, found = Counter(), []
+    """Which images of each batch are held out, bool (n,); None where the ridge is fixed or a task has too few.
+
+    They are the same for any number of ranks.
+    """
+    if ridge != "auto":
+        return None
+    counts, found = task_counts(batches), []
+    seen = Counter({task: int(ranks.share(count)[0]) for task, count in counts.items()})
     for batch in batches:
-        found.append(held_out(len(batch.images), counts[batch.task]))
-        counts[batch.task] += len(batch.images)
-    return found if ridge == "auto" and enough(counts.values()) else None
+        found.append(held_out(len(batch), seen[batch.task]))
+        seen[batch.task] += len(batch)
+    return found if enough(counts.values()) else None
 
 
 def enough(counts: Iterable[int]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.runtime import ranks
 from stages.fit.equations.solve import check_finite, check_rows
 
 
@@ -29,6 +30,7 @@ class RowEquations:
         name: str = "",
     ) -> None:
         self.intercept, self.name, self.count = intercept, name, 0
+        self._complete = False
         self.z = torch.empty(count, d_in, dtype=dtype, device=device)
         self.y = torch.empty(count, d_out, dtype=dtype, device=device)
         self.weights = torch.empty(count, dtype=torch.float64, device=device)
@@ -49,8 +51,22 @@ class RowEquations:
         self.z[new], self.y[new], self.weights[new] = z, y, weight
         self.count += len(z)
 
+    def finished(self) -> None:
+        """Those of all ranks, rank after rank, which ask for it together; of use to rank 0."""
+        if ranks.count() == 1 or self._complete:
+            return
+        self._complete = True
+        counts = ranks.said_by_all(self.count)
+        start = sum(counts[: ranks.rank()])
+        for own in (self.z, self.y, self.weights):
+            here = own[: self.count].clone()
+            own.zero_()[start : start + self.count] = here
+        ranks.to_first(self.z, self.y, self.weights)
+        self.count = sum(counts)
+
     def block(self, rows: Tensor, columns: Tensor) -> "RowSystem":
         """Outputs ``rows`` from inputs ``columns``."""
+        self.finished()
         check_rows(self.count, self.name)
         A, mean_z = self._centred(self.z, columns)
         target, mean_y = self._centred(self.y, rows)

@@ -104,6 +104,6 @@ def check_finite(inputs: Tensor, targets: Tensor, name: str) -> None:
     """Gate: numbers alone, and none so large that it could not be squared."""
     if not all(torch.isfinite(own.sum()) for own in (inputs, targets)):  # a single one that is not shows
         raise InputError(
-            f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a storage "
-            "type that reaches as far as the values"
+            f"{name}: its inputs or targets hold NaN or infinite values; allowed: finite images, and a precision "
+            "that reaches as far as the values"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.core.recipe.rooms import SOLVERS
 from stages.core.recipe.sections import RIDGE_OF_FEW
+from stages.core.runtime import ranks
 from stages.core.sweep.rows import weight_matrix
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations, join_
@@ -31,6 +32,8 @@ Equations = MapEquations | NormalEquations | RowEquations
 
 class Dense:
     """Holds sums of products of a layer's inputs, or the rows themselves where those are few; then solves them."""
+
+    over_ranks = True
 
     def bytes(self, layer: Layer, images: int, batch: int) -> int:
         sizes, blocks, count = (layer.d_in, layer.d_out), layer.block_sizes, layer.few_rows(images)
@@ -69,6 +72,10 @@ class Dense:
                     into.add(z, y, weight)
                 else:
                     problem.by_rows(z, y, partial(into.add, weight=weight))
+        for own in (*equations[0], *equations[-1]):
+            own.finished()
+        if ranks.rank():
+            return None
         ridge, start = problem.setup.ridge, starts(layer)
         if len(equations) == 2:
             ridge = choose(partial(self._loss, layer, *equations, start))
@@ -163,6 +170,8 @@ PARTS = 32  # of a grouped map, that the ridge is chosen by
 class Grouped:
     """Holds the sums of products of all parts, and all their solutions."""
 
+    over_ranks = True
+
     def bytes(self, layer: Layer, images: int, batch: int) -> int:
         module = layer.module
         sums = PartEquations.bytes(module.groups, module.weight[0].numel(), layer.d_out // module.groups)
@@ -182,6 +191,8 @@ class Grouped:
             for part, z, y in problem.parts(index):
                 problem.by_rows(z, y, partial(equations[part].add, weight=weight))
         systems = [own.systems() for own in equations]
+        if ranks.rank():
+            return None
         start = starts(layer)[0].view(module.groups, -1, module.weight[0].numel())
         ridge = problem.setup.ridge
         if len(systems) == 2:

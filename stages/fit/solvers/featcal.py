@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.core.align.alignment import view_states
 from stages.core.recipe.rooms import SOLVERS
+from stages.core.runtime import ranks
 from stages.core.settings.sections import Fraction, Section
 from stages.core.sweep.maps import RowSums
 from stages.fit.average import average_vector
@@ -40,6 +41,8 @@ class Mix(Section):
 class FeatCal:
     """Holds sums of products of every task, then those of a block, scaled and added."""
 
+    over_ranks = True
+
     def __init__(self, setup: Setup, mix: float) -> None:
         self.mix, self.ridge = mix, RIDGE_TO_AVERAGE if setup.fit.ridge is None else setup.fit.ridge
         self.states = view_states(setup.sources, setup.alignment, setup.network.shared)
@@ -62,6 +65,10 @@ class FeatCal:
         if not merged.any():
             return None
         equations = self._accumulated(problem)
+        for own in equations:
+            own.finished()
+        if ranks.rank():
+            return None
         weights, biases = networks_weights(layer, self.states), self._biases(layer)
         bias = torch.zeros(layer.d_out, dtype=torch.float64, device=layer.device)
         if module.bias is not None:

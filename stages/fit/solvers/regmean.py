@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.core.align.alignment import view_states
 from stages.core.recipe.rooms import SOLVERS
+from stages.core.runtime import ranks
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restricted
 from stages.core.sweep.maps import MapSums, map_entries
 from stages.fit.equations.maps import MapEquations
@@ -26,6 +27,8 @@ from stages.fit.start import networks_weights
 
 class RegMean:
     """Holds every task's Gram matrix, then those restricted to a block's inputs."""
+
+    over_ranks = True
 
     def __init__(self, setup: Setup) -> None:
         self.states = view_states(setup.sources, setup.alignment, setup.network.shared)
@@ -50,6 +53,8 @@ class RegMean:
         if not merged.any():
             return None
         grams, residual, energy = self._grams(problem), 0.0, 0.0
+        if ranks.rank():
+            return None
         networks = networks_weights(layer, self.states)
         for i, (block, weight) in enumerate(zip(module.blocks, module.weights, strict=True)):
             rows = merged[block.start : block.stop].nonzero().flatten().to(weight.device)
@@ -71,6 +76,7 @@ class RegMean:
     def _grams(self, problem: LayerProblem) -> list[Tensor]:
         """G_t of every task, off-diagonal entries scaled: (d_in, d_in) each."""
         grams = self._by_rows(problem) if problem.layer.maps is None else self._by_maps(problem)
+        ranks.to_first(*grams)
         for G in grams:
             diagonal = G.diagonal().clone()
             G.mul_(problem.setup.fit.off_diagonal).diagonal().copy_(diagonal)

@@ -9,7 +9,7 @@ from stages.recalibrate.mending import Mending
 @RECALIBRATIONS.register()
 def recompute(mending: Mending) -> None:
     """Left alone where the fit has set the statistics of the same images, and the network is as it was then."""
-    network, batches, storage = mending.network, mending.batches, mending.storage
-    if "exact" in network.about and network.about["exact"] == fingerprint(network, batches, storage):
+    network, batches, precision = mending.network, mending.batches, mending.precision
+    if "exact" in network.about and network.about["exact"] == fingerprint(network, batches, precision):
         return
-    recompute_statistics(network, batches, storage, mending.memory, mending.progress)
+    recompute_statistics(network, batches, precision, mending.storage, mending.memory, mending.progress)

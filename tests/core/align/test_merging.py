@@ -54,7 +54,7 @@ class Problem:
 
     def __init__(self, sources, tasks):
         self.sources, self.batches = sources, images_to_batches(tasks, 16)
-        gathered = gather(sources, self.batches, storage=torch.float64)
+        gathered = gather(sources, self.batches, precision=torch.float64)
         self.statistics = pool(gathered, len(sources), len(sources))
         self.spec = sources[0].trace.spec
 
@@ -69,7 +69,7 @@ class Problem:
         matching, splits, alignment = self.aligned(way, kept)
         network, _ = fit_network(
             self.sources, matching, splits, self.batches, fit, labels=labels,
-            alignment=alignment, ridge=1e-9, storage=torch.float64,
+            alignment=alignment, ridge=1e-9, precision=torch.float64,
         )  # fmt: skip
         return network, align(self.sources, matching, splits), alignment
 

@@ -40,6 +40,9 @@ class Looker:
     def extra_bytes(self, node, images, batch):
         return 0
 
+    def kept_bytes(self, node, images):
+        return 0
+
 
 @pytest.fixture
 def pair(small, images, sources):
@@ -150,17 +153,17 @@ def test_every_image_passes_every_layer_once_whatever_the_depth(depth, fit, rand
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
-def measured(sources, batches, merged, looker, storage):
+def measured(sources, batches, merged, looker, precision):
     """Bytes at the worst moment, the images included."""
-    sweep = Sweep(sources, batches, merged, storage)
+    sweep = Sweep(sources, batches, merged, precision)
     with Live() as live:
         sweep.run(looker)
     return live.peak + sum(batch.images.nbytes for batch in batches)
 
 
 def predicted(sources, batches, merged, looker, itemsize):
-    storage = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
-    return peak_bytes(Sweep(sources, batches, merged, storage), looker)
+    precision = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+    return peak_bytes(Sweep(sources, batches, merged, precision), looker)
 
 
 @pytest.mark.parametrize("watched", [(), ("conv2d", "linear"), ("batch_norm",), ("add", "concatenate")])
@@ -180,23 +183,23 @@ def test_no_more_is_held_than_was_predicted_and_not_much_less(
     assert found >= 0.75 * promised
 
 
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_values_take_the_memory_of_their_storage_type(small, images, sources, storage):
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_values_take_the_memory_of_their_precision(small, images, sources, precision):
     made = sources([small(0), small(1)], images())
     batches = [Batch(image[None], 0) for image in images(30)]
     itself = sum(batch.images.nbytes for batch in batches)
-    wide, narrow = (measured(made, batches, None, Looker(), s) - itself for s in (torch.float64, storage))
-    assert narrow < 1.15 * wide * storage.itemsize / 8
+    wide, narrow = (measured(made, batches, None, Looker(), s) - itself for s in (torch.float64, precision))
+    assert narrow < 1.15 * wide * precision.itemsize / 8
 
 
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_images_are_counted_in_their_own_type(randomise, sources, storage):
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_images_are_counted_in_their_own_type(randomise, sources, precision):
     x = torch.randn(400, 8, 6, 6).double()  # eight channels in, one out: the images are most of what is held
     made = sources([randomise(nn.Sequential(nn.Conv2d(8, 1, 1), nn.ReLU()), m) for m in (0, 1)], x)
     batches = images_to_batches([x], 10)
-    found = measured(made, batches, None, Looker(), storage)
+    found = measured(made, batches, None, Looker(), precision)
     with pytest.raises(InputError, match="statistics: needs"):
-        gather(made, batches, storage=storage, memory=0.9 * found / 2**30)
+        gather(made, batches, precision=precision, memory=0.9 * found / 2**30)
 
 
 @pytest.mark.parametrize(
@@ -244,20 +247,20 @@ def test_nothing_but_the_output_is_left_after_a_sweep(pair, images):
     assert all(torch.isfinite(batch.images).all() for batch in batches)
 
 
-# -- storage ------------------------------------------------------------------------------------------------------
+# -- precision ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("storage", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_a_fit_with_narrow_storage_comes_close(pair, images, storage, tolerance):
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_fit_with_narrow_precision_comes_close(pair, images, precision, tolerance):
     spec = pair[0].trace.spec
     batches = images_to_batches([images(40, 0), images(40, 1)], 10)
     fit = Fit(inputs="merged", targets="own", norm="fold")
     found = [
         fit_network(
-            pair, identity_matching(spec, 2), full_split(spec), batches, fit, labels="shared", storage=s
+            pair, identity_matching(spec, 2), full_split(spec), batches, fit, labels="shared", precision=s
         )[0]
-        for s in (torch.float64, storage)
+        for s in (torch.float64, precision)
     ]
     expected = found[0](images(20, 5))
     error = (found[1](images(20, 5)) - expected).norm() / expected.norm()

@@ -65,7 +65,13 @@ def test_a_fit_is_the_same_from_maps_and_from_rows(fit, small, images, sources, 
             monkeypatch.setattr("stages.fit.layer.worthwhile", lambda plan, c, maps=maps: maps)
             batches = images_to_batches([images(40, 0), images(40, 1)], 16)
             merged, record = fit_network(
-                made, identity_matching(spec, 2), split, batches, fit, labels="shared", storage=torch.float64
+                made,
+                identity_matching(spec, 2),
+                split,
+                batches,
+                fit,
+                labels="shared",
+                precision=torch.float64,
             )
             found.append((merged(images(9, 4)), [line.residual for line in record]))
         torch.testing.assert_close(found[-1][0], found[-2][0], rtol=1e-7, atol=1e-7)

@@ -15,7 +15,9 @@ CHOICES = list(itertools.product(["source", "merged"], ["ensemble", "own"]))
 
 def merge(made, matching, batches, fit):
     split = full_split(made[0].trace.spec)
-    return fit_network(made, matching, split, batches, fit, labels="shared", ridge=0.0, storage=torch.float64)
+    return fit_network(
+        made, matching, split, batches, fit, labels="shared", ridge=0.0, precision=torch.float64
+    )
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def test_fewer_images_than_can_be_held_out_are_fitted_with_a_large_ridge(small, 
     made = sources([small(0), small(1)], images())
     spec = made[0].trace.spec
     some = images_to_batches([images(4, 1), images(9, 2)], 16)
-    settings = {"labels": "shared", "storage": torch.float64}
+    settings = {"labels": "shared", "precision": torch.float64}
     matching, split, fit = identity_matching(spec, 2), full_split(spec), Fit(inputs="merged", targets="own")
     auto, record = fit_network(made, matching, split, some, fit, **settings)
     fixed, _ = fit_network(made, matching, split, some, fit, ridge=0.1, **settings)
@@ -132,7 +132,7 @@ def test_a_common_scale_of_the_images_changes_no_choice(small, sources, images):
             some,
             fit,
             labels="shared",
-            storage=torch.float64,
+            precision=torch.float64,
         )
         chosen.append([line.ridge for line in record])
     assert chosen[0] == chosen[1]

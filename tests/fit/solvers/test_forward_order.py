@@ -33,7 +33,7 @@ def merge(networks, tasks, fit, shared=None, **settings):
     split = full_split(spec, shared and {g: range(shared) for g in spec.free})
     return fit_network(
         sources, identity_matching(spec, 2), split, [Batch(x, t) for t, x in enumerate(tasks)],
-        fit, labels="shared", storage=torch.float64, **settings,
+        fit, labels="shared", precision=torch.float64, **settings,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_convolutions_and_batch_norms_are_fitted_too(solver, small, images, sour
     for shared in ({}, {g: list(range(v.size // 2)) for g, v in spec.free.items()}):
         merged, record = fit_network(
             made, identity_matching(spec, 2), full_split(spec, shared or None), batches, Fit(solver=solver),
-            labels="shared", storage=torch.float64,
+            labels="shared", precision=torch.float64,
         )  # fmt: skip
         assert {line.layer for line in record} == {"conv1", "conv2", "conv3", "conv4", "hidden", "fc"}
         assert torch.isfinite(merged(images(3))).all()

@@ -47,7 +47,7 @@ def test_a_network_is_merged_by_the_normal_equations_layer_by_layer(scale):
     spec = sources[0].trace.spec
     merged, record = fit_network(
         sources, identity_matching(spec, 2), full_split(spec), [Batch(x, t) for t, x in enumerate(tasks)],
-        Fit(solver="regmean", off_diagonal=scale), labels="shared", ridge=0.0, storage=torch.float64,
+        Fit(solver="regmean", off_diagonal=scale), labels="shared", ridge=0.0, precision=torch.float64,
     )  # fmt: skip
     inputs = [[x, torch.relu(network[0](x)).detach()] for network, x in zip(networks, tasks, strict=True)]
     for index, layer in enumerate((0, 2)):
