@@ -1,5 +1,7 @@
 """A table of where the time of a merge goes: python -m benchmarks [NAME ...] [--images N]
 
+Of latency, of merged networks against their sources: python -m benchmarks latency --help
+
 Each pair is merged at 1x by the default method, in a process of its own, with one thread.
 """
 
@@ -16,6 +18,11 @@ HEAD = "| pair, images a task | stage | CPU seconds | forward | products | solve
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["latency"]:
+        from benchmarks import latency
+
+        latency.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(PAIRS)}; all of them if none"

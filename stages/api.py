@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from stages.allocate.solve import check_budget
 from stages.allocate.splits import split_units
 from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
@@ -56,9 +57,10 @@ def merge(
     networks: task name -> module; any that torch.export reads as operations that have a rule, or a merged network,
     which is taken in its plain form. They are left alone. batches: task name -> unlabelled images of that task as the
     network takes them: tensors (n, ...), tuples whose first entry is one (labels are not looked at), dicts with one,
-    in any iterable, as a DataLoader; one tensor; or a Dataset. budget: cost relative to one network, from 1 to N.
-    method: a row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own, {"match":
-    ..., "fit": ..., "recalibrate": ...}, as there. labels: shared (one label space), separate (a head each); by
+    in any iterable, as a DataLoader; one tensor; or a Dataset. budget: cost relative to one network, from 1 to N, of
+    dense networks (options: allocate: layout) to N^2. method: a row of the full list of params.yaml by its name, as
+    `progressive_refined`, or one of your own, {"match": ..., "fit": ..., "recalibrate": ...}, as there. labels: shared
+    (one label space), separate (a head each); by
     default shared when all have as many classes. classes: class names of each task, by default numbers. options: what
     is rarely said: images, seed, ridge, positions, precision, storage, memory, allocate
     (stages.core.recipe.sections.Options).
@@ -91,10 +93,9 @@ def _merge(
     progress: bool,
 ) -> MergedNetwork:
     names = list(networks)
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= len(names):
-        raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {len(names)}")
-    row, settings = _row(method)
     rare = _checked(Options, "options", options or {})
+    check_budget(budget, len(names), rare.allocate.dense)
+    row, settings = _row(method)
     found = checked_batches(networks, batches, rare.images, rare.storage)
     checked_sizes(networks, found)
     sources, labels = _sources(networks, found, labels, classes)
@@ -115,6 +116,7 @@ def _merge(
         found,
         row.fit,
         labels=labels,
+        dense=rare.allocate.dense,
         alignment=alignment,
         ridge=rare.ridge,
         **sweep,

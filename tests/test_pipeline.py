@@ -128,6 +128,8 @@ TRAINED = ["statistics", "match", "allocate", *LATER]
         ("statistics.images", ["statistics"]),
         ("match.weights", ["artifacts", "match", "allocate", "fit", "recalibrate", "report"]),
         ("allocate.levels", ["allocate"]),
+        ("allocate.layout", ["allocate"]),
+        ("allocate.multiple", ["allocate"]),
         ("allocate.cost", ["allocate", "fit"]),
         ("fit.ridge", ["fit"]),
         ("fit.images", ["fit", "probe"]),

@@ -28,6 +28,7 @@ def main() -> None:
         about = {
             "budget": params.budget,
             "by": settings.by,
+            "dense": settings.dense,
             "counted": settings.cost,
             "cost": found.cost,
             "source": base,

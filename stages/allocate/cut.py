@@ -77,36 +77,79 @@ class Cuts:
         }
         return separate, float(np.maximum(alone, 0).sum() - found.flow_value) * unit
 
-    def around(self, limit: int, rounds: int = 40) -> tuple[dict[str, int], dict[str, int], float]:
-        """The solutions on both sides of the budget, and a bound on the benefit of any split within it.
-
-        The bound holds between the levels too: with benefits that are lines from level to level and nowhere below the
-        true ones, benefit - price cost is convex along every group from level to level, so largest on the grid.
-        """
-        names = list(self.grids)
-        low, high = dict.fromkeys(names, 0), dict(self.model.sizes)
-        price = 0.0
-        for _ in range(rounds):
-            rise = (self.model.cost(high) - self.model.cost(low)) / self.model.base
-            price = max(self._benefit(high) - self._benefit(low), 0.0) / rise
-            found = self.best(price)[0]
-            if found in (low, high) or self._value(found, price) <= self._value(low, price) * (1 + 1e-9):
-                break
-            if self.model.cost(found) <= limit:
-                low = found
-            else:
-                high = found
-        lifted = Cuts(
-            self.model, {g: lift(self.totals[g], grid) for g, grid in self.grids.items()}, self.grids
-        )
-        start = sum(lifted.totals[g][0] for g in names)
-        return low, high, start + lifted.best(price)[1] + price * (limit / self.model.base - 1)
-
-    def _benefit(self, separate: Mapping[str, int]) -> float:
+    def benefit(self, separate: Mapping[str, int]) -> float:
+        """Of a split."""
         return float(sum(self.totals[g][s] for g, s in separate.items()))
 
-    def _value(self, separate: Mapping[str, int], price: float) -> float:
-        return self._benefit(separate) - price * (self.model.cost(separate) / self.model.base - 1)
+    def value(self, separate: Mapping[str, int], price: float) -> float:
+        """What ``best`` makes large, and the benefit of no level at all."""
+        return self.benefit(separate) - price * (self.model.cost(separate) / self.model.base - 1)
+
+
+Found = tuple[
+    list[dict[str, int]], float
+]  # splits, and a bound on the benefit of any split within the budget
+
+
+def around(
+    model: CostModel, totals: Mapping[str, np.ndarray], grids: Mapping[str, list[int]], limit: int
+) -> Found:
+    """The solutions on both sides of the budget, and the bound."""
+    cuts = Cuts(model, totals, grids)
+    low, high, bound = _bracket(cuts, dict.fromkeys(model.sizes, 0), dict(model.sizes), limit)
+    return [low, high], bound
+
+
+def dense_around(
+    model: CostModel, totals: Mapping[str, np.ndarray], grids: Mapping[str, list[int]], limit: int
+) -> Found:
+    """The same of a dense network, whose products add to the cost: what comes close on both sides, and a true bound.
+
+    No cut solves that as it is. With a second split s' beside s, the mean of both costs and benefits, and each product
+    as (s_i s'_o + s'_i s_o) / 2, it is no worse than the best single split (take it twice), and a cut in s and in the
+    shared units d - s' solves it (roof duality: Hammer, Hansen and Simeone 1984). Where products join the groups in two
+    halves, as in a chain, nothing is lost by it.
+    """
+    twin = {g: f"{g}, shared" for g in model.sizes}
+    sizes = {**model.sizes, **{twin[g]: d for g, d in model.sizes.items()}}
+    linear = {**model.linear, **{twin[g]: -price for g, price in model.linear.items()}}
+    product: dict[tuple[str, str], int] = {}
+    for (i, o), q in model.product.items():
+        for one, other in ((i, o), (o, i)):
+            linear[one] -= q * model.sizes[other]
+            product[one, twin[other]] = product.get((one, twin[other]), 0) - q
+    base = 2 * model.base + sum(price * model.sizes[g] for g, price in model.linear.items())
+    both = {**totals, **{twin[g]: own[::-1] for g, own in totals.items()}}
+    levels = {**grids, **{twin[g]: [model.sizes[g] - s for s in reversed(own)] for g, own in grids.items()}}
+    cuts = Cuts(CostModel(sizes, base, linear, product), both, levels)
+    shared = {**dict.fromkeys(model.sizes, 0), **{twin[g]: d for g, d in model.sizes.items()}}
+    *ends, bound = _bracket(cuts, shared, {g: sizes[g] - s for g, s in shared.items()}, 2 * limit)
+    pairs = [{g: sorted((own[g], model.sizes[g] - own[twin[g]])) for g in model.sizes} for own in ends]
+    return [{g: pair[n] for g, pair in own.items()} for own in pairs for n in (0, 1)], bound / 2
+
+
+def _bracket(
+    cuts: Cuts, low: dict[str, int], high: dict[str, int], limit: int, rounds: int = 40
+) -> tuple[dict[str, int], dict[str, int], float]:
+    """The solutions on both sides of the budget, from two that are far below and above it, and the bound.
+
+    The bound holds between the levels too: with benefits that are lines from level to level and nowhere below the
+    true ones, benefit - price cost is convex along every group from level to level, so largest on the grid.
+    """
+    model, grids, price = cuts.model, cuts.grids, 0.0
+    for _ in range(rounds):
+        rise = (model.cost(high) - model.cost(low)) / model.base
+        price = max(cuts.benefit(high) - cuts.benefit(low), 0.0) / rise
+        found = cuts.best(price)[0]
+        if found in (low, high) or cuts.value(found, price) <= cuts.value(low, price) * (1 + 1e-9):
+            break
+        if model.cost(found) <= limit:
+            low = found
+        else:
+            high = found
+    lifted = Cuts(model, {g: lift(cuts.totals[g], grid) for g, grid in grids.items()}, grids)
+    start = sum(lifted.totals[g][0] for g in grids)
+    return low, high, start + lifted.best(price)[1] + price * (limit / model.base - 1)
 
 
 def lift(totals: np.ndarray, grid: list[int]) -> np.ndarray:

@@ -6,16 +6,19 @@ With s_g separate units of d_g in group g and N networks, every kind of cost is
 
 because a linear map from group i to group o has (d_o - s_o) rows that read d_i + (N - 1) s_i inputs and N s_o rows
 that read d_i, and the parameters of a linear map over positions are there once for each owner of the units it acts
-on: one copy for shared units, N for separate ones. All numbers are integers, and cost(d) = N * base.
+on: one copy for shared units, N for separate ones. All numbers are integers, and cost(d) = N * base. In a dense network
+all d_o + (N - 1) s_o rows read all inputs: products are negative there, as they add to the cost, and cost(d) is up to
+N^2 * base.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stages.core.graph.nodes import oriented
 from stages.core.graph.trace import Trace
 from stages.core.merged.cost import copied, counted_nodes, entry_cost
-from stages.core.units.groups import State
+from stages.core.units.groups import PermutationGroup, State
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class CostModel:
     """sizes: d of each free group. base: cost of one source. linear, product: the coefficients above.
 
     copied: what a copy costs, and the groups whose units have one; an empty name for units that are always shared.
+    levels: of each group the numbers of separate units that are allowed, rising from 0 to d; any if not named.
     """
 
     sizes: Mapping[str, int]
@@ -31,6 +35,16 @@ class CostModel:
     product: Mapping[tuple[str, str], int]
     copied: Sequence[tuple[int, tuple[str, ...]]] = ()
     networks: int = 2
+    levels: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def allowed(self, group: str) -> Sequence[int]:
+        """Numbers of separate units of a group, rising from 0 to d."""
+        return self.levels.get(group) or range(self.sizes[group] + 1)
+
+    @property
+    def whole(self) -> int:
+        """Cost of everything separate."""
+        return self.cost(self.sizes)
 
     def cost(self, separate: Mapping[str, int]) -> int:
         """Exact cost of a split with ``separate`` units in each group."""
@@ -65,11 +79,14 @@ class CostModel:
         return self.networks * sum(each for each, _ in self.copied)
 
 
-def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int) -> CostModel:
-    """Coefficients of one architecture; kind: macs or parameters."""
+def cost_model(
+    trace: Trace, state: State, labels: str, kind: str, networks: int, dense: bool = False, multiple: int = 1
+) -> CostModel:
+    """Coefficients of one architecture; kind: macs or parameters. multiple: see ``even_levels``."""
     free = trace.spec.free
     linear, product, base = dict.fromkeys(free, 0), {}, 0
-    extra, sizes = networks - 1, {name: group.size for name, group in free.items()}
+    extra, saved = networks - 1, -((networks - 1) ** 2) if dense else networks - 1
+    sizes = {name: group.size for name, group in free.items()}
     copies: list[tuple[int, tuple[str, ...]]] = []
     for node in counted_nodes(trace, labels):
         out = trace.layouts[node.name]
@@ -84,7 +101,7 @@ def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int
             for i, block in trace.layouts[node.inputs[0]].blocks(sizes).items():
                 linear[i] += extra * scale * d_out * block
                 for o, other in written.items():
-                    product[i, o] = product.get((i, o), 0) + extra * scale * block * other
+                    product[i, o] = product.get((i, o), 0) + saved * scale * block * other
         once = copied(trace, state, node, kind)
         if once:
             base += once
@@ -94,4 +111,15 @@ def cost_model(trace: Trace, state: State, labels: str, kind: str, networks: int
         base += each * out.width
         for name, block in out.blocks(sizes).items():
             linear[name] += extra * each * block
-    return CostModel(sizes, base, linear, product, copies, networks)
+    even = {name: even_levels(group, networks, multiple) for name, group in free.items() if multiple > 1}
+    return CostModel(sizes, base, linear, product, copies, networks, even)
+
+
+def even_levels(group: PermutationGroup, networks: int, multiple: int) -> list[int]:
+    """Numbers s of separate units with merged widths d + (N - 1) s that are multiples, in entries of an axis.
+
+    A unit may be several entries wide (an attention head). Nothing and everything separate are always allowed.
+    """
+    block = math.gcd(*(span.block for span in group.spans))
+    width = lambda s: (group.size + (networks - 1) * s) * block  # noqa: E731
+    return [s for s in range(group.size + 1) if s in (0, group.size) or width(s) % multiple == 0]

@@ -1,5 +1,7 @@
 """Ways to spend a budget that look at no benefit: the same fraction everywhere, or the last layers."""
 
+from collections.abc import Mapping
+
 from stages.allocate.model import CostModel
 
 
@@ -33,3 +35,15 @@ def prefix(model: CostModel, limit: int) -> dict[str, int]:
                 return separate
             separate[group] += 1
     return separate
+
+
+def to_allowed(model: CostModel, separate: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Allowed numbers around given ones: all rounded down, then up where the budget has room, the nearest first."""
+    found, above = {}, {}
+    for g, s in separate.items():
+        found[g] = max(level for level in model.allowed(g) if level <= s)
+        above[g] = min(level for level in model.allowed(g) if level >= s)
+    for g in sorted(above, key=lambda g: (above[g] - separate[g]) / model.sizes[g]):
+        more = {**found, g: above[g]}
+        found = more if model.cost(more) <= limit else found
+    return found

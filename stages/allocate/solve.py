@@ -1,11 +1,12 @@
 """Choose how many units each group keeps separate: the largest benefit within the budget.
 
 Two steps. An integer program (HiGHS, through SciPy) over a grid of levels per group, exact in the products of the
-cost, or minimum cuts where the network is large (``cut``); then single units into what is left of the budget, the
-best benefit per cost first. Whole numbers throughout: the budget is never exceeded.
+cost, or minimum cuts where the network is large (``cut``); then single units, or steps from one allowed width to the
+next, into what is left of the budget, the best benefit per cost first. Whole numbers throughout: the budget is never
+exceeded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -13,9 +14,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from stages.allocate.cut import Cuts
+from stages.allocate.cut import around, dense_around
 from stages.allocate.model import CostModel
-from stages.allocate.simple import prefix, uniform
+from stages.allocate.simple import prefix, to_allowed, uniform
 from stages.core.runtime.errors import InputError
 
 LARGEST = 8000  # product variables up to which the integer program is quick; above, minimum cuts
@@ -41,26 +42,27 @@ def allocate(
     levels: int = 8,
     nodes: int = 2000,
     by: str = "measured",
+    dense: bool = False,
 ) -> Allocation:
     """benefits: of separating each unit of a group, (d,) non-negative, any order. budget: relative to one source.
 
     by: measured (the largest benefit), uniform or prefix. nodes: limit of the solver's search tree (a limit in time
-    would not give the same answer twice). Raises
-    InputError when the budget is not in [1, networks].
+    would not give the same answer twice). dense: that of the model; everything separate costs up to networks^2 then.
+    Raises InputError when the budget is not in [1, networks], or in [1, networks^2] of a dense network.
     """
-    if not 1 <= budget <= networks:
-        raise InputError(f"budget: found {budget:g}; allowed: a number from 1 to {networks}")
+    check_budget(budget, networks, dense)
     limit = int(Fraction(str(budget)) * model.base)  # exact: 1.46 is 146/100
     totals = {name: np.concatenate([[0.0], np.cumsum(np.sort(b)[::-1])]) for name, b in benefits.items()}
-    if limit >= networks * model.base:
+    if limit >= (model.whole if dense else networks * model.base):
         separate = dict(model.sizes)
         bound = sum(t[-1] for t in totals.values())
     elif limit <= model.base:
         separate, bound = dict.fromkeys(model.sizes, 0), 0.0
     elif by != "measured":
-        separate, bound = {"uniform": uniform, "prefix": prefix}[by](model, limit), None
+        spent = {"uniform": uniform, "prefix": prefix}[by](model, limit)
+        separate, bound = to_allowed(model, spent, limit), None
     else:
-        separate, bound = _measured(model, totals, limit, levels, nodes)
+        separate, bound = _measured(model, totals, limit, levels, nodes, dense)
     reached = float(sum(totals[g][s] for g, s in separate.items()))
     cost = model.cost(separate)
     if cost > limit:
@@ -68,17 +70,25 @@ def allocate(
     return Allocation(separate, cost, reached, None if bound is None else max(float(bound), reached))
 
 
+def check_budget(budget: float, networks: int, dense: bool) -> None:
+    """Gate. Raises InputError in one line."""
+    most = networks**2 if dense else networks
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if not number or not 1 <= budget <= most:
+        raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {most}")
+
+
 def _measured(
-    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int, nodes: int
+    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int, nodes: int, dense: bool
 ) -> tuple[dict[str, int], float | None]:
     """The largest benefit within the limit. What copies may take is set aside; what they leave of it is not used."""
     if model.copied:
         left = limit - model.most_copied
         if left <= model.base:
             return dict.fromkeys(model.sizes, 0), None
-        return _measured(replace(model, copied=()), totals, left, levels, nodes)[0], None
+        return _measured(replace(model, copied=()), totals, left, levels, nodes, dense)[0], None
     if _plans(model, levels) > LARGEST:
-        return _large(model, totals, limit, levels)
+        return _large(model, totals, limit, levels, dense)
     separate, bound = _grid(model, totals, limit, levels, nodes)
     return _fill(model, totals, separate, limit), bound
 
@@ -147,57 +157,83 @@ def _grid(
 
 
 def _large(
-    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int
+    model: CostModel, totals: Mapping[str, np.ndarray], limit: int, levels: int, dense: bool
 ) -> tuple[dict[str, int], float]:
-    """Minimum cuts: the solution below the budget filled up, or the one above it trimmed, whichever gains more."""
+    """Minimum cuts: a solution below the budget filled up, or one above it trimmed, whichever gains most."""
     while levels < FINEST and _plans(model, 2 * levels) <= ARCS:  # a finer grid has a closer bound
         levels *= 2
-    low, high, bound = Cuts(model, totals, _grids(model, levels)).around(limit)
-    trimmed = _trim(model, totals, high, limit)
-    filled = [_fill(model, totals, start, limit) for start in (low, trimmed)]
+    found, bound = (dense_around if dense else around)(model, totals, _grids(model, levels), limit)
+    filled = [_fill(model, totals, _trim(model, totals, start, limit), limit) for start in found]
     return max(filled, key=lambda split: sum(totals[g][s] for g, s in split.items())), bound
 
 
 def _grids(model: CostModel, levels: int) -> dict[str, list[int]]:
-    return {g: sorted({round(i * d / levels) for i in range(levels + 1)}) for g, d in model.sizes.items()}
+    even = {g: {round(i * d / levels) for i in range(levels + 1)} for g, d in model.sizes.items()}
+    if not model.levels:
+        return {g: sorted(grid) for g, grid in even.items()}
+    return {g: sorted({_nearest(model.allowed(g), s) for s in grid}) for g, grid in even.items()}
+
+
+def _nearest(levels: Sequence[int], s: int) -> int:
+    return min(levels, key=lambda level: (abs(level - s), level))
 
 
 def _fill(
     model: CostModel, totals: Mapping[str, np.ndarray], separate: dict[str, int], limit: int
 ) -> dict[str, int]:
-    """Add single units while they fit, the best benefit per cost first."""
+    """Go on to the next allowed number of a group while it fits, the best benefit per cost first."""
     names, cost = list(model.sizes), model.cost(separate)
     count = np.array([separate[g] for g in names])
     steps, change = _steps(model, names, count)
-    gains = [np.append(np.diff(totals[g]), -np.inf) for g in names]  # a full group has nothing to add
-    gain = np.array([gains[n][s] for n, s in enumerate(count)])
+    ahead = [_ahead(model.allowed(g)) for g in names]
+    gains = [_gains(totals[g], own) for g, own in zip(names, ahead, strict=True)]
+    more, gain = (np.array([own[s] for own, s in zip(table, count, strict=True)]) for table in (ahead, gains))
     while True:
-        ratio = np.where(cost + steps <= limit, gain / np.maximum(steps, 1), -np.inf)
+        # n more units cost n times what the first does, less what each takes off the later ones
+        price = more * steps - change.diagonal() * (more * (more - 1) // 2)
+        ratio = np.where(cost + price <= limit, gain / np.maximum(price, 1), -np.inf)
         best = int(np.argmax(ratio))
         if ratio[best] == -np.inf:
             return dict(zip(names, count.tolist(), strict=True))
-        cost += int(steps[best])
-        count[best] += 1
-        gain[best] = gains[best][count[best]]
-        steps -= change[:, best]
+        cost += int(price[best])
+        count[best] += more[best]
+        steps -= more[best] * change[:, best]
+        more[best], gain[best] = ahead[best][count[best]], gains[best][count[best]]
 
 
 def _trim(
     model: CostModel, totals: Mapping[str, np.ndarray], separate: dict[str, int], limit: int
 ) -> dict[str, int]:
-    """Take single units away until the budget holds, the least benefit per cost first."""
+    """Go back to the allowed number before in a group until the budget holds, the least benefit per cost first."""
     names, cost = list(model.sizes), model.cost(separate)
     count = np.array([separate[g] for g in names])
     steps, change = _steps(model, names, count)
-    losses = [np.insert(np.diff(totals[g]), 0, np.inf) for g in names]  # an empty group has nothing to give
+    behind = [_ahead([-s for s in reversed(model.allowed(g))])[::-1] for g in names]
+    losses = [-_gains(totals[g], -own) for g, own in zip(names, behind, strict=True)]
     while cost > limit:
-        freed = steps + change.diagonal()  # the step up to here, from one unit fewer
-        lost = np.array([losses[n][s] for n, s in enumerate(count)])
+        fewer, lost = (
+            np.array([own[s] for own, s in zip(table, count, strict=True)]) for table in (behind, losses)
+        )
+        freed = fewer * steps + change.diagonal() * (fewer * (fewer + 1) // 2)
         worst = int(np.argmin(lost / np.maximum(freed, 1)))
         cost -= int(freed[worst])
-        count[worst] -= 1
-        steps += change[:, worst]
+        count[worst] -= fewer[worst]
+        steps += fewer[worst] * change[:, worst]
     return dict(zip(names, count.tolist(), strict=True))
+
+
+def _ahead(levels: Sequence[int]) -> np.ndarray:
+    """From each number between the first and the last level, how far it is to the next one; 0 at the end."""
+    rising = np.array(levels)
+    every = np.arange(rising[0], rising[-1] + 1)
+    above = np.minimum(np.searchsorted(rising, every, side="right"), len(rising) - 1)
+    return rising[above] - every
+
+
+def _gains(totals: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """What the move from each number of units gains; -inf where there is none, which is never chosen."""
+    every = np.arange(len(totals))
+    return np.where(moves == 0, -np.inf, totals[every + moves] - totals)
 
 
 def _steps(model: CostModel, names: list[str], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,15 +26,16 @@ def split_units(
     benefits {group: (d,)}: of separating each unit; a group's most beneficial units are separated first. Raises
     InputError when the budget is out of range.
     """
-    model = cost_model(source.trace, source.state, labels, settings.cost, networks)
+    dense, multiple = settings.dense, settings.multiple
+    model = cost_model(source.trace, source.state, labels, settings.cost, networks, dense, multiple)
     gains = {name: benefit.numpy().astype(np.float64) for name, benefit in benefits.items()}
-    found = allocate(model, gains, budget, networks, settings.levels, settings.nodes, settings.by)
+    found = allocate(model, gains, budget, networks, settings.levels, settings.nodes, settings.by, dense)
     splits = {}
     for name, count in found.separate.items():
         order = np.argsort(-gains[name], kind="stable").tolist()
         splits[name] = UnitSplit(tuple(sorted(order[count:])), tuple(sorted(order[:count])))
     shared = {name: len(split.shared) for name, split in splits.items()}
-    counted = split_cost(source.trace, source.state, labels, settings.cost, shared, networks)
+    counted = split_cost(source.trace, source.state, labels, settings.cost, shared, networks, dense)
     if counted != found.cost:
         raise AssertionError(f"allocation says {found.cost} {settings.cost}, the split has {counted}")
     return splits, found, model.base

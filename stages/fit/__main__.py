@@ -28,7 +28,7 @@ def main(name: str) -> None:
     section, method, settings = recipe.fit, recipe.method(name), recipe.matching_of(name)
     check_fit(method.fit, method.data, f"methods.{name}.fit")
     device = prepare(params.device, params.threads)
-    matching, splits, reached = load_pairing(method.match)
+    matching, splits, reached, dense = load_pairing(method.match)
     sources = load_sources(params, device)
     batches = load_calibration(params, section.images, section.batch_size, device, method.data)
     refining, training = method.fit.refine, params.active.finetune
@@ -40,6 +40,7 @@ def main(name: str) -> None:
         batches,
         method.fit,
         labels=params.active.labels,
+        dense=dense,
         alignment=make_alignment(
             settings, sources, partial(load_statistics, params, settings.data), matching, splits
         ),

@@ -1,6 +1,7 @@
 """The whole fit as one function: aligned sources in, merged network out, with its gates."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ def fit_network(
     fit: Fit,
     *,
     labels: str,
+    dense: bool = False,
     alignment: Alignment | None = None,
     ridge: float | Literal["auto"] = "auto",
     positions: float = 1.0,
@@ -50,16 +52,16 @@ def fit_network(
 ) -> tuple[MergedNetwork, list[LayerFit]]:
     """Merge ``sources`` with a matching and a split of its units.
 
-    batches: unlabelled images of every task, or of none, on the sources' device. alignment: what is done to the
-    shared units beyond pairing them. ridge: see stages.fit.equations.solve; auto: chosen for
-    each layer (stages.fit.equations.ridge). precision, storage: type in which values are kept, and where.
+    batches: unlabelled images of every task, or of none, on the sources' device. dense: every unit may read every unit.
+    alignment: what is done to the shared units beyond pairing them. ridge: see stages.fit.equations.solve; auto: chosen
+    for each layer (stages.fit.equations.ridge). precision, storage: type in which values are kept, and where.
     memory: GiB, None for what is free. unlabelled, shift, flip: images that refining sees, by default those of
     ``batches``, and how the sources' training moves them. Returns the network and each layer's residual; its
     ``about["refined"]`` is the record of refining. Raises InputError when it would not fit in memory, AssertionError
     when a gate fails.
     """
     aligned, alignment = align(sources, matching, splits), alignment or Alignment(len(sources))
-    network = build(aligned, matching, splits, labels, about or {})
+    network = build(aligned, matching, splits, labels, about or {}, dense)
     fill_average(network, aligned, alignment)
     owned = all(batch.task >= 0 for batch in batches)
     setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
@@ -78,9 +80,9 @@ def fit_network(
             memory=memory,
             progress=progress and f"{progress}: refine",
         )
-    trace, shared = network.trace, network.shared
+    formula = partial(split_cost, network.trace, aligned[0].state, labels)
     for kind in ("macs", "parameters"):
-        check_built(network, kind, split_cost(trace, aligned[0].state, labels, kind, shared, len(aligned)))
+        check_built(network, kind, formula(kind, network.shared, len(aligned), dense))
     check_separate(network, aligned, batches[0].images)
     try:
         check_values(network.state_dict())
@@ -104,6 +106,7 @@ def build(
     splits: Mapping[str, UnitSplit],
     labels: str,
     about: Mapping[str, Any],
+    dense: bool = False,
 ) -> MergedNetwork:
     """The merged network, all weights zero, on the sources' device and of their type."""
     shared = {name: len(split.shared) for name, split in splits.items()}
@@ -115,6 +118,7 @@ def build(
         shared,
         merged_units(matching, splits),
         {**about, "sources": hashes},
+        dense,
     )
     example = next(iter(aligned[0].state.values()))
     return network.to(device=example.device, dtype=example.dtype)

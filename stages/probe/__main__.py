@@ -60,8 +60,12 @@ def main(*names: str) -> None:
         write_json(f"reports/probe/{name}.json", found)
         first = next(iter(profile.tasks.values())).data
         x = torch.zeros(section.latency_batch, first.channels, first.size, first.size, device=device)
+        executed = row.tune(x)
         latency = relative_latency(row.forward, sources, x, section.latency_repeats)
-        write_json(f"reports/probe/{name}.latency.json", {"latency": round(latency, 4)})
+        write_json(
+            f"reports/probe/{name}.latency.json",
+            {"latency": round(latency, 4), "executed": round(executed, 4)},
+        )
 
 
 def at_chance(scores: dict[str, dict[str, float]], truths: list[Tensor]) -> list[str]:

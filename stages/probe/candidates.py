@@ -16,12 +16,16 @@ from stages.probe.evaluate import Candidate, Ensemble, OneForAll, Oracle
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what is probed, its cost relative to one source, its budget, and one forward pass."""
+    """One row: what is probed, its cost relative to one source, its budget, and one forward pass.
+
+    tune: makes that as fast as it goes on some images, and says what multiply-accumulates are then executed.
+    """
 
     candidate: Candidate
     cost: dict[str, float]
     budget: float
     forward: Callable[[Tensor], object]
+    tune: Callable[[Tensor], float]
 
 
 def merged_row(path: Path, sources: Sequence[Source], labels: str, device: torch.device) -> Row:
@@ -36,15 +40,20 @@ def merged_row(path: Path, sources: Sequence[Source], labels: str, device: torch
         for kind in ("macs", "parameters")
     }
     told = network.tasks[0].name if network.corrected else None  # then one task at a time is how it runs
-    return Row(OneForAll(network), cost, network.about["budget"]["asked"], lambda x: network(x, told))
+    one = source_cost(sources[0].trace, sources[0].state, labels, "macs")
+
+    def tune(x: Tensor) -> float:
+        network.tune(x)
+        return built_cost(network, "macs", executed=True) / one
+
+    return Row(OneForAll(network), cost, network.about["budget"]["asked"], lambda x: network(x, told), tune)
 
 
 def reference_row(name: str, sources: Sequence[Source], labels: str) -> Row:
     """ensemble: all sources at once. oracle: one of them, chosen by somebody who knows the task."""
     count = float(len(sources))
     if name == "oracle":
-        return Row(Oracle(sources, labels), {"macs": 1.0, "parameters": count}, count, sources[0])
-    ensemble = Ensemble(sources, labels)
-    return Row(
-        ensemble, {"macs": count, "parameters": count}, count, lambda x: [source(x) for source in sources]
-    )
+        cost = {"macs": 1.0, "parameters": count}
+        return Row(Oracle(sources, labels), cost, count, sources[0], lambda x: 1.0)
+    cost, both = {"macs": count, "parameters": count}, lambda x: [source(x) for source in sources]
+    return Row(Ensemble(sources, labels), cost, count, both, lambda x: count)

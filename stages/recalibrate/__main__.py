@@ -1,4 +1,4 @@
-"""Mend the statistics of every method's network: models/fit -> models/recalibrate."""
+"""Mend the statistics of every method's network, and write its card: models/fit -> models/recalibrate."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -13,12 +13,14 @@ from stages.core.handover.calibration import load_calibration
 from stages.core.handover.networks import load_sources
 from stages.core.handover.pairing import load_pairing
 from stages.core.handover.statistics import load_statistics
+from stages.core.merged.card import card
 from stages.core.merged.file import load_merged
 from stages.core.recipe.recipe import Recipe, load_recipe
 from stages.core.recipe.rooms import check_recalibration
 from stages.core.runtime import ranks
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
+from stages.core.runtime.files import write_text
 from stages.core.runtime.spread import spread
 from stages.core.settings.params import Params, load_params
 from stages.recalibrate.recalibrate import recalibrate
@@ -46,14 +48,16 @@ def main() -> None:
             progress=f"recalibrate {name}",
         )
         if ranks.rank() == 0:
-            network.save(f"models/recalibrate/{name}.safetensors")
+            path = f"models/recalibrate/{name}.safetensors"
+            network.save(path)
+            write_text(f"models/recalibrate/{name}.md", card(network, path))
 
 
 def aligned_sources(
     params: Params, recipe: Recipe, match: str, sources: Sequence[Source]
 ) -> tuple[list[Source], Alignment]:
     """The sources in the merged order of a named matching, and its alignment."""
-    matching, splits, _ = load_pairing(match)
+    matching, splits, *_ = load_pairing(match)
     settings = recipe.match[match]
     statistics = partial(load_statistics, params, settings.data)
     alignment = make_alignment(settings, sources, statistics, matching, splits)

@@ -1,6 +1,7 @@
 """Gather what the earlier stages measured into reports/: two metric files, a table, pictures and a page.
 
-Reads reports/{probe,match,allocate,fit}/; writes metrics.json, timings.json, table.md, plots/*.png and index.html.
+Reads reports/{probe,match,allocate,fit}/ and the cards in models/recalibrate/; writes metrics.json, timings.json,
+table.md, plots/*.png, cards/*.md and index.html.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import write_bytes, write_json, write_text
 from stages.core.settings.params import load_params
 from stages.report import tables
+from stages.report.cards import complete, read_card
 from stages.report.page import PAGE, experiments_page, report_page
 from stages.report.plots import pictures
 
@@ -28,7 +30,10 @@ def main(*words: str) -> None:
     metrics = tables.collect_metrics(tables.read_probes(folder / "probe", rows, params.active.tasks))
     at_chance = tables.read_at_chance(folder / "probe", params.active.tasks)
     timings = tables.collect_timings(
-        latency={row: tables.read_time(folder / "probe" / f"{row}.latency.json", "latency") for row in rows},
+        **{
+            kind: {row: tables.read_time(folder / "probe" / f"{row}.latency.json", kind) for row in rows}
+            for kind in ("executed", "latency")
+        },
         seconds={row: seconds(folder, row, method.match) for row, method in recipe.methods.items()},
     )
     matches = {
@@ -64,6 +69,9 @@ def main(*words: str) -> None:
     for name, content in drawn.items():
         write_bytes(folder / "plots" / name, content)
     hashes = tables.read_hashes(folder / "probe", rows)
+    for name in recipe.methods:
+        text = complete(read_card(name), name, metrics, timings, hashes)
+        write_text(folder / "cards" / f"{name}.md", text)
     text = report_page(params, metrics, timings, allocations, fits, drawn, hashes, at_chance)
     write_text(folder / PAGE, text)
 

@@ -32,6 +32,7 @@ TIMINGS = "timings.json"
 TABLE = "table.md"
 
 _COSTS = {"macs": "MACs (x)", "parameters": "parameters (x)"}
+_MEASURED = {"executed (x)": "executed", "latency (x)": "latency", "seconds": "seconds"}
 _ABSENT = "-"
 
 
@@ -124,7 +125,7 @@ def collect_metrics(probes: Mapping[str, Probe]) -> Metrics:
 
 
 def collect_timings(**times: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
-    """{row: {latency, seconds}}, 2 decimals: what is measured, and differs from run to run; None is left out."""
+    """{row: {executed, latency, seconds}}, 2 decimals: what differs from run to run; None is left out."""
     found: dict[str, dict[str, float]] = {}
     for name, values in times.items():
         for row, value in values.items():
@@ -164,11 +165,18 @@ def markdown(
     lines = [
         "Accuracy in percent; the best average of the merged methods is in bold.",
         "Costs, parameters and latency are relative to one source network; seconds: matching and fit.",
+        *(
+            [
+                "*executed*: multiply-accumulates with the zeros of layers that run at once, where that is faster."
+            ]
+            if "executed (x)" in header
+            else []
+        ),
         "*oracle*: each source network on its own task.",
         "*ensemble*: all source networks side by side, logits averaged.",
     ]
     if "joint" in header:
-        lines[3:] = [
+        lines[-1:] = [
             "*ensemble*: all source networks side by side.",
             "*joint*: average accuracy when the classes of all tasks compete.",
         ]
@@ -201,7 +209,7 @@ def cells(
     columns["average"] |= {row: best_score.format(columns["average"][row]) for row in best}
     for metric, name in _COSTS.items():
         columns[name] = {row: _times(averages[row].get(metric)) for row in metrics}
-    for name, kind in (("latency (x)", "latency"), ("seconds", "seconds")):
+    for name, kind in _MEASURED.items():
         columns[name] = {row: _times(timings.get(row, {}).get(kind)) for row in metrics}
     header = [name for name, cells in columns.items() if set(cells.values()) != {_ABSENT}]
     return header, [[columns[name][row] for name in header] for row in metrics]

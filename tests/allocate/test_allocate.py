@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.allocate.model import CostModel, cost_model
+from stages.allocate.model import CostModel, cost_model, even_levels
 from stages.allocate.simple import prefix, uniform
 from stages.allocate.solve import allocate
 from stages.allocate.splits import split_units
@@ -18,6 +18,7 @@ from stages.core.networks.architectures import build
 from stages.core.recipe.sections import AllocateSection
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.trace import trace
+from stages.core.units.groups import Axis, PermutationGroup, Span
 
 KINDS = ("macs", "parameters")
 
@@ -40,12 +41,14 @@ def shared(model, separate):
 @pytest.mark.parametrize("networks", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("labels", ["shared", "separate"])
-def test_the_model_counts_what_the_split_costs(source, networks, kind, labels):
-    model = cost_model(source.trace, source.state, labels, kind, networks)
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_model_counts_what_the_split_costs(source, networks, kind, labels, dense):
+    model = cost_model(source.trace, source.state, labels, kind, networks, dense)
     assert model.base == source_cost(source.trace, source.state, labels, kind)
     for seed in range(10):
         separate = draw(model, seed)
-        counted = split_cost(source.trace, source.state, labels, kind, shared(model, separate), networks)
+        own = shared(model, separate)
+        counted = split_cost(source.trace, source.state, labels, kind, own, networks, dense)
         assert model.cost(separate) == counted
         group = next(name for name, d in model.sizes.items() if separate[name] < d)
         more = {**separate, group: separate[group] + 1}
@@ -71,9 +74,9 @@ def test_a_group_on_both_sides_of_a_layer_is_counted():
         assert model.step({"a": s}, "a") == model.cost({"a": s + 1}) - model.cost({"a": s})
 
 
-@given(st.integers(0, 10_000), st.floats(1, 2))
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_the_budget_is_kept_and_nothing_more_fits(seed, budget):
+@given(st.integers(0, 10_000), st.floats(0, 1), st.booleans(), st.sampled_from([1, 2, 3]))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_the_budget_is_kept_and_nothing_more_fits(seed, spent, dense, multiple):
     generator = np.random.default_rng(seed)
     sizes = {name: int(generator.integers(1, 7)) for name in "abc"}
     weights = {pair: int(generator.integers(1, 50)) for pair in (("a", "b"), ("b", "c"))}
@@ -83,17 +86,23 @@ def test_the_budget_is_kept_and_nothing_more_fits(seed, budget):
         base += w * sizes[i] * sizes[o]
         linear[i] += w * sizes[o]
         linear[o] += w * sizes[i]
-    model = CostModel(sizes, base, linear, weights)
+    levels = {
+        n: [s for s in range(d + 1) if s in (0, d) or (d + s) % multiple == 0] for n, d in sizes.items()
+    }
+    products = {pair: -w if dense else w for pair, w in weights.items()}
+    model = CostModel(sizes, base, linear, products, levels if multiple > 1 else {})
     benefits = {name: generator.random(d) for name, d in sizes.items()}
-    found = allocate(model, benefits, budget, 2)
+    budget = 1 + round(spent * (model.whole / base - 1), 6)
+    found = allocate(model, benefits, budget, 2, dense=dense)
     assert found.cost == model.cost(found.separate) <= budget * base
     for name, s in found.separate.items():
-        if s < sizes[name]:
-            assert model.cost({**found.separate, name: s + 1}) > budget * base
+        assert s in levels[name]
+        for more in levels[name]:
+            assert more <= s or model.cost({**found.separate, name: more}) > budget * base
     totals = {name: np.concatenate([[0], np.cumsum(np.sort(b)[::-1])]) for name, b in benefits.items()}
     best = max(
         sum(totals[n][s] for n, s in zip(sizes, chosen, strict=True))
-        for chosen in itertools.product(*(range(d + 1) for d in sizes.values()))
+        for chosen in itertools.product(*levels.values())
         if model.cost(dict(zip(sizes, chosen, strict=True))) <= budget * base
     )
     assert found.benefit <= best + 1e-9
@@ -202,3 +211,43 @@ def test_a_split_that_costs_something_else_is_a_fault_of_ours(source, benefits, 
     monkeypatch.setattr("stages.allocate.splits.split_cost", lambda *arguments: 7)
     with pytest.raises(AssertionError, match=r"allocation says \d+ macs, the split has 7"):
         split_units(source, benefits, 1.2, 2, "shared", AllocateSection())
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+@pytest.mark.parametrize("by", ["measured", "uniform", "prefix"])
+@pytest.mark.parametrize("layout", ["blocks", "dense"])
+def test_merged_widths_are_multiples_within_the_budget(source, benefits, networks, by, layout):
+    chosen = AllocateSection(by=by, layout=layout, multiple=8)
+    splits, found, base = split_units(source, benefits, 1.5, networks, "shared", chosen)
+    assert base < found.cost <= 1.5 * base
+    for split in splits.values():
+        assert split.width(networks) % 8 == 0 or not split.shared or not split.separate
+    exact = split_units(source, benefits, 1.5, networks, "shared", AllocateSection(by=by, layout=layout))[0]
+    other = any(split.width(networks) % 8 for split in exact.values() if split.shared and split.separate)
+    assert other or networks == 3  # widths of three are multiples here anyhow
+
+
+def test_units_of_several_entries_are_multiples_sooner():
+    """Two heads of four channels; eight hidden units."""
+    spans = {"heads": tuple(Span(Axis("q", 0), 0, 4) for _ in range(2)), "hidden": (Span(Axis("w", 0)),)}
+    groups = {name: PermutationGroup(name, 8, own) for name, own in spans.items()}
+    assert even_levels(groups["heads"], 2, 8) == [0, 2, 4, 6, 8]
+    assert even_levels(groups["hidden"], 2, 8) == [0, 8]
+    assert even_levels(groups["hidden"], 3, 4) == [0, 2, 4, 6, 8]
+    assert even_levels(groups["hidden"], 2, 1) == list(range(9))
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+def test_a_dense_network_has_budgets_up_to_the_square(source, networks):
+    model = cost_model(source.trace, source.state, "shared", "macs", networks, dense=True)
+    benefits = {name: np.ones(d) for name, d in model.sizes.items()}
+    assert networks * model.base < model.whole < networks**2 * model.base
+    for budget in (1.0, 1.5, float(networks), networks**2 - 0.5, float(networks**2)):
+        found = allocate(model, benefits, budget, networks, dense=True)
+        assert model.base <= found.cost <= budget * model.base
+    assert found.separate == model.sizes
+    assert allocate(model, benefits, float(networks), networks, dense=True).separate != model.sizes
+    with pytest.raises(
+        InputError, match=rf"budget: found {networks**2}.1; allowed: a number from 1 to {networks**2}"
+    ):
+        allocate(model, benefits, networks**2 + 0.1, networks, dense=True)

@@ -37,6 +37,11 @@ def family(request, randomise):
     return lambda seed: spread(randomise(make(), seed), seed), x
 
 
+@pytest.fixture(params=[False, True], ids=["blocks", "dense"])
+def dense(request):
+    return request.param
+
+
 def alone(source, x):
     """Every value of one source."""
     values = {source.graph.nodes[0].name: x}
@@ -78,18 +83,18 @@ def test_the_trace_is_verified_and_a_permuted_copy_is_the_same_function(family, 
     "fit", [AVERAGE, PROGRESSIVE, PUBLISHED], ids=["average", "progressive", "published"]
 )
 def test_a_permuted_copy_merges_to_the_network_itself_at_any_size(
-    family, copies, sources, splits, calibrate, fit
+    family, copies, sources, splits, calibrate, fit, dense
 ):
     make, x = family
     pair, matching = copies(calibrate(make(0), x), x)
     made = sources(pair, x)
     for split in (full_split(made[0].trace.spec), splits(made[0].trace.spec, 1)):
-        found = merged(made, matching, split, x, fit)
+        found = merged(made, matching, split, x, fit, dense=dense)
         torch.testing.assert_close(found(x), pair[0](x), rtol=1e-7, atol=1e-7)
 
 
 @torch.no_grad()
-def test_everything_separate_gives_the_sources_side_by_side(family, sources, tmp_path):
+def test_everything_separate_gives_the_sources_side_by_side(family, sources, dense):
     make, x = family
     networks = [make(0), make(1)]
     made = sources(networks, x, "separate")
@@ -97,7 +102,7 @@ def test_everything_separate_gives_the_sources_side_by_side(family, sources, tmp
     split = full_split(spec, dict.fromkeys(spec.free, ()))
     matching = identity_matching(spec, 2)
     for fit in (AVERAGE, PROGRESSIVE):
-        found = merged(made, matching, split, x, fit, "separate")
+        found = merged(made, matching, split, x, fit, "separate", dense=dense)
         recompute_statistics(found, batches(x))  # leaves copies alone
         name = found.head.inputs[0]
         features = found.features(x)
@@ -110,19 +115,19 @@ def test_everything_separate_gives_the_sources_side_by_side(family, sources, tmp
 
 @torch.no_grad()
 def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_it_back(
-    family, sources, splits, tmp_path
+    family, sources, splits, tmp_path, dense
 ):
     make, x = family
     made = sources([make(0), make(1)], x)
     spec, state = made[0].trace.spec, made[0].state
     for seed in range(4):
         split = splits(spec, seed)
-        found = merged(made, identity_matching(spec, 2), split, x, AVERAGE)
+        found = merged(made, identity_matching(spec, 2), split, x, AVERAGE, dense=dense)
         shared = {name: len(s.shared) for name, s in split.items()}
         for kind in ("macs", "parameters"):
             counted = built_cost(found, kind)
-            assert counted == split_cost(made[0].trace, state, "shared", kind, shared, 2)
-            model = cost_model(made[0].trace, state, "shared", kind, 2)
+            assert counted == split_cost(made[0].trace, state, "shared", kind, shared, 2, dense)
+            model = cost_model(made[0].trace, state, "shared", kind, 2, dense)
             assert counted == model.cost({name: len(s.separate) for name, s in split.items()})
         with FlopCounterMode(display=False) as counter:
             found(x[:1])
@@ -142,12 +147,13 @@ def test_the_cost_is_counted_alike_by_formula_model_and_blocks_and_a_file_gives_
 
 
 @pytest.mark.parametrize("fit", [PROGRESSIVE, PUBLISHED], ids=["progressive", "published"])
-def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, monkeypatch):
+def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, dense, monkeypatch):
     monkeypatch.setattr("stages.fit.layer.ROW_ENTRIES", 2**15)
     make, x = family
     made = sources([make(0), make(1)], x)
     shared = {name: len(split.shared) for name, split in splits(made[0].trace.spec, 1).items()}
-    network = MergedNetwork(made[0].trace, [source.task for source in made], "shared", shared).double()
+    tasks = [source.task for source in made]
+    network = MergedNetwork(made[0].trace, tasks, "shared", shared, dense=dense).double()
     fill_average(network, made)
     own = torch.randn(60, *x.shape[1:], dtype=x.dtype)
     data = images_to_batches([own, own.clone()], 2)

@@ -108,6 +108,7 @@ cases = given(
     classes=st.lists(st.integers(2, 3), min_size=2, max_size=3),
     labels=st.sampled_from(["shared", "separate"]),
     seed=st.integers(0, 1000),
+    dense=st.booleans(),
 )
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -131,32 +132,33 @@ def random_matching(spec, networks, seed):
     return Matching(units, {})
 
 
-def average(sources, matching, chosen, labels):
-    return fit_network(sources, matching, chosen, [Batch(example(), 0)], AVERAGE, labels=labels)[0]
+def average(sources, matching, chosen, labels, dense):
+    batches = [Batch(example(), 0)]
+    return fit_network(sources, matching, chosen, batches, AVERAGE, labels=labels, dense=dense)[0]
 
 
 @torch.no_grad()
 @cases
 @few
 def test_a_merged_network_is_saved_loaded_and_costs_what_was_promised(
-    plan, classes, labels, seed, randomise, sources, splits, tmp_path_factory
+    plan, classes, labels, seed, dense, randomise, sources, splits, tmp_path_factory
 ):
     networks = [randomise(Drawn(plan, n), seed + m) for m, n in enumerate(heads(classes, labels))]
     verify(networks[0], trace(networks[0], example()), example())
     made = sources(networks, example(), labels)
     spec, n = made[0].trace.spec, len(made)
     chosen = splits(spec, seed)
-    merged = average(made, random_matching(spec, n, seed), chosen, labels)
+    merged = average(made, random_matching(spec, n, seed), chosen, labels, dense)
     path = tmp_path_factory.mktemp("merged") / "network.safetensors"
     merged.save(path)
     loaded = load_merged(path)
     assert torch.equal(loaded(example()), merged(example()))
     shared = {name: len(split.shared) for name, split in chosen.items()}
     for kind in ("macs", "parameters"):
-        promised = split_cost(made[0].trace, made[0].state, labels, kind, shared, n)
+        promised = split_cost(made[0].trace, made[0].state, labels, kind, shared, n, dense)
         assert built_cost(loaded, kind) == promised
         one = source_cost(made[0].trace, made[0].state, labels, kind)
-        assert one <= promised <= n * one
+        assert one <= promised <= (n * n if dense else n) * one
     with FlopCounterMode(display=False) as counter:
         loaded(example(1))
     assert counter.get_total_flops() == 2 * built_cost(loaded, "macs", heads=True)
@@ -165,12 +167,14 @@ def test_a_merged_network_is_saved_loaded_and_costs_what_was_promised(
 @torch.no_grad()
 @cases
 @few
-def test_everything_separate_is_the_sources_side_by_side(plan, classes, labels, seed, randomise, sources):
+def test_everything_separate_is_the_sources_side_by_side(
+    plan, classes, labels, seed, dense, randomise, sources
+):
     networks = [randomise(Drawn(plan, n), seed + m) for m, n in enumerate(heads(classes, labels))]
     made = sources(networks, example(), labels)
     spec = made[0].trace.spec
     matching = random_matching(spec, len(made), seed)
-    merged = average(made, matching, full_split(spec, dict.fromkeys(spec.free, ())), labels)
+    merged = average(made, matching, full_split(spec, dict.fromkeys(spec.free, ())), labels, dense)
     features = []
     for network in networks:
         network.fc.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
@@ -202,7 +206,7 @@ def aligned_order(merged, matching):
 @cases
 @few
 def test_permuted_copies_merge_into_that_network_whatever_is_shared(
-    plan, classes, labels, seed, randomise, sources, copies, splits
+    plan, classes, labels, seed, dense, randomise, sources, copies, splits
 ):
     networks, matching = copies(randomise(Drawn(plan, classes[0]), seed), example(), len(classes), seed)
     made = sources(networks, example(), labels)
@@ -210,10 +214,10 @@ def test_permuted_copies_merge_into_that_network_whatever_is_shared(
     if labels == "separate":
         expected = expected.repeat(1, len(networks))
     for chosen in (full_split(made[0].trace.spec), splits(made[0].trace.spec, seed)):
-        merged = average(made, matching, chosen, labels)
+        merged = average(made, matching, chosen, labels, dense)
         torch.testing.assert_close(merged(example()), expected, rtol=1e-10, atol=1e-10)
     one = source_cost(made[0].trace, made[0].state, labels, "macs")
-    assert built_cost(average(made, matching, full_split(made[0].trace.spec), labels), "macs") == one
+    assert built_cost(average(made, matching, full_split(made[0].trace.spec), labels, dense), "macs") == one
 
 
 # -- gates --------------------------------------------------------------------------------------------------------

@@ -70,13 +70,18 @@ def permuted(first, seed=0):
     return Source(first.trace, state, Task("b", first.task.classes)), Matching(units, like)
 
 
-def fitted(sources, matching, split, x, fit, labels="shared"):
-    batches = [Batch(x[:3], 0), Batch(x[3:], 1)]
-    return fit_network(sources, matching, split, batches, fit, labels=labels, precision=torch.float64)[0]
+@pytest.fixture(params=[False, True], ids=["blocks", "dense"])
+def dense(request):
+    return request.param
+
+
+def fitted(sources, matching, split, x, fit, labels="shared", dense=False):
+    batches, kind = [Batch(x[:3], 0), Batch(x[3:], 1)], torch.float64
+    return fit_network(sources, matching, split, batches, fit, labels=labels, dense=dense, precision=kind)[0]
 
 
 @torch.no_grad()
-def test_the_trace_is_verified_and_a_permuted_copy_merges_to_the_network_itself(style, splits):
+def test_the_trace_is_verified_and_a_permuted_copy_merges_to_the_network_itself(style, splits, dense):
     name, make, x = style
     network = make(0)
     first = source(network, x, "a")
@@ -84,22 +89,22 @@ def test_the_trace_is_verified_and_a_permuted_copy_merges_to_the_network_itself(
     second, matching = permuted(first)
     assert first.trace.spec.free
     for split in (full_split(first.trace.spec), splits(first.trace.spec, 1)):
-        found = fitted([first, second], matching, split, x, AVERAGE)
+        found = fitted([first, second], matching, split, x, AVERAGE, dense=dense)
         torch.testing.assert_close(found(x), network(x), rtol=1e-8, atol=1e-8)
         if name not in LOOSE:
-            found = fitted([first, second], matching, split, x, PROGRESSIVE)
+            found = fitted([first, second], matching, split, x, PROGRESSIVE, dense=dense)
             assert torch.isfinite(found(x)).all()
 
 
 @torch.no_grad()
-def test_everything_separate_gives_the_sources_side_by_side(style):
+def test_everything_separate_gives_the_sources_side_by_side(style, dense):
     _, make, x = style
     networks = [make(0), make(1)]
     sources = [source(network, x, name) for network, name in zip(networks, "ab", strict=True)]
     spec = sources[0].trace.spec
     split = full_split(spec, dict.fromkeys(spec.free, ()))
     for fit in (AVERAGE, PROGRESSIVE):
-        found = fitted(sources, identity_matching(spec, 2), split, x, fit, "separate")
+        found = fitted(sources, identity_matching(spec, 2), split, x, fit, "separate", dense)
         features, value = found.features(x), found.head.inputs[0]
         dim = found.trace.layouts[value].dim
         for own, positions in zip(sources, found.arrangement(value).positions, strict=True):
@@ -112,17 +117,17 @@ def test_everything_separate_gives_the_sources_side_by_side(style):
 
 
 @torch.no_grad()
-def test_the_cost_is_what_was_allocated_and_a_file_gives_the_network_back(style, splits, tmp_path):
+def test_the_cost_is_what_was_allocated_and_a_file_gives_the_network_back(style, splits, tmp_path, dense):
     _, make, x = style
     sources = [source(make(seed), x, name) for seed, name in enumerate("ab")]
     spec, state = sources[0].trace.spec, sources[0].state
     split = splits(spec, 3)
-    found = fitted(sources, identity_matching(spec, 2), split, x, AVERAGE)
+    found = fitted(sources, identity_matching(spec, 2), split, x, AVERAGE, dense=dense)
     shared = {name: len(s.shared) for name, s in split.items()}
     for kind in ("macs", "parameters"):
         counted = built_cost(found, kind)
-        assert counted == split_cost(sources[0].trace, state, "shared", kind, shared, 2)
-        model = cost_model(sources[0].trace, state, "shared", kind, 2)
+        assert counted == split_cost(sources[0].trace, state, "shared", kind, shared, 2, dense)
+        model = cost_model(sources[0].trace, state, "shared", kind, 2, dense)
         assert counted == model.cost({name: len(s.separate) for name, s in split.items()})
     found.save(tmp_path / "merged")
     assert torch.equal(load_merged(tmp_path / "merged")(x), found(x))

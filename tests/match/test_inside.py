@@ -165,9 +165,9 @@ def test_orders_inside_parts_go_through_the_file(tmp_path, monkeypatch, randomis
     alike = {name: torch.rand(units[name].shape) for name in spec.free}
     save_matching("given", Matching(units, alike), {name: own[0] for name, own in alike.items()})
     splits = {name: {"shared": list(range(g.size)), "separate": []} for name, g in spec.free.items()}
-    write_json("models/allocate/given.json", {"splits": splits, "reached": 1.0})
-    found, read, _ = load_pairing("given")
-    assert read == full_split(spec)
+    write_json("models/allocate/given.json", {"splits": splits, "reached": 1.0, "dense": True})
+    found, read, reached, dense = load_pairing("given")
+    assert (read, reached, dense) == (full_split(spec), 1.0, True)
     for given_tables, tables in ((units, found.units), (alike, found.similarity)):
         assert tables.keys() == given_tables.keys()
         assert all(torch.equal(tables[name], own) for name, own in given_tables.items())

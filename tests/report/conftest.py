@@ -61,6 +61,9 @@ def make_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         for stage in ("probe", "match", "allocate", "fit"):
             (tmp_path / "reports" / stage).mkdir(parents=True)
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        (tmp_path / "models/recalibrate").mkdir(parents=True, exist_ok=True)
+        for name in params["methods"]:
+            (tmp_path / f"models/recalibrate/{name}.md").write_text(f"# {name}: one network\n")
         _probes(tmp_path / "reports/probe", params["profiles"][profile], accuracies, budget)
         _tables(tmp_path / "reports", groups, params["methods"], budget)
         monkeypatch.chdir(tmp_path)

@@ -4,17 +4,19 @@ import json
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from styles import STYLES
 
 from stages.api import merge
+from stages.core.graph.source import Task
 from stages.core.runtime.errors import InputError
 from stages.report import export as export_module
 from stages.report.export import export, main
 
 
-def merged(style, budget=1.3):
+def merged(style, budget=1.3, layout="blocks"):
     networks, shape = [], STYLES[style][1]
     for seed in range(2):
         torch.manual_seed(seed)
@@ -23,6 +25,7 @@ def merged(style, budget=1.3):
     found = merge(
         dict(zip("ab", networks, strict=True)), {"a": [x[:3]], "b": [x[3:]]}, budget,
         {"fit": {"solver": "average"}, "match": {"by": "weights"}}, labels="separate", progress=False,
+        options={"allocate": {"layout": layout}},
     )  # fmt: skip
     return found, x
 
@@ -47,6 +50,38 @@ def test_onnxruntime_gives_what_the_merged_network_gives(style, tmp_path):
     assert json.loads(properties["tasks"]) == {task.name: list(task.classes) for task in network.tasks}
     assert json.loads(properties["budget"])["asked"] == 1.3
     assert len(json.loads(properties["classes"])) == found.shape[1]
+
+
+PREPROCESSING = {"a": {"size": 8, "mean": [0.5, 0.4, 0.3]}, "b": {"size": 8, "mean": [0.1, 0.2, 0.3]}}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("task", [None, "b"])
+def test_preprocessing_and_class_names_are_in_the_file(suffix, task, tmp_path):
+    network, _ = merged("option A")
+    network.about |= {"preprocessing": PREPROCESSING}
+    network.tasks = tuple(Task(name, tuple(f"{name} {c}" for c in "xyz")) for name in "ab")
+    path = tmp_path / f"model{suffix}"
+    export(network, path, task=task)
+    if suffix == ".pt2":
+        extra = {"about.json": ""}
+        torch.export.load(path, extra_files=extra)
+        found = json.loads(extra["about.json"])
+    else:
+        found = {own.key: json.loads(own.value) for own in onnx.load(path).metadata_props}
+    assert found["preprocessing"] == PREPROCESSING
+    assert found["tasks"] == {"a": ["a x", "a y", "a z"], "b": ["b x", "b y", "b z"]}
+    assert found["classes"] == (["b x", "b y", "b z"] if task else ["a x", "a y", "a z", "b x", "b y", "b z"])
+    assert (found["task"], found["labels"]) == (task, "separate")
+    assert found["budget"] == network.about["budget"]
+
+
+@pytest.mark.parametrize("style", ["option A", "shufflenet", "sequence first"])
+@torch.no_grad()
+def test_a_dense_network_is_exported_alike(style, tmp_path):
+    network, x = merged(style, layout="dense")
+    export(network, tmp_path / "model.onnx")
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x)[0], network(x), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

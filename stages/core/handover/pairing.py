@@ -17,8 +17,8 @@ def save_matching(name: str, matching: Matching, benefits: Mapping[str, Tensor])
     )
 
 
-def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
-    """What match and allocate left under a matching's name: the pairs, the splits, and the budget reached."""
+def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float, bool]:
+    """What match and allocate left under a matching's name: pairs, splits, the budget reached, whether it is dense."""
     tensors, _ = read_tensors(f"models/match/{name}.safetensors")
     allocation = read_json(f"models/allocate/{name}.json")
     splits = {
@@ -29,4 +29,4 @@ def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float]:
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("units/", "similarity/")
     )
-    return Matching(units, similarity), splits, allocation["reached"]
+    return Matching(units, similarity), splits, allocation["reached"], allocation["dense"]

@@ -1,11 +1,13 @@
 """Linear maps between merged values, in blocks.
 
 A linear map has one block of rows per column set: rows of shared units read everything, rows of a network's separate
-units read that network's view only. The blocks between different networks' separate units do not exist.
+units read that network's view only. The blocks between different networks' separate units do not exist. A dense map
+is one block: every row reads everything.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,11 @@ class Block:
     owner: int | None
 
 
-def blocks_of(inputs: Arrangement, outputs: Arrangement) -> list[Block]:
+def blocks_of(inputs: Arrangement, outputs: Arrangement, dense: bool = False) -> list[Block]:
     """The blocks of a linear map, rows in the order of the merged output."""
     everything = torch.arange(inputs.width)
+    if dense:
+        return [Block(0, outputs.width, everything, None)]
     blocks: list[Block] = []
     for piece in pieces_of(outputs):
         columns = everything if piece.owner < 0 else inputs.view(piece.owner)
@@ -47,24 +51,59 @@ class BlockMap(nn.Module):
     """A Linear or a convolution with real blocks. ``weights[i]``: (rows, columns, *kernel) of block i."""
 
     def __init__(
-        self, node: Node, inputs: Arrangement, outputs: Arrangement, kernel: Sequence[int], bias: bool
+        self,
+        node: Node,
+        inputs: Arrangement,
+        outputs: Arrangement,
+        kernel: Sequence[int],
+        bias: bool,
+        dense: bool = False,
+        held: tuple[Sequence[Piece], Sequence[Piece]] | None = None,
     ) -> None:
+        """All weights zero. held: the pieces in which the input and the output are held, by default ``held_pieces``."""
         super().__init__()
         self.node, self.inputs, self.outputs = node, inputs, outputs
-        self.blocks = blocks_of(inputs, outputs)
+        self.blocks = blocks_of(inputs, outputs, dense)
+        self._held = held or (held_pieces(inputs), held_pieces(outputs))
         self.weights = nn.ParameterList(
             [nn.Parameter(torch.zeros(b.stop - b.start, len(b.columns), *kernel)) for b in self.blocks]
         )
         self.bias = nn.Parameter(torch.zeros(outputs.width)) if bias else None
+        self.at_once, self._made = False, None
         self._slices = [_as_slice(block.columns, inputs.width) for block in self.blocks]
         self._plan = list(self._planned())
         for i, (block, found) in enumerate(zip(self.blocks, self._slices, strict=True)):
             self.register_buffer(f"columns{i}", block.columns if found is None else None, persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
+
+    def dense_weight(self) -> Tensor:
+        """(rows, columns, *kernel) with zeros where there is no block, a copy."""
+        shape = self.outputs.width, self.inputs.width, *self.weights[0].shape[2:]
+        dense = self.weights[0].new_zeros(shape)
+        for block, weight in zip(self.blocks, self.weights, strict=True):
+            dense[block.start : block.stop, block.columns.to(dense.device)] = weight.detach()
+        return dense
+
+    def whole(self) -> Tensor | None:
+        """The dense weight of a layer that is run ``at_once`` (tuning), made anew when a block has changed.
+
+        None where blocks run: also wherever gradients are taken, which are those of the blocks.
+        """
+        if not self.at_once or torch.is_grad_enabled():
+            return None
+        state = [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in self.weights]
+        if self._made is None or self._made[0] != state:
+            self._made = state, self.dense_weight()
+        return self._made[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """All rows, from a whole value."""
         dim = x.dim() - 1 if self.node.operation == "linear" else 1
         self._check([x], dim)
+        if (whole := self.whole()) is not None:
+            return self._map(x, whole, self.bias)
         outputs = []
         for i, block in enumerate(self.blocks):
             bias = None if self.bias is None else self.bias[block.start : block.stop]
@@ -75,6 +114,10 @@ class BlockMap(nn.Module):
         """The same from a value in the pieces it is held in, to such pieces; ``owner``: one network's rows alone."""
         dim = pieces[0].dim() - 1 if self.node.operation == "linear" else 1
         self._check(pieces, dim)
+        if owner is None and (whole := self.whole()) is not None:
+            x = _side_by_side(pieces, range(len(pieces)), dim)
+            sizes = [piece.stop - piece.start for piece in self._held[1]]
+            return list(self._map(x, whole, self.bias).split(sizes, dim))
         outputs = []
         for piece, rows in self._plan:
             if owner not in (None, piece.owner):
@@ -99,8 +142,8 @@ class BlockMap(nn.Module):
 
     def _planned(self) -> Iterator[tuple["Piece", list[tuple[int, int, int, tuple[int, ...]]]]]:
         """For each piece of the output: (block, first row, last row + 1, pieces of the input that it reads)."""
-        held = held_pieces(self.inputs)
-        for piece in held_pieces(self.outputs):
+        held, written = self._held
+        for piece in written:
             rows = []
             for i, block in enumerate(self.blocks):
                 start, stop = max(block.start, piece.start), min(block.stop, piece.stop)

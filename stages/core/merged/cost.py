@@ -1,10 +1,10 @@
 """What a merged network costs, counted two ways: from the split alone, and from the network that was built.
 
 A linear map with merged inputs i and outputs o has k_o rows that read all k_i + N s_i inputs and N s_o
-rows that read d_i. What acts on each unit alone (norms, grouped convolutions, attention, maps over positions) costs the
-same per entry of the merged output as of the source's; the weights of a map over positions are there once for each
-owner of units. The heads of separate label spaces are outside the budget: they are there at
-any size.
+rows that read d_i; in a dense network all rows read all inputs. What acts on each unit alone (norms, grouped
+convolutions, attention, maps over positions) costs the same per entry of the merged output as of the source's; the
+weights of a map over positions are there once for each owner of units. The heads of separate label spaces are outside
+the budget: they are there at any size.
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,13 @@ def source_cost(trace: Trace, state: State, labels: str, kind: str) -> int:
 
 
 def split_cost(
-    trace: Trace, state: State, labels: str, kind: str, shared: Mapping[str, int], networks: int
+    trace: Trace,
+    state: State,
+    labels: str,
+    kind: str,
+    shared: Mapping[str, int],
+    networks: int,
+    dense: bool = False,
 ) -> int:
     """The same for a merged network with k ``shared`` units in each group, by formula."""
     total = 0
@@ -74,7 +80,7 @@ def split_cost(
             weight = oriented(node, state[node.parameters["weight"]])
             taps = weight[0, 0].numel() if weight.dim() > 2 else 1
             inputs = arrange(trace.layouts[node.inputs[0]], shared, networks)
-            k = int((outputs.owner < 0).sum())
+            k = outputs.width if dense else int((outputs.owner < 0).sum())
             weights = (k * inputs.width + (outputs.width - k) * weight.shape[1]) * taps
             total += weights * (trace.positions(node) if kind == "macs" else 1)
         total += entry_cost(trace, state, node, kind) * outputs.width
@@ -82,15 +88,20 @@ def split_cost(
     return total
 
 
-def built_cost(network: MergedNetwork, kind: str, heads: bool = False) -> int:
-    """The same, counted on the blocks of the network that was built. heads: count those of separate label spaces."""
+def built_cost(network: MergedNetwork, kind: str, heads: bool = False, executed: bool = False) -> int:
+    """The same, counted on the blocks of the network that was built. heads: count those of separate label spaces.
+
+    executed: multiply-accumulates as they are run, those with the zeros of layers that run at once among them.
+    """
     total = 0
     for node in counted_nodes(network.trace, "shared" if heads else network.labels):
         if kind == "parameters":
             module = network.map_of(node) if node.parameters else None
             total += sum(p.numel() for p in module.parameters()) if module is not None else 0
         elif node.linear or node.grouped:
-            weights = network.map_of(node).weights
+            module = network.map_of(node)
+            whole = executed and node.linear and module.at_once
+            weights = [module.dense_weight()] if whole else module.weights
             total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
         else:
             total += network.trace.hidden_macs(node) * network.arrangement(node.name).width

@@ -59,13 +59,16 @@ def _from_header(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> Merge
     labels, shared = header["labels"], header["shared"]
     check_widths(trace, len(tasks), tensors)
     empty = {name: torch.zeros(()).expand(tuple(shape)) for name, shape in header["shapes"].items()}
-    merged = split_cost(trace, empty, labels, "parameters", shared, len(tasks))
+    dense = header.get("dense", False)
+    if not isinstance(dense, bool):
+        raise InputError(f"dense: found {dense!r:.40}; allowed: true, false")
+    merged = split_cost(trace, empty, labels, "parameters", shared, len(tasks), dense)
     check_parameters(merged, sum(len(task.classes) for task in tasks) if labels == "separate" else 0, tensors)
     units = {
         name.removeprefix("units/"): tensors.pop(name) for name in list(tensors) if name.startswith("units/")
     }
     check_values(tensors)
-    network = MergedNetwork(trace, tasks, labels, shared, units, header["about"])
+    network = MergedNetwork(trace, tasks, labels, shared, units, header["about"], dense)
     for name in header["corrected"]:
         network.register_buffer(f"correction_{name}", torch.empty_like(tensors[f"correction_{name}"]))
     network.to(next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32))

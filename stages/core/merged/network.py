@@ -3,7 +3,7 @@
 How the units lie in its values, and which blocks exist, is in stages.core.merged.blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
-from stages.core.merged.arrangement import Arrangement, arrange, arrange_heads, held_pieces
+from stages.core.merged.arrangement import Arrangement, Piece, arrange, arrange_heads, held_pieces
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.plain import make_plain
 from stages.core.merged.table import layer_table
+from stages.core.merged.tuning import Tuning, tune
 from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.merged.written import write_merged
 from stages.core.runtime.errors import InputError
@@ -45,15 +46,16 @@ class MergedNetwork(nn.Module):
         shared: Mapping[str, int],
         units: Mapping[str, Tensor] | None = None,
         about: Mapping[str, Any] | None = None,
+        dense: bool = False,
     ) -> None:
         """Build it with all weights zero.
 
         shared: k of each free group. units: {group: int64 (N, d)}, each source's own units in merged order
         (shared first). about: what is written beside the weights (method, budget, preprocessing, hashes of the
-        sources).
+        sources). dense: every unit may read every unit; otherwise the blocks between networks do not exist.
         """
         super().__init__()
-        self.trace, self.tasks, self.labels = trace, tuple(tasks), labels
+        self.trace, self.tasks, self.labels, self.dense = trace, tuple(tasks), labels, dense
         self.shared = {name: int(shared[name]) for name in trace.spec.free}
         for name, k in self.shared.items():
             if not 0 <= k <= trace.spec.groups[name].size:
@@ -65,17 +67,19 @@ class MergedNetwork(nn.Module):
         self._arrangements: dict[str, Arrangement] = {}
         self._last = trace.graph.last_uses()
         self.head, output = trace.graph.head, trace.graph.output
-        self._logits = trace.graph.logits
+        self._logits, self._tail = trace.graph.logits, trace.graph.tail
         if labels == "separate" and self.head is None:
             raise InputError(
                 f"{output.name}: separate label spaces need a Linear as the last linear map, found {output.operation}"
             )
+        self._pieces = {name: self._held(name) for name in trace.layouts}
         self.maps = nn.ModuleDict()
         for node in trace.graph.nodes:
             if node.linear:
                 kernel = trace.parameters[node.parameters["weight"]][2:]
                 ends = self.arrangement(node.inputs[0]), self.arrangement(node.name)
-                self.maps[_key(node)] = BlockMap(node, *ends, kernel, "bias" in node.parameters)
+                held = self._pieces[node.inputs[0]], self._pieces[node.name]
+                self.maps[_key(node)] = BlockMap(node, *ends, kernel, "bias" in node.parameters, dense, held)
             elif node.operation == "batch_norm":
                 norm = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(
                     len(trace.shapes[node.name]), nn.BatchNorm1d
@@ -93,7 +97,6 @@ class MergedNetwork(nn.Module):
                 )
                 if layer is not None:
                     self.maps[_key(node)] = layer
-        self._pieces = {name: held_pieces(self.arrangement(name)) for name in trace.layouts}
         self._piecewise = {node.name for node in trace.graph.nodes[1:] if self._runs_apart(node)}
         self.eval()
 
@@ -153,6 +156,11 @@ class MergedNetwork(nn.Module):
             return arrange_heads([len(task.classes) for task in self.tasks])
         return arrange(self.trace.layouts[value], self.shared, self.networks)
 
+    def _held(self, value: str) -> list[Piece]:
+        """The pieces in which a value is held: of a dense network all but the heads' logits are whole."""
+        arrangement, apart = self.arrangement(value), self.labels == "separate" and value in self._logits
+        return [Piece(-1, 0, arrangement.width)] if self.dense and not apart else held_pieces(arrangement)
+
     def entries(self, value: str) -> int:
         """How many numbers the named value of one image holds."""
         own = self.trace.shapes[value].numel()
@@ -206,7 +214,7 @@ class MergedNetwork(nn.Module):
 
     def _heads(self, features: Sequence[Tensor], task: int | None) -> Tensor:
         """The logits of separate label spaces from what the heads read, and what follows them, head by head."""
-        tail = self.trace.graph.tail
+        tail = self._tail
         every = task is None or any(node.parameters for node in tail)
         pieces = self.map_of(self.head).on_pieces(features, None if every else task)
         for node in tail:
@@ -223,7 +231,7 @@ class MergedNetwork(nn.Module):
         """The output from what ``features`` gives: all heads' side by side, or one task's where labels are separate."""
         if self.labels == "separate":
             return self._heads(self._apart(self.head.inputs[0], features), task)
-        for node in (self.head, *self.trace.graph.tail):
+        for node in (self.head, *self._tail):
             features = self.run_node(node, [features], task)
         return features
 
@@ -252,14 +260,26 @@ class MergedNetwork(nn.Module):
             raise InputError(f"task: found {task!r}; allowed: {', '.join(names)}")
         return names.index(task)
 
-    def _run(self, x: Tensor, stop: Node, task: int | None) -> dict[str, list[Tensor]]:
-        """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in."""
+    def _run(
+        self,
+        x: Tensor,
+        stop: Node | None,
+        task: int | None,
+        look: Callable[[Node, list[list[Tensor]]], None] | None = None,
+    ) -> dict[str, list[Tensor]]:
+        """Run up to, not including, ``stop``; the values that are still needed, in the pieces they are held in.
+
+        look: is shown each node and its inputs before it runs.
+        """
         check_input(self.trace, x, self._dtype())
         values = {self.trace.graph.nodes[0].name: [x]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:
                 break
-            values[node.name] = self._on_pieces(node, [values[name] for name in node.inputs], task)
+            inputs = [values[name] for name in node.inputs]
+            if look is not None:
+                look(node, inputs)
+            values[node.name] = self._on_pieces(node, inputs, task)
             for name in self._last[node.name]:
                 del values[name]
         return values
@@ -302,6 +322,21 @@ class MergedNetwork(nn.Module):
         folded into the linear maps that they alone read. Raises InputError for a task that is not there.
         """
         return make_plain(self, self._index(task), fold)
+
+    def tune(self, example: Tensor) -> Tuning:
+        """Run layers in blocks as one dense layer each where that is measured to be faster on ``example``'s device.
+
+        example: images (n, ...) as many as are usual. In memory only: what it gives is the same within rounding, and so
+        is what it saves. Gradients are those of the blocks, which then run. Raises InputError for images of another
+        shape.
+        """
+        return tune(self, example)
+
+    def untune(self) -> None:
+        """All blocks again."""
+        for module in self.maps.values():
+            if isinstance(module, BlockMap):
+                module.at_once, module._made = False, None
 
     def report(self) -> "pd.DataFrame":
         """What became of each layer, and what it costs: a table (stages.core.merged.table)."""

@@ -21,9 +21,9 @@ from stages.core.graph.operations import OPERATIONS
 from stages.core.merged.arrangement import pieces_of
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.mixed import MixMap
-from stages.core.merged.plain_layers import layer_of
+from stages.core.merged.plain_layers import as_source, layer_of, picked
+from stages.core.merged.plain_places import Places
 from stages.core.merged.unit_layers import Copies, Moved, ViewNorm, reduced_dims
-from stages.core.runtime.errors import InputError
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def make_plain(network: nn.Module, task: int | None, fold: bool) -> torch.fx.Gra
     output = writer.whole(x, task)
     writer.graph.output(output.node)
     writer.graph.lint()
-    plain = torch.fx.GraphModule(writer.root, writer.graph, "Plain")
+    plain = torch.fx.GraphModule(writer.places.root, writer.graph, "Plain")
     return plain.train(network.training)
 
 
@@ -48,9 +48,8 @@ class _Writer:
 
     def __init__(self, network: nn.Module, fold: bool) -> None:
         self.net, self.trace = network, network.trace
-        self.root, self.graph = nn.Module(), torch.fx.Graph()
+        self.places, self.graph = Places(), torch.fx.Graph()
         self.tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
-        self.made: dict[str, nn.Module | Tensor] = {}  # path: what is there
         self.norms: dict[str, Node] = {}
         if fold:
             outside = {*network.corrected, *self.trace.graph.logits}
@@ -142,7 +141,7 @@ class _Writer:
     def linear(self, node: Node, x: Proxy, rows: Tensor | None = None) -> Proxy:
         """A linear map as one dense layer; ``rows``: of these outputs alone."""
         module = self.net.map_of(node)
-        weight = dense_weight(module)
+        weight = module.dense_weight()
         bias = None if module.bias is None else module.bias.detach().clone()
         if node.name in self.norms:
             norm = self.net.map_of(self.norms[node.name])
@@ -175,7 +174,7 @@ class _Writer:
         return tuple(shape)
 
     def _layer(self, node: Node, layer: nn.Module, role: str, x: Proxy) -> Proxy:
-        path = self._place(node.parameters[role].rpartition(".")[0], layer)
+        path = self.places.put(node.parameters[role].rpartition(".")[0], layer)
         return self.proxy(self.graph.call_module(path, (x.node,)))
 
     def _parameters(self, node: Node, module: nn.Module) -> dict[str, Proxy]:
@@ -198,36 +197,7 @@ class _Writer:
     def _tensor(self, name: str, tensor: Tensor, trained: bool = True) -> Proxy:
         value = tensor.detach().clone()
         whole = nn.Parameter(value) if trained and value.is_floating_point() else value
-        return self.proxy(self.graph.get_attr(self._place(name, whole)))
-
-    def _place(self, path: str, item: nn.Module | Tensor) -> str:
-        """Put a layer or a tensor under a path, or where an equal one is; the path."""
-        wanted, number = path, 0
-        while (path in self.made) or self._occupied(path):
-            if path in self.made and _equal(self.made[path], item):
-                return path
-            number += 1
-            path = f"{wanted}_{number}"
-        self.made[path] = item
-        module, (*parents, last) = self.root, path.split(".")
-        if (parents or [last])[0] in dir(torch.fx.GraphModule):
-            raise InputError(f"{path}: a name that torch.fx has itself; allowed: another name of the module")
-        for part in parents:
-            if not hasattr(module, part):
-                setattr(module, part, nn.Module())
-            module = getattr(module, part)
-        if isinstance(item, nn.Module | nn.Parameter):
-            setattr(module, last, item)
-        else:
-            module.register_buffer(last, item)
-        return path
-
-    def _occupied(self, path: str) -> bool:
-        """Whether tensors lie below the path, or it lies below a layer."""
-        return any(
-            own.startswith(f"{path}.") or (path.startswith(f"{own}.") and isinstance(item, Tensor))
-            for own, item in self.made.items()
-        )
+        return self.proxy(self.graph.get_attr(self.places.put(name, whole)))
 
     # -- operations -------------------------------------------------------------------------------------------------
 
@@ -237,7 +207,7 @@ class _Writer:
         if node.operation == "rearrange":
             return self._rearrange(node, x[0])
         if node.operation == "pick":
-            return _picked(x[0], a["dim"] % rank, a["index"])
+            return picked(x[0], a["dim"] % rank, a["index"])
         if node.operation == "slice":
             at = (slice(None),) * (a["dim"] % rank) + (slice(a["start"], a["stop"], a["step"]),)
             return x[0][at]
@@ -280,7 +250,7 @@ class _Writer:
             x = x.narrow(module.dim, 0, width)
             x = F.pad(x, [0, 0] * (rank - 1 - module.dim) + [0, 1])
             index = torch.where(index < 0, width, index)
-        return _picked(x, module.dim, index.tolist())
+        return picked(x, module.dim, index.tolist())
 
     def _mixed(self, node: Node, module: MixMap, x: Proxy) -> Proxy:
         """The units of each owner by its copy."""
@@ -300,7 +270,7 @@ class _Writer:
         """The entries of each owner by the mean of their views' statistics, as ViewNorm has it."""
         dim, rank, eps = module.dim, len(self.trace.shapes[node.name]), module.attributes["eps"]
         over, arrangement = reduced_dims(node, rank), self.net.arrangement(node.name)
-        views = [_picked(x, dim, arrangement.view(m).tolist()) for m in range(module.count)]
+        views = [picked(x, dim, arrangement.view(m).tolist()) for m in range(module.count)]
         if node.operation == "normalize":
             lengths = [view.norm(dim=dim, keepdim=True).clamp(min=eps) for view in views]
         else:
@@ -326,38 +296,3 @@ class _Writer:
 
 def _of(values: Sequence[Proxy], owner: int) -> Proxy:
     return values[owner] if owner >= 0 else sum(values[1:], values[0]) / len(values)
-
-
-def _picked(x: Proxy, dim: int, index: Sequence[int]) -> Proxy:
-    """Entries of a dimension, by numbers that stand in the code: they are no part of the state."""
-    start, many = (index[0], len(index)) if index else (0, 0)
-    if list(index) == list(range(start, start + many)):
-        return x.narrow(dim, start, many)
-    return x[(slice(None),) * dim + (list(index),)]
-
-
-def _equal(one: nn.Module | Tensor, two: nn.Module | Tensor) -> bool:
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, nn.Module) and isinstance(two, nn.Module) and repr(one) == repr(two):
-        own, other = one.state_dict(), two.state_dict()
-        return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
-    return False
-
-
-def as_source(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A merged parameter in its source's shape, where it has as many entries or one that all units have in common."""
-    if tensor.numel() == math.prod(shape):
-        return tensor.reshape(shape)
-    if math.prod(shape) == 1 and bool((tensor == tensor.flatten()[0]).all()):
-        return tensor.flatten()[:1].reshape(shape)
-    return tensor
-
-
-def dense_weight(module: BlockMap) -> Tensor:
-    """(rows, columns, *kernel) with zeros where there is no block."""
-    kernel = module.weights[0].shape[2:]
-    dense = module.weights[0].new_zeros(module.outputs.width, module.inputs.width, *kernel)
-    for block, weight in zip(module.blocks, module.weights, strict=True):
-        dense[block.start : block.stop, block.columns.to(dense.device)] = weight.detach()
-    return dense

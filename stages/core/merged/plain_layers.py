@@ -1,9 +1,11 @@
-"""Torch's own layer for an operation of the table."""
+"""What a plain network is written with: torch's own layers, picked entries, tensors in a source's shape."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from stages.core.graph.nodes import Node
 
@@ -49,3 +51,20 @@ def _convolution(kind: type, attributes: Mapping[str, Any], weight: Tensor, bias
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def picked(x: Proxy, dim: int, index: Sequence[int]) -> Proxy:
+    """Entries of a dimension, by numbers that stand in the code: they are no part of the state."""
+    start, many = (index[0], len(index)) if index else (0, 0)
+    if list(index) == list(range(start, start + many)):
+        return x.narrow(dim, start, many)
+    return x[(slice(None),) * dim + (list(index),)]
+
+
+def as_source(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A merged parameter in its source's shape, where it has as many entries or one that all units have in common."""
+    if tensor.numel() == math.prod(shape):
+        return tensor.reshape(shape)
+    if math.prod(shape) == 1 and bool((tensor == tensor.flatten()[0]).all()):
+        return tensor.flatten()[:1].reshape(shape)
+    return tensor

@@ -12,6 +12,7 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
+from stages.core.merged.blocks import BlockMap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,8 +112,10 @@ def executed(network: Merged) -> dict[str, int]:
     owners = {}
     for node in nodes:
         if network.has_map(node):
-            for parameter in network.map_of(node).parameters():
-                owners[parameter.untyped_storage().data_ptr()] = node.name
+            module = network.map_of(node)
+            whole = module.whole() if isinstance(module, BlockMap) else None  # of a layer that runs at once
+            for tensor in [*module.parameters(), *([] if whole is None else [whole])]:
+                owners[tensor.untyped_storage().data_ptr()] = node.name
     example = torch.zeros(network.trace.shapes[nodes[0].name], dtype=_type_of_inputs(network))
     parameter = next(network.parameters())
     example = example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)

@@ -24,6 +24,7 @@ def write_merged(network: nn.Module, path: str | Path) -> None:
         "shared": network.shared,
         "corrected": network.corrected,
         "about": network.about,
+        **({"dense": True} if network.dense else {}),
     }
     check_values(network.state_dict())
     units = {f"units/{name}": value for name, value in network.units.items()}

@@ -15,12 +15,21 @@ FitRidge = Ridge | Literal["auto"]  # auto: by images held out, layer by layer
 
 
 class AllocateSection(Section):
-    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix)."""
+    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix).
+
+    layout: real blocks, or dense layers in which every unit may read every unit.
+    """
 
     by: Spending = "measured"
+    layout: Literal["blocks", "dense"] = "blocks"
+    multiple: Annotated[int, Field(ge=1, le=64)] = 1  # of which merged widths are; 1: any width
     cost: Literal["macs", "parameters"] = "macs"
     levels: Annotated[int, Field(ge=2, le=64)] = 8  # of each group, on the solver's grid
     nodes: Count = 2000  # of the solver's search tree; a limit in time would not give the same answer twice
+
+    @property
+    def dense(self) -> bool:
+        return self.layout == "dense"
 
 
 class FitSection(Section):

@@ -91,6 +91,8 @@ class Params(Section):
                 f"profile: found {self.profile!r}; allowed: {nearest(self.profile, self.profiles)}"
             )
         most = len(self.active.tasks)
+        if self.allocate.get("layout") == "dense":  # where everything separate costs up to N^2
+            most **= 2
         if not 1.0 <= self.budget <= most:
             raise ValueError(f"budget: found {self.budget:g}; allowed: a number from 1 to {most}")
         return self

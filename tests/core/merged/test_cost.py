@@ -25,28 +25,28 @@ def multiply_accumulates(network, x):
 def build_merged(small, images, splits):
     """(networks, labels, seed, bias) -> the network, what it was built from, and x."""
 
-    def make(networks=2, labels="shared", seed=0, bias=False):
+    def make(networks=2, labels="shared", seed=0, bias=False, dense=False):
         source = small(0, bias=bias)
         traced = trace(source, images())
         chosen = splits(traced.spec, seed)
         shared = {name: len(split.shared) for name, split in chosen.items()}
         tasks = [Task(str(m), ("x", "y", "z")) for m in range(networks)]
-        merged = MergedNetwork(traced, tasks, labels, shared)
+        merged = MergedNetwork(traced, tasks, labels, shared, dense=dense)
         return merged.double(), source, traced, shared
 
     return make
 
 
-@given(seed=st.integers(0, 1000), networks=st.integers(2, 3), bias=st.booleans())
+@given(seed=st.integers(0, 1000), networks=st.integers(2, 3), bias=st.booleans(), dense=st.booleans())
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_all_counts_agree(build_merged, images, seed, networks, bias):
-    merged, source, traced, shared = build_merged(networks, "shared", seed, bias)
+def test_all_counts_agree(build_merged, images, seed, networks, bias, dense):
+    merged, source, traced, shared = build_merged(networks, "shared", seed, bias, dense)
     state = source.state_dict()
     runs = multiply_accumulates(merged, images())
     trained = sum(parameter.numel() for parameter in merged.parameters())
     for kind, counted in (("macs", runs), ("parameters", trained)):
         assert built_cost(merged, kind) == counted
-        assert split_cost(traced, state, "shared", kind, shared, networks) == counted
+        assert split_cost(traced, state, "shared", kind, shared, networks, dense) == counted
 
 
 def test_a_source_costs_what_running_it_takes(small, images):
@@ -81,6 +81,8 @@ def test_a_layer_of_two_networks_costs_the_stated_formula(d, data):
     ends = 3 * d[0] * (1 + r_i) + 2 * d[1] * (1 + r_o)  # the first layer's inputs and the logits are shared
     middle = d[0] * d[1] * ((1 + r_i) * (1 + r_o) - 2 * r_i * r_o)
     assert split_cost(traced, state, "shared", "macs", shared, 2) == pytest.approx(ends + middle)
+    middle = d[0] * d[1] * (1 + r_i) * (1 + r_o)
+    assert split_cost(traced, state, "shared", "macs", shared, 2, dense=True) == pytest.approx(ends + middle)
 
 
 @given(seed=st.integers(0, 1000), networks=st.integers(2, 3), kind=st.sampled_from(KINDS), data=st.data())

@@ -306,6 +306,7 @@ DAMAGE = {
     "an unknown operation": lambda tensors, header: header["graph"][3].update(operation="fold"),
     "another split": lambda tensors, header: header["shared"].update(conv1=9),
     "a group missing": lambda tensors, header: header["shared"].pop("conv1"),
+    "neither dense nor not": lambda tensors, header: header.update(dense="no"),
 }
 
 
@@ -319,6 +320,7 @@ SAID = {
     "an unknown operation": "relu: no rule for fold",
     "another split": "group conv1: 9 shared units; allowed: from 0 to 4",
     "a group missing": rf"{UNFIT} \(.*conv1",
+    "neither dense nor not": "dense: found 'no'; allowed: true, false",
 }
 
 
@@ -370,8 +372,11 @@ def test_how_units_lie_in_a_value_is_computed_once(small, images, labels, monkey
 
 
 def test_the_header_is_documented_field_by_field(merged, tmp_path):
-    merged().save(tmp_path / "saved")
-    _, metadata = read_tensors(tmp_path / "saved")
+    network, written = merged(), set()
+    for network.dense in (True, False):
+        network.save(tmp_path / "saved")
+        _, metadata = read_tensors(tmp_path / "saved")
+        written |= set(json.loads(metadata["merged"]))
     page = (Path(__file__).parents[3] / "docs/format.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == {SEAL, *json.loads(metadata["merged"])}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == {SEAL, *written}
     assert f"`{json.loads(metadata['merged'])['format']}`" in page

@@ -25,11 +25,12 @@ def images(style):
     return torch.randint(0, 11, (6, *shape)) if len(shape) == 1 else torch.randn(6, *shape)
 
 
-def merged(networks, x, budget, labels="shared", by="weights"):
-    given = {"a": [x[: len(x) // 2]], "b": [x[len(x) // 2 :]]}
+def merged(networks, x, budget, labels="shared", by="weights", layout="blocks"):
+    names = "abc"[: len(networks)]
+    given = {name: [own] for name, own in zip(names, x.chunk(len(names)), strict=True)}
     return merge(
-        dict(zip("ab", networks, strict=True)), given, budget, labels=labels, fit={"solver": "average"},
-        match={"by": by}, progress=False,
+        dict(zip(names, networks, strict=True)), given, budget, {"fit": {"solver": "average"}, "match": {"by": by}},
+        labels=labels, options={"allocate": {"layout": layout}}, progress=False,
     ).double()  # fmt: skip
 
 
@@ -41,8 +42,16 @@ def double(x):
 @torch.no_grad()
 def test_every_style_gives_the_same_at_every_budget(style):
     x = images(style)
-    for budget, labels in ((1.0, "shared"), (1.3, "separate"), (2.0, "separate"), (2.0, "shared")):
-        network = merged([made(style, 0), made(style, 1)], x, budget, labels)
+    cases = [
+        (1.0, "shared"),
+        (1.3, "separate"),
+        (2.0, "separate"),
+        (2.0, "shared"),
+        (1.4, "separate", "dense"),
+    ]
+    for budget, labels, *layout in cases:
+        network = merged([made(style, 0), made(style, 1)], x, budget, labels, "weights", *layout)
+        assert network.dense == (layout == ["dense"])
         for task in (None, "b") if labels == "separate" else (None,):
             for fold in (False, True):
                 plain = network.plain(task, fold)
@@ -51,6 +60,21 @@ def test_every_style_gives_the_same_at_every_budget(style):
                 torch.testing.assert_close(
                     plain(double(x)[:2]), network(double(x)[:2], task), rtol=1e-8, atol=1e-8
                 )
+
+
+@pytest.mark.parametrize("style", ["option A", "shufflenet", "sequence first"])
+@pytest.mark.parametrize("layout", ["blocks", "dense"])
+@torch.no_grad()
+def test_three_networks_in_one(style, layout):
+    """Shares of a third are rounded to float32 when the network is built."""
+    x = images(style)
+    for budget, labels in ((1.0, "shared"), (1.5, "separate"), (1.5, "shared"), (3.0, "separate")):
+        network = merged([made(style, seed) for seed in range(3)], x, budget, labels, "weights", layout)
+        for task in (None, "c") if labels == "separate" else (None,):
+            wanted = network(double(x), task)
+            for fold in (False, True):
+                found = network.plain(task, fold)(double(x))
+                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
@@ -126,8 +150,26 @@ def test_a_merged_network_is_copied_pickled_and_compiled():
     network = merged([made("option A", 0), made("option A", 1)], x, 1.3)
     for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert torch.equal(again(x.double()), network(x.double()))
-    compiled = torch.compile(network, backend="eager")
+
+
+@pytest.mark.parametrize("labels", ["shared", "separate"])
+@torch.no_grad()
+def test_a_merged_network_is_compiled_as_one_graph(labels):
+    x = images("option A")
+    network = merged([made("option A", 0), made("option A", 1)], x, 1.3, labels)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x.double()), network(x.double()))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_compiles_the_merged_and_the_plain_network():
+    x = images("option A")
+    network = merged([made("option A", 0), made("option A", 1)], x, 1.3).float()
+    for form in (network, network.plain(fold=True)):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(form)(x), network(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_task_that_is_not_there_is_refused():
@@ -141,8 +183,9 @@ def test_a_task_that_is_not_there_is_refused():
 def test_corrections_of_each_task_are_in_it(tmp_path):
     x = images("option A")
     network = merge(
-        {"a": made("option A", 0), "b": made("option A", 1)}, {"a": [x[:3]], "b": [x[3:]]}, 1.3, labels="separate",
-        fit={"solver": "average"}, match={"by": "weights"}, recalibrate="tact", progress=False,
+        {"a": made("option A", 0), "b": made("option A", 1)}, {"a": [x[:3]], "b": [x[3:]]}, 1.3,
+        {"fit": {"solver": "average"}, "match": {"by": "weights"}, "recalibrate": "tact"}, labels="separate",
+        progress=False,
     )  # fmt: skip
     assert network.corrected
     network.save(tmp_path / "merged")

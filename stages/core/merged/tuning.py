@@ -1,0 +1,114 @@
+"""Which layers of a merged network run as one dense layer rather than in blocks: measured, on the device at hand.
+
+Convolutions of a few channels cost as much as those of eight or sixteen, so that blocks pay only where layers are wide.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.core.graph.nodes import Node
+from stages.core.merged.blocks import BlockMap
+from stages.core.runtime.errors import InputError
+
+REPEATS = 10  # of each way to run a layer; the shortest counts
+GAIN = 0.97  # of the time of blocks: what is no faster than that stays as it is
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of one layer in blocks and as one dense layer, and whether it runs so now."""
+
+    layer: str
+    blocks: float
+    dense: float
+    at_once: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """seconds: of a forward pass in blocks and as tuned. layers: those of several blocks."""
+
+    layers: tuple[LayerTime, ...]
+    seconds: tuple[float, float]
+
+
+@torch.no_grad()
+def tune(network: nn.Module, example: Tensor) -> Tuning:
+    """Decide for each layer, then for all of them together: what makes the whole no faster is undone."""
+    first = network.trace.graph.nodes[0].name
+    if example.shape[1:] != network.trace.shapes[first][1:] or not len(example):
+        shape = ("n", *network.trace.shapes[first][1:])
+        raise InputError(f"example: found shape {tuple(example.shape)}; allowed: {shape}, n from 1")
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    network.untune()
+    layers: list[LayerTime] = []
+
+    def look(node: Node, inputs: Sequence[list[Tensor]]) -> None:
+        if node.linear and len(network.map_of(node).blocks) > 1:
+            layers.append(_layer(network.map_of(node), node, inputs[0]))
+
+    told = 0 if network.corrected else None
+    stop = network.head if network.labels == "separate" else None
+    network._run(example, stop, told, look)
+    task = network.tasks[0].name if network.corrected else None
+    chosen = [m for m in network.maps.values() if isinstance(m, BlockMap) and m.at_once]
+    seconds = fastest(
+        [(lambda on=on: _with(network, chosen, on, example, task)) for on in (False, True)], example
+    )
+    if not seconds[1] < seconds[0]:
+        network.untune()
+        layers, seconds = (
+            [LayerTime(own.layer, own.blocks, own.dense, False) for own in layers],
+            seconds[:1] * 2,
+        )
+    for module in training:
+        module.training = True
+    return Tuning(tuple(layers), tuple(seconds))
+
+
+def _layer(module: BlockMap, node: Node, pieces: list[Tensor]) -> LayerTime:
+    def run(at_once: bool) -> list[Tensor]:
+        module.at_once = at_once
+        return module.on_pieces(pieces)
+
+    blocks, dense = fastest([lambda: run(False), lambda: run(True)], pieces[0])
+    module.at_once = dense < GAIN * blocks
+    if not module.at_once:
+        module._made = None
+    return LayerTime(node.parameters["weight"].rpartition(".")[0] or node.name, blocks, dense, module.at_once)
+
+
+def _with(
+    network: nn.Module, chosen: Sequence[BlockMap], on: bool, example: Tensor, task: str | None
+) -> Tensor:
+    for module in chosen:
+        module.at_once = on
+    return network(example, task)
+
+
+def fastest(runs: Sequence[Callable[[], Any]], like: Tensor, repeats: int = REPEATS) -> list[float]:
+    """The shortest time of each, in seconds; they alternate, and the first two of each warm up and are left out."""
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 2):
+        for run, own in zip(runs, times, strict=True):
+            seconds = timed(run, like)
+            if repeat >= 2:
+                own.append(seconds)
+    return [min(own) for own in times]
+
+
+def timed(run: Callable[[], Any], like: Tensor) -> float:
+    """Seconds of one run, on the device of ``like``."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    start = time.perf_counter()
+    run()
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter() - start
