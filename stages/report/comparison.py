@@ -12,7 +12,7 @@ from stages.report.experiments import order, summary
 from stages.report.style import GREY, STYLE, colours, png
 from stages.report.tables import REFERENCES
 
-MATCHINGS = ("identity", "weights", "activations", "mudsc", "zipit", "cca_merge", "ot_fusion")
+COMPARED = ("identity", "weights", "activations", "mudsc", "zipit", "cca_merge", "ot_fusion")
 FITS = ("average", "regmean", "source, ensemble", "source, own, folded", "merged, own, folded")
 FIT_NAMES = {
     "source, ensemble": "PLeaS",
@@ -28,7 +28,7 @@ def comparisons(runs: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
         yield "method_comparison.png", png(method_comparison(smallest))
         if runs["budget"].nunique() > 1:
             yield "accuracy_vs_budget.png", png(accuracy_vs_budget(runs))
-        plain = smallest[(smallest["recalibration"] == "batchnorm") & smallest["matching"].isin(MATCHINGS)]
+        plain = smallest[(smallest["recalibration"] == "batchnorm") & smallest["matching"].isin(COMPARED)]
         if plain["matching"].nunique() > 1 and plain["fit"].nunique() > 1:
             yield "ablation.png", png(ablation(plain))
 
@@ -98,7 +98,7 @@ def _references(axes: Axes, table: pd.DataFrame) -> None:
 def ablation(runs: pd.DataFrame) -> Figure:
     """Alignment x fit, one panel for each profile: which half does the work."""
     profiles = _profiles(runs)
-    rows = [name for name in MATCHINGS if name in set(runs["matching"])]
+    rows = [name for name in COMPARED if name in set(runs["matching"])]
     columns = [name for name in FITS if name in set(runs["fit"])]
     figure, panels = _panels(
         profiles,

@@ -12,7 +12,7 @@ from stages.core.settings.places import DATA
 from stages.core.sweep.batches import NO_TASK, Batch, images_to_batches
 from stages.core.units.moments import Origin
 
-LEAST = (
+LEAST_IMAGES = (
     5  # images of a task for each rank, so that it has some that are held out (stages.fit.equations.ridge)
 )
 
@@ -32,7 +32,7 @@ def load_calibration(
     found = [load_images(own, "calibration", DATA, limit=images).images for own in wanted]
     pools = [Pool({"calibration": own}, kind, device) for own, kind in zip(found, wanted, strict=True)]
     for own in found:
-        ranks.check_share(len(own) // LEAST, f"calibration images of a task, {LEAST} each")
+        ranks.check_share(len(own) // LEAST_IMAGES, f"calibration images of a task, {LEAST_IMAGES} each")
     batches = images_to_batches(pools, batch_size)
     return [batch.of_task(NO_TASK) for batch in batches] if data == "proxy" else batches
 

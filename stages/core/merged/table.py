@@ -17,12 +17,12 @@ from stages.core.merged.blocks import BlockMap
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("units", "shared", "separate", "merged", "residual", "macs", "counted", "executed")
+TABLE_COLUMNS = ("units", "shared", "separate", "merged", "residual", "macs", "counted", "executed")
 FRACTIONS = ("residual", "counted", "executed")
 ATTENTION = "attention"  # what multiplies, and has no weights of its own
 
 
-class Merged(Protocol):
+class Tabled(Protocol):
     """What is asked of a merged network."""
 
     trace: Trace
@@ -40,7 +40,7 @@ class Merged(Protocol):
     def __call__(self, x: Tensor, task: str | None = None) -> Tensor: ...
 
 
-def layer_table(network: Merged) -> "pd.DataFrame":
+def layer_table(network: Tabled) -> "pd.DataFrame":
     """A line for each layer, one for the whole, and one for refining where there was some.
 
     units: of a source's output; shared, separate: how many of them one merged unit stands for, and how many stay apart;
@@ -74,11 +74,11 @@ def layer_table(network: Merged) -> "pd.DataFrame":
         line |= {key: line[key] / max(line["macs"], 1) for key in ("counted", "executed")}
     if network.about.get("refined"):
         lines.append(_refining(network.about["refined"]))
-    table = pd.DataFrame(lines, columns=["layer", *COLUMNS]).set_index("layer")
-    return table.astype({key: "Float64" if key in FRACTIONS else "Int64" for key in COLUMNS}).round(4)
+    table = pd.DataFrame(lines, columns=["layer", *TABLE_COLUMNS]).set_index("layer")
+    return table.astype({key: "Float64" if key in FRACTIONS else "Int64" for key in TABLE_COLUMNS}).round(4)
 
 
-def _layer(network: Merged, node: Node, done: Mapping[str, int]) -> dict[str, Any]:
+def _layer(network: Tabled, node: Node, done: Mapping[str, int]) -> dict[str, Any]:
     trace, owner = network.trace, network.arrangement(node.name).owner
     name, positions, shared = node.parameters["weight"], trace.positions(node), int((owner < 0).sum())
     units = trace.layouts[node.name].width
@@ -106,7 +106,7 @@ def _refining(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def executed(network: Merged) -> dict[str, int]:
+def executed(network: Tabled) -> dict[str, int]:
     """Multiply-accumulates of one run on one image, by node; of what no layer's weights are in, under ``attention``."""
     nodes = network.trace.graph.nodes
     owners = {}
@@ -120,18 +120,18 @@ def executed(network: Merged) -> dict[str, int]:
     parameter = next(network.parameters())
     example = example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
     task = network.tasks[0].name if network.labels == "shared" and network.corrected else None
-    with Count(owners) as count:
+    with Counting(owners) as count:
         network(example, task=task)
     return count.macs
 
 
-def _type_of_inputs(network: Merged) -> torch.dtype:
+def _type_of_inputs(network: Tabled) -> torch.dtype:
     first, *nodes = network.trace.graph.nodes
     read = {node.operation for node in nodes if first.name in node.inputs}
     return torch.int64 if "embedding" in read else torch.float32
 
 
-class Count(TorchDispatchMode):
+class Counting(TorchDispatchMode):
     """Counts multiply-accumulates by whose weights they are with. owners: storage of a tensor -> name."""
 
     def __init__(self, owners: Mapping[int, str]) -> None:

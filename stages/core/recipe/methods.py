@@ -9,7 +9,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.settings.params import first_line
 from stages.core.settings.sections import Count, Fraction, Name, NonNegative, Positive, Section, Shift
 
-Kind = TypeVar("Kind", bound=Section)
+Settings = TypeVar("Settings", bound=Section)
 
 
 class Open(Section):
@@ -20,7 +20,7 @@ class Open(Section):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    def own(self, kind: type[Kind]) -> Kind:
+    def own(self, kind: type[Settings]) -> Settings:
         """The settings that are no fields here, checked. Raises InputError in one line."""
         try:
             return kind.model_validate(self.model_extra)

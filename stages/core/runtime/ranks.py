@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.core.runtime.errors import InputError
 
-Found = TypeVar("Found")
+Said = TypeVar("Said")
 
 _joined = False
 
@@ -81,7 +81,7 @@ def from_first(*tensors: Tensor) -> None:
             _in_order(own, lambda x: dist.broadcast(x, 0))
 
 
-def said_by_first(value: Found) -> Found:
+def said_by_first(value: Said) -> Said:
     """The same for anything small."""
     if count() == 1:
         return value
@@ -90,7 +90,7 @@ def said_by_first(value: Found) -> Found:
     return found[0]
 
 
-def said_by_all(value: Found) -> list[Found]:
+def said_by_all(value: Said) -> list[Said]:
     """What every process has, by rank."""
     found: list[Any] = [None] * count()
     if count() == 1:

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import UNARY
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
+from stages.core.tracing.reader import Reader
 
 BINARY_CALLS = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "true_divide": "divide",
@@ -28,7 +26,7 @@ SPELLED = {
 }
 
 
-def _elementwise(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+def _elementwise(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     first, *rest = given
     defaults = {a.name: a.default_value for a in fx.target._schema.arguments if a.has_default_value()}
     settings = {k: given[k] for k in rest if given[k] is not None and given[k] != defaults.get(k)}
@@ -38,7 +36,7 @@ def _elementwise(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], 
 
 
 def binary(
-    reader: "Reader", fx: torch.fx.Node, name: str, given: Mapping[str, Any], called: str | None = None
+    reader: Reader, fx: torch.fx.Node, name: str, given: Mapping[str, Any], called: str | None = None
 ) -> None:
     """called: the name of the node, by default that of the call."""
     a, b = given["self"], given["other"]
@@ -71,7 +69,7 @@ def binary(
         reader.node(fx, f"{name}_parameter", [value], attributes, {"value": parameter}, called)
 
 
-def _addcmul(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _addcmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """self + value * tensor1 * tensor2, as its parts."""
     product, name = [given["tensor1"], given["tensor2"]], reader.name(fx, {})
     if not any(map(reader.is_value, product)):
@@ -85,7 +83,7 @@ def _addcmul(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> N
     binary(reader, fx, "add", {"self": fx, "other": given["self"]}, name)
 
 
-def _rsub(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _rsub(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     binary(
         reader,
         fx,
@@ -94,14 +92,14 @@ def _rsub(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     )
 
 
-def _pow(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _pow(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     exponent = reader.number(given.get("exponent"))
     if not isinstance(exponent, int | float) or not reader.is_value(given["self"]):
         raise reader.unknown(fx, "a power that depends on a value")
     reader.node(fx, "power", [given["self"]], {"value": exponent})
 
 
-def _glu(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _glu(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """The first half of a dimension times the sigmoid of the second."""
     source, name = reader.value(given["self"]), reader.name(fx, {})
     shape = reader.shape(given["self"])
@@ -116,20 +114,20 @@ def _glu(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.names[fx] = name
 
 
-def _prelu(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _prelu(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "prelu", [given["self"]], {}, reader.roles(fx, given, {"weight": "weight"}))
 
 
-def _local_response_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _local_response_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     settings = {key: given[key] for key in ("size", "alpha", "beta", "k")}
     reader.node(fx, "local_response_norm", [given["x"]], settings)
 
 
-def _called(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+def _called(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     binary(reader, fx, name, given)
 
 
-CALLS = {
+JOINS = {
     "addcmul": _addcmul,
     "rsub": _rsub,
     "pow": _pow,

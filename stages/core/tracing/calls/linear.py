@@ -2,24 +2,22 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import CONVOLUTIONS, TRANSPOSED
 from stages.core.tracing.einsum import read_einsum
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
+from stages.core.tracing.reader import Reader
 
 
-def _linear(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _linear(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
     reader.node(fx, "linear", [given["input"]], {}, parameters)
 
 
-def _addmm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _addmm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if (
         reader.is_value(given["self"])
         or reader.is_value(given["mat2"])
@@ -32,7 +30,7 @@ def _addmm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> Non
     reader.node(fx, "linear", [given["mat1"]], {}, parameters)
 
 
-def _matmul(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _matmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     a, b = given["self"], given.get("other", given.get("mat2"))
     if reader.is_value(a) and reader.is_value(b):
         reader.node(fx, "matmul", [a, b])
@@ -45,7 +43,7 @@ def _matmul(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> No
         raise reader.unknown(fx, "a matrix product with a parameter in front or of many dimensions")
 
 
-def _in_front(reader: "Reader", fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:
+def _in_front(reader: Reader, fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:
     """A matrix in front of a value: a linear map over the dimension before the last."""
     shape, name = reader.shape(value), reader.name(fx, {})
     letters = list(range(len(shape)))
@@ -57,11 +55,11 @@ def _in_front(reader: "Reader", fx: torch.fx.Node, weight: str, value: torch.fx.
     reader.names[fx] = reader.ordered(name, f"{name}_map", found, letters, swapped)
 
 
-def _einsum(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _einsum(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     read_einsum(reader, fx, given)
 
 
-def _convolve(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+def _convolve(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     spatial = len(reader.shape(given["input"])) - 2
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
     padding = given["padding"]
@@ -77,13 +75,13 @@ def _convolve(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], nam
     reader.node(fx, name, [given["input"]], attributes, parameters)
 
 
-def _convolution(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _convolution(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     kind = "conv_transpose" if given["transposed"] else "conv"
     own = {k: v for k, v in given.items() if k != "output_padding" or given["transposed"]}
     _convolve(reader, fx, own, f"{kind}{len(reader.shape(given['input'])) - 2}d")
 
 
-def _embedding(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _embedding(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "embedding", [given["indices"]], {}, reader.roles(fx, given, {"weight": "weight"}))
 
 
@@ -92,7 +90,7 @@ def _each(value: Any, count: int) -> list[int]:
     return value * count if len(value) == 1 else value
 
 
-CALLS = {
+MAPS = {
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,

@@ -1,41 +1,20 @@
 """What moves whole entries about, puts values side by side, or passes them on."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx
 
 from stages.core.graph.nodes import Node
 from stages.core.tracing.export import INPUT, opname
+from stages.core.tracing.reader import RESHAPES, Reader
 from stages.core.tracing.rearranging import Factors
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
-
-SKIPPED = {
-    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "clone", "alias", "contiguous", "detach",
-    "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "conj", "resolve_conj", "expand_as_",
-    "native_dropout", "_assert_tensor_metadata",
-}  # fmt: skip
-RESHAPES = {
-    "view",
-    "reshape",
-    "reshape_as",
-    "view_as",
-    "_unsafe_view",
-    "flatten",
-    "unflatten",
-    "unsqueeze",
-    "squeeze",
-    "_reshape_alias",
-    "view_copy",
-}
 
 PERMUTES = {"permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT"}
 
 
-def _rearrange(reader: "Reader", fx: torch.fx.Node, order: Sequence[int] | None) -> None:
+def _rearrange(reader: Reader, fx: torch.fx.Node, order: Sequence[int] | None) -> None:
     source = reader.through(fx.args[0])
     shape = reader.shape(fx)
     base, factors = reader.factors.get(source, (source, Factors.of(reader.shape(source))))
@@ -49,37 +28,37 @@ def _rearrange(reader: "Reader", fx: torch.fx.Node, order: Sequence[int] | None)
     raise reader.unknown(fx, f"{opname(fx)} to {tuple(shape)}")
 
 
-def _reshaped(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _reshaped(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _rearrange(reader, fx, None)
 
 
-def _permuted(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _permuted(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """In the order that the call itself gives to dimensions of different extents."""
     rank = len(reader.shape(fx))
     line = torch.empty(tuple(range(2, 2 + rank)), device="meta")
     _rearrange(reader, fx, [n - 2 for n in fx.target(line, *fx.args[1:], **fx.kwargs).shape])
 
 
-def _pixel_shuffle(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _pixel_shuffle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     n, c, h, w = reader.shape(given["self"])
     r = given["upscale_factor"]
     _steps(reader, fx, [[n, c // r**2, r, r, h, w], (0, 1, 4, 2, 5, 3), [n, c // r**2, h * r, w * r]])
 
 
-def _pixel_unshuffle(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _pixel_unshuffle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     n, c, h, w = reader.shape(given["self"])
     r = given["downscale_factor"]
     _steps(reader, fx, [[n, c, h // r, r, w // r, r], (0, 1, 3, 5, 2, 4), [n, c * r**2, h // r, w // r]])
 
 
-def _channel_shuffle(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _channel_shuffle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     n, c, *rest = reader.shape(given["self"])
     g = given["groups"]
     every = tuple(range(3, 3 + len(rest)))
     _steps(reader, fx, [[n, g, c // g, *rest], (0, 2, 1, *every), [n, c, *rest]])
 
 
-def _steps(reader: "Reader", fx: torch.fx.Node, steps: Sequence[list[int] | tuple[int, ...]]) -> None:
+def _steps(reader: Reader, fx: torch.fx.Node, steps: Sequence[list[int] | tuple[int, ...]]) -> None:
     source = reader.through(fx.args[0])
     factors = Factors.of(reader.shape(source))
     for step in steps:
@@ -90,11 +69,11 @@ def _steps(reader: "Reader", fx: torch.fx.Node, steps: Sequence[list[int] | tupl
     reader.factors[fx] = (source, factors)
 
 
-def _cat(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _cat(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _concatenate(reader, fx, list(given["tensors"]), given["dim"])
 
 
-def _concatenate(reader: "Reader", fx: torch.fx.Node, tensors: list[torch.fx.Node], dim: int) -> None:
+def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node], dim: int) -> None:
     """Values side by side; zeros beside them are padding; parameters (a class token) one node each."""
     rank = len(reader.shape(fx))
     if reader.shape(tensors[0])[dim] % INPUT == 0:
@@ -123,7 +102,7 @@ def _concatenate(reader: "Reader", fx: torch.fx.Node, tensors: list[torch.fx.Nod
 
 
 def _beside(
-    reader: "Reader", part: torch.fx.Node, ahead: bool, dim: int, rank: int
+    reader: Reader, part: torch.fx.Node, ahead: bool, dim: int, rank: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     part = reader.through(part)
     if not reader.from_parameters(part):
@@ -135,7 +114,7 @@ def _beside(
     return {"dim": dim - rank, "first": ahead}, {"value": reader.parameter(part)}
 
 
-def _stack(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _stack(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     dim, tensors = given["dim"] % len(reader.shape(fx)), given["tensors"]
     if not all(reader.is_value(t) for t in tensors):
         raise reader.unknown(fx, "a stack of constants and values")
@@ -153,7 +132,7 @@ def _stack(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> Non
     reader.names[fx] = name
 
 
-CALLS = {
+MOVING = {
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     "channel_shuffle": _channel_shuffle,

@@ -1,17 +1,15 @@
 """Norms."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx
 
 from stages.core.tracing.export import opname
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
+from stages.core.tracing.reader import Reader
 
 
-def _batch_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _batch_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     roles = {
         "weight": "weight",
         "bias": "bias",
@@ -22,7 +20,7 @@ def _batch_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -
 
 
 def _any_batch_norm(
-    reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], parameters: dict[str, str]
+    reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], parameters: dict[str, str]
 ) -> None:
     if "running_mean" in parameters and given.get("training"):
         raise reader.unknown(fx, "batch norm on the statistics of the batch")
@@ -32,7 +30,7 @@ def _any_batch_norm(
     _first(reader, fx, operation, [given["input"]], {"eps": given["eps"]}, parameters)
 
 
-def _instance_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _instance_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
     if not given["use_input_stats"]:
         raise reader.unknown(fx, "instance norm with running statistics")
@@ -40,27 +38,27 @@ def _instance_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]
     reader.node(fx, "group_norm", [given["input"]], {"groups": groups, "eps": given["eps"]}, parameters)
 
 
-def _group_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _group_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
     groups = given.get("num_groups", given.get("group"))
     _first(reader, fx, "group_norm", [given["input"]], {"groups": groups, "eps": given["eps"]}, parameters)
 
 
-def _layer_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _layer_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
     rank = len(given["normalized_shape"])
     attributes = {"eps": given["eps"]} | ({"rank": rank} if rank > 1 else {})
     _first(reader, fx, "layer_norm", [given["input"]], attributes, parameters)
 
 
-def _first(reader: "Reader", fx: torch.fx.Node, *node: Any) -> None:
+def _first(reader: Reader, fx: torch.fx.Node, *node: Any) -> None:
     """A call that may give a tuple, of which the first is the value."""
     reader.node(fx, *node)
     if isinstance(fx.meta["val"], tuple | list):
         reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
 
 
-def _linalg_vector_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _linalg_vector_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """F.normalize: x / max(|x|, eps), as one operation."""
     dims, low = given.get("dim"), next(iter(fx.users), None)
     at = low.users if low is not None and opname(low) in ("clamp_min", "clamp") else {}
@@ -79,7 +77,7 @@ def _linalg_vector_norm(reader: "Reader", fx: torch.fx.Node, given: Mapping[str,
     reader.skipped |= {low, wide, quotient}
 
 
-CALLS = {
+NORM_CALLS = {
     "batch_norm": _batch_norm,
     "cudnn_batch_norm": _batch_norm,
     "native_batch_norm": _batch_norm,

@@ -2,31 +2,29 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 
 from stages.core.tracing.export import INPUT, opname
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
+from stages.core.tracing.reader import Reader
 
 
-def _slice(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _slice(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     size = reader.shape(given["self"])[given["dim"]]
     start, stop, _ = slice(given["start"], given["end"]).indices(size)
     _cut(reader, fx, given["self"], given["dim"], start, stop, given["step"])
 
 
-def _narrow(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _narrow(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     start = given["start"]
     _cut(reader, fx, given["self"], given["dim"], start, start + given["length"], 1)
 
 
 def _cut(
-    reader: "Reader", fx: torch.fx.Node, source: torch.fx.Node, dim: int, start: int, stop: int, step: int
+    reader: Reader, fx: torch.fx.Node, source: torch.fx.Node, dim: int, start: int, stop: int, step: int
 ) -> None:
     shape = reader.shape(source)
     dim %= len(shape)
@@ -38,7 +36,7 @@ def _cut(
         reader.node(fx, "slice", [source], {"dim": dim, "start": start, "stop": stop, "step": step})
 
 
-def _select(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _select(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     shape = reader.shape(given["self"])
     dim = given["dim"] % len(shape)
     if shape[dim] % INPUT == 0:
@@ -46,7 +44,7 @@ def _select(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> No
     reader.node(fx, "select", [given["self"]], {"dim": dim, "index": given["index"] % shape[dim]})
 
 
-def _split(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _split(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     source, dim = given["self"], given["dim"]
     size = reader.shape(source)[dim]
     sizes = given.get("split_size", given.get("split_sizes"))
@@ -58,7 +56,7 @@ def _split(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> Non
         start += own
 
 
-def _chunk(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _chunk(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     size = reader.shape(given["self"])[given["dim"]]
     _split(
         reader,
@@ -67,14 +65,14 @@ def _chunk(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> Non
     )
 
 
-def _unbind(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _unbind(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     for i in range(len(fx.meta["val"])):
         reader.parts[fx, i] = lambda user, i=i: _select(
             reader, user, {"self": given["self"], "dim": given["dim"], "index": i}
         )
 
 
-def _getitem(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _getitem(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     make = reader.parts.get((fx.args[0], fx.args[1]))
     if make is None:
         if fx.users:
@@ -83,7 +81,7 @@ def _getitem(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> N
     make(fx)
 
 
-def _index(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _index(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     picked = [i for i, index in enumerate(given["indices"]) if index is not None]
     if len(picked) != 1 or reader.is_value(given["indices"][picked[0]]) or picked[0] == 0:
         raise reader.unknown(fx, "an index that is not one list of places")
@@ -96,21 +94,21 @@ def _index(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> Non
     )
 
 
-def _index_select(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _index_select(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if reader.is_value(given["index"]):
         raise reader.unknown(fx, "an index that depends on a value")
     index = reader.folding.value(reader.through(given["index"]), reader.module)
     _pick(reader, fx, given["self"], given["dim"] % len(reader.shape(fx)), index)
 
 
-def _pick(reader: "Reader", fx: torch.fx.Node, source: torch.fx.Node, dim: int, index: Tensor) -> None:
+def _pick(reader: Reader, fx: torch.fx.Node, source: torch.fx.Node, dim: int, index: Tensor) -> None:
     if index.dim() != 1 or index.dtype == torch.bool or reader.shape(source)[dim] % INPUT == 0:
         raise reader.unknown(fx, "an index that is not one list of places")
     size = reader.shape(source)[dim]
     reader.node(fx, "pick", [source], {"dim": dim, "index": [int(i) % size for i in index]})
 
 
-def _pad(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _pad(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     pad, mode, value = list(given["pad"]), given.get("mode", "constant"), given.get("value")
     if not any(pad):
         reader.same[fx] = given["self"]
@@ -120,34 +118,34 @@ def _pad(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "pad", [given["self"]], {"pad": pad, **extra})
 
 
-def _constant_pad_nd(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _constant_pad_nd(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _pad(reader, fx, given)
 
 
-def _mode_pad(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], mode: str) -> None:
+def _mode_pad(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], mode: str) -> None:
     _pad(reader, fx, {"self": given["self"], "pad": given["padding"], "mode": mode})
 
 
-def _reflection_pad2d(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _reflection_pad2d(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _mode_pad(reader, fx, given, "reflect")
 
 
-def _replication_pad2d(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _replication_pad2d(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _mode_pad(reader, fx, given, "replicate")
 
 
-def _roll(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _roll(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     dims = list(given["dims"])
     if not dims or any(reader.shape(fx)[d] % INPUT == 0 for d in dims):
         raise reader.unknown(fx, "a roll of the images")
     reader.node(fx, "roll", [given["self"]], {"shifts": list(given["shifts"]), "dims": dims})
 
 
-def _flip(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _flip(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "flip", [given["self"]], {"dims": list(given["dims"])})
 
 
-def _expand(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _expand(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     before, after = reader.shape(given["self"]), reader.shape(fx)
     ahead = len(after) - len(before)
     sizes = [n if i < ahead or before[i - ahead] != n else -1 for i, n in enumerate(after)]
@@ -159,7 +157,7 @@ def _expand(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> No
         reader.node(fx, "expand", [given["self"]], {"sizes": sizes})
 
 
-CALLS = {
+PLACES = {
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx
 
 from stages.core.graph.operations import ADAPTIVE, POOLS
 from stages.core.tracing.calls.joins import binary
 from stages.core.tracing.export import INPUT
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
+from stages.core.tracing.reader import Reader
 
 INTERPOLATION = {
     "upsample_nearest1d": "nearest", "upsample_nearest2d": "nearest", "upsample_nearest3d": "nearest",
@@ -20,7 +18,7 @@ INTERPOLATION = {
 }  # fmt: skip
 
 
-def _scaled_dot_product_attention(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _scaled_dot_product_attention(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     attributes = {k: given[k] for k in ("is_causal", "scale") if given.get(k)}
     inputs, mask, parameters = [given["query"], given["key"], given["value"]], given.get("attn_mask"), {}
     if mask is not None and reader.is_value(mask):
@@ -30,16 +28,16 @@ def _scaled_dot_product_attention(reader: "Reader", fx: torch.fx.Node, given: Ma
     reader.node(fx, "attention", inputs, attributes, parameters)
 
 
-def _softmax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _softmax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     rank = len(reader.shape(fx))
     reader.node(fx, "softmax", [given["self"]], {"dim": given["dim"] % rank - rank})
 
 
-def _log_softmax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _log_softmax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "log_softmax", [given["self"]], {"dim": given["dim"]})
 
 
-def _reduce(reader: "Reader", fx: torch.fx.Node, operation: str, given: Mapping[str, Any]) -> None:
+def _reduce(reader: Reader, fx: torch.fx.Node, operation: str, given: Mapping[str, Any]) -> None:
     dims = given.get("dim")
     if dims is None or dims == []:
         raise reader.unknown(fx, f"{operation} over everything")
@@ -49,23 +47,23 @@ def _reduce(reader: "Reader", fx: torch.fx.Node, operation: str, given: Mapping[
     reader.node(fx, operation, [given["self"]], {"dims": dims, "keepdim": bool(given.get("keepdim", False))})
 
 
-def _mean(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _mean(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _reduce(reader, fx, "mean", given)
 
 
-def _sum(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _sum(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _reduce(reader, fx, "sum", given)
 
 
-def _amax(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _amax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _reduce(reader, fx, "amax", given)
 
 
-def _amin(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _amin(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _reduce(reader, fx, "amin", given)
 
 
-def _max(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _max(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if "other" in given:
         binary(reader, fx, "maximum", given)
     elif "dim" in given:
@@ -75,14 +73,14 @@ def _max(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
         raise reader.unknown(fx, "max over everything")
 
 
-def _min(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _min(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if "dim" not in given:
         raise reader.unknown(fx, "min over everything")
     _reduce(reader, fx, "amin", given)
     reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
 
 
-def _pool(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+def _pool(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     first = next(iter(given))
     settings = {k: _plain(v) for k, v in given.items() if k != first}
     if name in ADAPTIVE:
@@ -95,11 +93,11 @@ def _pool(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], name: s
         reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
 
 
-def _max_pool2d_with_indices(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def _max_pool2d_with_indices(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _pool(reader, fx, given, "max_pool2d")
 
 
-def _interpolate(reader: "Reader", fx: torch.fx.Node, given: Mapping[str, Any], mode: str) -> None:
+def _interpolate(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], mode: str) -> None:
     settings: dict[str, Any] = {"mode": mode}
     factors = given.get("scale_factors")
     if factors:
@@ -115,7 +113,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-CALLS = {
+REDUCTIONS = {
     "scaled_dot_product_attention": _scaled_dot_product_attention,
     "softmax": _softmax,
     "log_softmax": _log_softmax,

@@ -1,0 +1,261 @@
+"""The state of reading one graph: which node stands for which call, and what is known without an input."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+
+from stages.core.graph.nodes import Node
+from stages.core.runtime.errors import InputError
+from stages.core.tracing.export import opname
+from stages.core.tracing.folding import Folding, made_like
+from stages.core.tracing.rearranging import Factors
+
+SKIPPED = {
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "clone", "alias", "contiguous", "detach",
+    "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "conj", "resolve_conj", "expand_as_",
+    "native_dropout", "_assert_tensor_metadata",
+}  # fmt: skip
+RESHAPES = {
+    "view",
+    "reshape",
+    "reshape_as",
+    "view_as",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+    "_reshape_alias",
+    "view_copy",
+}
+
+
+Call = Callable[
+    ["Reader", torch.fx.Node, Mapping[str, Any]], None
+]  # makes nodes of a call, from its arguments by name
+
+
+class Reader:
+    """Reads one graph. ``names``: of the node that stands for a call; several values: calls that give a tuple."""
+
+    def __init__(
+        self, module: nn.Module, graph: torch.fx.Graph, folding: Folding, calls: Mapping[str, Call]
+    ) -> None:
+        """calls: by ATen name."""
+        self.module, self.graph, self.folding, self.calls = module, graph, folding, calls
+        self.nodes: list[Node] = []
+        self.names: dict[torch.fx.Node, str] = {}
+        self.taken: set[str] = set()
+        self.factors: dict[torch.fx.Node, tuple[torch.fx.Node, Factors]] = {}
+        self.same: dict[torch.fx.Node, torch.fx.Node] = {}  # passes on what another call gives
+        self.known: set[torch.fx.Node] = set()
+        self.skipped: set[torch.fx.Node] = set()
+        self.parts: dict[tuple[torch.fx.Node, int], Callable[[torch.fx.Node], None]] = {}
+
+    def read(self) -> list[Node]:
+        for fx in self.graph.nodes:
+            if fx.op == "placeholder":
+                if fx.name in self.folding.tensors:
+                    self.known.add(fx)
+                elif not self.nodes:
+                    integers = not fx.meta["val"].is_floating_point()
+                    self.node(fx, "input", [], {"integers": True} if integers else {}, name=fx.name)
+                else:
+                    raise InputError(f"{fx.name}: a second input; allowed: networks of one input")
+            elif fx.op == "get_attr":
+                self.known.add(fx)
+                self.folding.tensors[fx.name] = getattr(self.graph.owning_module, str(fx.target))
+            elif fx.op == "output":
+                return self._finished(fx)
+            elif fx.op != "call_function":
+                raise self.unknown(fx, str(fx.target))
+            elif fx in self.skipped:
+                continue
+            elif made_like(fx) or all(n in self.known for n in fx.all_input_nodes):
+                self.known.add(fx)
+            else:
+                self._read(fx)
+        raise InputError(f"{type(self.module).__name__}: returns nothing; allowed: one tensor")
+
+    def _finished(self, fx: torch.fx.Node) -> list[Node]:
+        found = torch.fx.node.map_aggregate(fx.args[0], lambda a: a)
+        flat = [
+            a for a in (found if isinstance(found, tuple | list) else [found]) if isinstance(a, torch.fx.Node)
+        ]
+        if len(flat) != 1:
+            raise InputError(f"the network returns several values ({len(flat)}); allowed: one tensor")
+        if flat[0] in self.known:
+            raise InputError("the network's output does not depend on its input; allowed: networks")
+        return _upto(self.nodes, self.value(flat[0]))
+
+    def add(self, node: Node) -> None:
+        """One more node, of a name of its own."""
+        self.nodes.append(node)
+        self.taken.add(node.name)
+
+    def node(
+        self,
+        fx: torch.fx.Node,
+        operation: str,
+        inputs: Sequence[torch.fx.Node],
+        attributes: Mapping[str, Any] | None = None,
+        parameters: Mapping[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """One more node, which stands for a call. parameters: state names by role."""
+        values = tuple(self.value(i) for i in inputs)
+        name = name or self.name(fx, parameters or {})
+        self.taken.add(name)
+        self.nodes.append(Node(name, operation, values, dict(attributes or {}), dict(parameters or {})))
+        self.names[fx] = name
+
+    def name(self, fx: torch.fx.Node, parameters: Mapping[str, str]) -> str:
+        """A name that is not taken: the module's path where there is one."""
+        name = fx.name
+        if "weight" in parameters and not parameters["weight"].startswith("folded."):
+            name = parameters["weight"].rpartition(".")[0].replace(".", "_") or name
+        while name in self.taken:
+            name += "_again" if name != fx.name else "_"
+        return name
+
+    def value(self, fx: torch.fx.Node) -> str:
+        """The name of the node that gives a value, made now where it only moves entries."""
+        fx = self.through(fx)
+        if fx in self.names:
+            return self.names[fx]
+        if fx in self.known:
+            raise self.unknown(fx, "a constant in the place of a value")
+        if fx not in self.factors:
+            raise self.unknown(fx, f"{opname(fx)} of several values")
+        source, factors = self.factors[fx]
+        if factors.plain():
+            return self.value(source)
+        self.node(fx, "rearrange", [source], factors.attributes())
+        return self.names[fx]
+
+    def through(self, fx: torch.fx.Node) -> torch.fx.Node:
+        """The call that gives what a call passes on."""
+        while fx in self.same:
+            fx = self.same[fx]
+        return fx
+
+    def shape(self, fx: torch.fx.Node) -> list[int]:
+        """Of what a call gives, for ``INPUT`` images."""
+        return list(fx.meta["val"].shape)
+
+    def _read(self, fx: torch.fx.Node) -> None:
+        name = opname(fx)
+        call = self.calls.get(name, self.calls.get(name.strip("_")))
+        if name in SKIPPED:
+            if fx.users:
+                self.same[fx] = fx.args[0]
+        elif call is not None:
+            call(self, fx, self._arguments(fx))
+        elif fx.users and not name.startswith(("sym_", "_assert")):
+            raise self.unknown(fx, name)
+
+    def _arguments(self, fx: torch.fx.Node) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        schema = getattr(fx.target, "_schema", None)
+        if schema is None:
+            return {str(i): a for i, a in enumerate(fx.args)}
+        given = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
+        given |= dict(zip((a.name for a in schema.arguments), fx.args, strict=False))
+        return given | dict(fx.kwargs)
+
+    def is_value(self, argument: Any) -> bool:
+        """Whether it depends on the input."""
+        return isinstance(argument, torch.fx.Node) and self.through(argument) not in self.known
+
+    def parameter(self, argument: Any) -> str:
+        """The state name of a parameter, or of what is computed from some."""
+        return self.folding.want(self.through(argument))
+
+    def roles(self, fx: torch.fx.Node, given: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, str]:
+        """Parameters among the arguments: {role: state name}."""
+        found = {}
+        for role, argument in roles.items():
+            if given.get(argument) is not None:
+                if self.is_value(given[argument]):
+                    raise self.unknown(fx, f"{opname(fx)} whose {role} depends on the input")
+                found[role] = self.parameter(given[argument])
+        return found
+
+    def seen(self, lone: torch.fx.Node) -> tuple[str, list[int]]:
+        """A parameter of one dimension that is only viewed as (1, d, 1, 1) stays what it is in the state dict."""
+        at = self.through(lone)
+        while at.op == "call_function" and opname(at) in RESHAPES | SKIPPED and at.args[0] in self.known:
+            at = at.args[0]
+        own = self.folding.tensors.get(at.name)
+        shape = self.shape(lone)
+        if (
+            isinstance(own, str)
+            and at is not lone
+            and len(self.shape(at)) == 1
+            and sum(n > 1 for n in shape) == 1
+        ):
+            return own, [1 if n == 1 else -1 for n in shape]
+        return self.parameter(lone), []
+
+    def number(self, argument: Any) -> Any:
+        """A constant of no dimension as a number, unless it is a parameter or comes from one."""
+        if not isinstance(argument, torch.fx.Node) or self.is_value(argument):
+            return argument
+        fx = self.through(argument)
+        if self.shape(fx) or self.from_parameters(fx):
+            return fx
+        return self.folding.value(fx, self.module).item()
+
+    def from_parameters(self, fx: torch.fx.Node) -> bool:
+        """Whether a constant is computed from a tensor of the state."""
+        stack, seen = [fx], set()
+        while stack:
+            node = stack.pop()
+            if isinstance(self.folding.tensors.get(node.name), str):
+                return True
+            seen.add(node)
+            stack += [n for n in node.all_input_nodes if n not in seen and not made_like(node)]
+        return False
+
+    def ordered(
+        self, name: str, value: str, shape: list[int], found: Sequence[str], wanted: Sequence[str]
+    ) -> str:
+        """A value whose dimensions are named ``found``, in the order ``wanted``."""
+        if list(found) == list(wanted):
+            return value
+        factors = Factors.of(shape)
+        factors.permute([list(found).index(c) for c in wanted])
+        self.nodes.append(Node(name, "rearrange", (value,), factors.attributes(), {}))
+        self.taken.add(name)
+        return name
+
+    def unknown(self, fx: torch.fx.Node, what: str) -> InputError:
+        """The refusal: what has no rule, in which module, at which line of the user's."""
+        stack = list((fx.meta.get("nn_module_stack") or {}).values())
+        path = stack[-1][0] if stack else ""
+        lines = [line.strip() for line in (fx.meta.get("stack_trace") or "").splitlines() if line.strip()]
+        places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+        own = [i for i in places if "site-packages/torch/" not in lines[i]] or places
+        where = ""
+        if own:
+            file, line = lines[own[-1]].split('"')[1], lines[own[-1]].split("line ")[1].split(",")[0]
+            code = lines[own[-1] + 1] if own[-1] + 1 < len(lines) else ""
+            where = f" at {file}:{line} ({code})"
+        return InputError(
+            f"{path or type(self.module).__name__}: no rule for {what}{where}; "
+            "allowed: another way to write it, or a rule of your own (docs/adding.md)"
+        )
+
+
+def _upto(nodes: list[Node], output: str) -> list[Node]:
+    """The nodes that the output needs, which is made the last one."""
+    needed, kept = {output}, []
+    for node in reversed(nodes):
+        if node.name in needed or node.operation == "input":
+            needed.update(node.inputs)
+            kept.append(node)
+    kept.reverse()
+    return sorted(kept, key=lambda node: node.name == output)
