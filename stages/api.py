@@ -144,10 +144,10 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
     match = row["match"]
     if isinstance(match, Mapping):
         settings = _checked(MatchSettings, "match", match)
-    elif match in known.match:
+    elif isinstance(match, str) and match in known.match:
         settings = known.match[match]
     else:
-        raise InputError(f"match: found {match!r}; allowed: {', '.join(known.match)}, or a mapping")
+        raise InputError(f"match: found {match!r:.60}; allowed: {', '.join(known.match)}, or a mapping")
     found = _checked(Method, "", {**row, "match": "given"})
     check_match(settings)
     check_row(found)
