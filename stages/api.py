@@ -93,7 +93,7 @@ def _merge(
     progress: bool,
 ) -> MergedNetwork:
     names = list(networks)
-    rare = _checked(Options, "options", options or {})
+    rare = _checked(Options, "options", {} if options is None else options)
     check_budget(budget, len(names), rare.allocate.dense)
     row, settings = _row(method)
     found = checked_batches(networks, batches, rare.images, rare.storage)

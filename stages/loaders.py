@@ -46,7 +46,7 @@ def read_images(given: Any, what: str, runs: Runs, images: int | None) -> list[T
         if count > MOST_IMAGES or size > free:  # an iterable may never end
             raise InputError(
                 f"{what}: found {count} images, {size / 2**30:.1f} GiB, and no end; allowed: up to {MOST_IMAGES} and "
-                "half of the free memory, or say how many: images=1000"
+                "half of the free memory, or say how many: options={'images': 1000}"
             )
     whole = _stacked(found) if single else found
     return whole if images is None else _cut(whole, images)

@@ -80,7 +80,7 @@ def test_images_in_any_clear_form_give_the_same_network(form, plain):
 def test_an_endless_generator_is_read_as_far_as_is_asked():
     own = batches()
     endless = {name: itertools.cycle(x) for name, x in own.items()}
-    found = merge(networks(), endless, 1.3, images=12, progress=False)
+    found = merge(networks(), endless, 1.3, options={"images": 12}, progress=False)
     first = {name: [x[0], x[1][:4]] for name, x in own.items()}
     assert alike(weights(found), weights(merge(networks(), first, 1.3, progress=False)))
 
@@ -88,7 +88,7 @@ def test_an_endless_generator_is_read_as_far_as_is_asked():
 def test_an_endless_generator_is_refused_by_count(monkeypatch):
     monkeypatch.setattr("stages.loaders.MOST_IMAGES", 1000)
     endless = {name: itertools.cycle(x) for name, x in batches().items()}
-    refused({"batches": endless}, "task a: found 1008 images.* no end; allowed: up to 1000 .*images=1000")
+    refused({"batches": endless}, "task a: found 1008 images.* no end; allowed: up to 1000 .*.images.: 1000")
 
 
 AROUND = {
@@ -265,20 +265,29 @@ def test_what_are_no_images_is_told_of(what):
     refused(*BATCHES[what])
 
 
+def option(name, value):
+    return {"options": {name: value}}
+
+
 OTHERS = {
-    "ridge below zero": ({"ridge": -1}, "ridge: found -1; allowed: a number from 0"),
-    "ridge of NaN": ({"ridge": math.nan}, "ridge: found nan"),
-    "an endless ridge": ({"ridge": math.inf}, "ridge: found inf"),
-    "ridge true": ({"ridge": True}, "ridge: found True"),
-    "seed of text": ({"seed": "1"}, "seed: found '1'"),
-    "half a seed": ({"seed": 0.5}, "seed: found 0.5"),
-    "images of zero": ({"images": 0}, "images: found 0"),
-    "fit as text": ({"fit": "exact"}, "fit: found 'exact'"),
-    "allocate as None": ({"allocate": None}, "allocate: found None; allowed: a mapping"),
-    "allocate as text": ({"allocate": "measured"}, "allocate: found 'measured'; allowed: a mapping"),
-    "match by proxy": ({"match": {"by": "activations", "data": "proxy"}}, "found data: proxy"),
+    "ridge below zero": (option("ridge", -1.0), "options.ridge: found -1"),
+    "ridge of NaN": (option("ridge", math.nan), "options.ridge: found nan"),
+    "an endless ridge": (option("ridge", math.inf), "options.ridge: found inf"),
+    "ridge true": (option("ridge", True), "options.ridge: found True"),
+    "seed of text": (option("seed", "1"), "options.seed: found '1'"),
+    "half a seed": (option("seed", 0.5), "options.seed: found 0.5"),
+    "images of zero": (option("images", 0), "options.images: found 0"),
+    "an option that is none": (option("colour", 1), "options.colour: unknown key"),
+    "options as a list": ({"options": []}, "options: found .*; allowed: a mapping"),
+    "fit as text": ({"method": {"fit": "exact"}}, "fit: found 'exact'"),
+    "fit as None": ({"method": {"fit": None}}, "fit: found None"),
+    "match as None": ({"method": {"match": None}}, "match: found None"),
+    "match as a list": ({"method": {"match": ["weights"]}}, "match: found .'weights'."),
+    "allocate as None": (option("allocate", None), "options.allocate: found None"),
+    "allocate as text": (option("allocate", "measured"), "options.allocate: found 'measured'"),
+    "match by proxy": ({"method": {"match": {"by": "activations", "data": "proxy"}}}, "found data: proxy"),
     "a rate that cannot be meant": (
-        {"method": "pleas_adam", "fit": {"solver": "adam", "learning_rate": 1e30}}, "fit: adam gives no numbers"),
+        {"method": {"fit": {"solver": "adam", "learning_rate": 1e30}}}, "fit: adam gives no numbers"),
     "classes of another task": ({"classes": {"c": ["x", "y", "z"]}}, "classes: found task c; allowed: a, b"),
     "classes twice": ({"classes": {"a": ["x", "x", "y"]}}, "task a: found x, x, y; allowed: 3 different names"),
     "classes as one text": ({"classes": {"a": "xyz"}}, "task a: found 'xyz'; allowed: 3 different"),

@@ -77,19 +77,9 @@ IMAGES = (
     lambda: [{"x": torch.randn(6, 1, 6, 6)}],
     lambda: torch.utils.data.TensorDataset(torch.randn(6, 1, 6, 6)), lambda: [torch.randn(6, 1, 6, 6).to_sparse()],
 )  # fmt: skip
-SETTINGS = (
-    "budget",
-    "method",
-    "labels",
-    "classes",
-    "match",
-    "fit",
-    "recalibrate",
-    "allocate",
-    "ridge",
-    "images",
-    "seed",
-)
+SETTINGS = ("budget", "method", "labels", "classes", "options")
+PARTS = ("match", "fit", "recalibrate", "data")
+OPTIONS = ("images", "seed", "ridge", "positions", "storage", "memory", "allocate")
 METHODS = ("average", "pleas", "progressive", "regmean", "zipit", "tact", "git_rebasin")
 
 
@@ -100,8 +90,13 @@ def trial(draw: random.Random, folder: Path) -> str:
     batches: Any = {"a": draw.choice(IMAGES)(), "b": draw.choice(IMAGES)()} if draw.random() < 0.4 else {
         "a": [torch.randn(6, 1, 6, 6)], "b": [torch.randn(6, 1, 6, 6)]}  # fmt: skip
     settings: dict[str, Any] = {"method": draw.choice(METHODS)}
-    if draw.random() < 0.5:
-        settings[draw.choice(SETTINGS)] = draw.choice(VALUES)
+    match draw.choice(["none", "none", "any", "part", "option"]):
+        case "any":
+            settings[draw.choice(SETTINGS)] = draw.choice(VALUES)
+        case "part":
+            settings["method"] = {draw.choice(PARTS): draw.choice(VALUES)}
+        case "option":
+            settings["options"] = {draw.choice(OPTIONS): draw.choice(VALUES)}
     if draw.random() < 0.1:
         networks = draw.choice([*VALUES, list(networks.values()), {"a": networks["a"]}])
     if draw.random() < 0.1:
