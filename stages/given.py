@@ -107,6 +107,7 @@ def checked_batches(
         images_of_task = read_images(batches[name], f"batches: task {name}", runs, images)
         own = [_numbers(batch, weight, name) for batch in images_of_task]
         _warn_of_scale(own, name)
+        _warn_of_one_answer(network, own[0], name)
         if storage == "disk":
             kept = ImagesOnDisk()
             found += [Batch(kept, task, kept.add(batch)) for batch in own]
@@ -161,6 +162,17 @@ def _warn_of_scale(own: Sequence[Tensor], name: str) -> None:
             name,
             least,
             most,
+        )
+
+
+def _warn_of_one_answer(network: nn.Module, images: Tensor, name: str) -> None:
+    """Features or logits that are constant: said once a task."""
+    two, logits = two_of(images), run_once(network, images, f"task {name}")
+    if not torch.equal(two[0], two[1]) and torch.equal(logits[0], logits[1]):
+        log.warning(
+            "task %s: %s gives different images the same logits: are its weights loaded, its images scaled?",
+            name,
+            type(network).__name__,
         )
 
 

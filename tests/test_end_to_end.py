@@ -1,5 +1,6 @@
 """The pipeline as a user runs it, in a copy of the repository with a cache of its own."""
 
+import hashlib
 import json
 import os
 import re
@@ -83,6 +84,15 @@ class Clone:
 
     def metrics(self) -> dict:
         return json.loads((self.folder / "reports/metrics.json").read_text())
+
+    def files(self) -> dict[str, str]:
+        """The hash of every output that is there, but small ones, which a full disk may still hold."""
+        return {
+            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for top in ("models", "data", "reports")
+            for path in (self.folder / top).rglob("*")
+            if path.is_file() and (path.stat().st_size > 1024 or path.suffix == ".tmp")
+        }
 
     def processor_seconds(self, *command: str) -> tuple[str, float]:
         """What a command that succeeds says, and the processor time of all its processes."""
@@ -235,6 +245,31 @@ def test_bad_input_is_one_line(default, stage, change, message):
     assert message in output
     assert len(output.strip().split("\n")) == 1
     assert output.startswith("error: ")
+
+
+STAGES = ("artifacts", "finetune", "statistics", "match", "allocate", "fit progressive", "recalibrate", "probe oracle",
+          "report")  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(default, stage):
+    """A kilobyte is all that a file may have."""
+    default.run("git", "checkout", "-q", "--", ".")
+    default.run("dvc", "checkout", "--force")
+    default.change(profiles__digits__finetune__epochs=1)
+    before = default.files()
+    name, *words = stage.split()
+    limited = f"ulimit -f 1; exec {sys.executable} -B -m stages.{name} {' '.join(words)}"
+    process = default.start("bash", "-c", limited)
+    output, _ = process.communicate(timeout=600)
+    default.run("git", "checkout", "-q", "--", "params.yaml")
+    line = output.strip().split("\n")[-1]
+    assert process.returncode == 1, output[-2000:]
+    assert line.startswith("error: ")
+    assert "no space left" in line
+    assert "Traceback" not in output
+    after = default.files()
+    assert {path: own for path, own in after.items() if own != before.get(path)} == {}
 
 
 def test_the_readme_snippet_gives_the_network_of_the_pipeline(default):

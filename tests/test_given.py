@@ -1,6 +1,5 @@
 """The notebook face: what is given in another form is read where its meaning is clear, and told of where it is not."""
 
-import copy
 import itertools
 import math
 import random
@@ -129,19 +128,25 @@ class Noisy(Plain):
         return super().forward(x)
 
 
+FLAGS = (
+    torch.are_deterministic_algorithms_enabled, torch.is_inference_mode_enabled, torch.is_grad_enabled,
+    torch.is_autocast_enabled, torch.get_default_dtype, torch.backends.mha.get_fastpath_enabled, torch.get_num_threads,
+)  # fmt: skip
+
+
+def states():
+    drawn = np.random.get_state()[1].tolist()
+    return torch.get_rng_state().tolist(), random.getstate(), drawn, [flag() for flag in FLAGS]
+
+
 def test_random_states_and_flags_are_left_as_found():
-    flags = (torch.are_deterministic_algorithms_enabled, torch.is_inference_mode_enabled, torch.is_grad_enabled,
-             torch.is_autocast_enabled, torch.get_default_dtype, torch.backends.mha.get_fastpath_enabled,
-             torch.get_num_threads)  # fmt: skip
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [f() for f in flags]
-    given = {name: Noisy() for name in "ab"}
-    torch.set_rng_state(before[0])
+    given, own = {name: Noisy() for name in "ab"}, batches()
+    before = states()
+    merge(given, own, progress=False)
+    assert states() == before
     with pytest.raises(InputError):
         merge(given, {"a": [torch.zeros(8, 3, 6, 6)], "b": []}, progress=False)
-    merge({n: copy.deepcopy(net) for n, net in networks().items()}, batches(), progress=False)
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [f() for f in flags]
-    assert torch.equal(before[0], after[0]) or given  # networks() seeds itself
-    assert before[1:] == after[1:]
+    assert states() == before
 
 
 def refused(change, message):
@@ -340,6 +345,16 @@ def test_images_of_bytes_are_warned_of_once_a_task(caplog):
     merge(networks(), own, progress=False)
     said = [line for line in caplog.messages if "are they scaled as in training?" in line]
     assert [line[:7] for line in said] == ["task a:", "task b:"]
+
+
+def test_a_network_that_tells_no_image_from_another_is_warned_of(caplog):
+    found = networks()
+    with torch.no_grad():
+        found["b"].values.weight.zero_()
+    merge(found, batches(), progress=False)
+    assert [line for line in caplog.messages if "the same logits" in line] == [
+        "task b: Plain gives different images the same logits: are its weights loaded, its images scaled?"
+    ]
 
 
 def test_an_inspection_tells_of_the_same(plain):
