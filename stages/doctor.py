@@ -156,6 +156,11 @@ def project(top: Path) -> Checked:
     if lost:
         return "wrong", f"no {', '.join(lost)} in {top.resolve()}; work in a clone, DVC needs its git history"
     params = _params(top)
+    head = top / ".git" / "HEAD"
+    if head.is_file() and not head.read_text().startswith("ref:"):
+        return "note", (
+            "git is on no branch, as a killed `dvc exp run` leaves it; go on with: git switch main (or your branch)"
+        )
     return "ok", (
         f"dvc {metadata.version('dvc')}, profile {params.profile} from {params.source}, budget {params.budget:g}"
     )

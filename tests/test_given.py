@@ -253,6 +253,10 @@ BATCHES = {
     "NaN": (images([torch.full((8, 1, 6, 6), math.nan)]), "found NaN or infinite images|returns NaN"),
     "infinity": (images([torch.full((8, 1, 6, 6), math.inf)]), "found NaN or infinite images|returns NaN"),
     "huge": (images([torch.full((8, 1, 6, 6), 3e38)]), "returns NaN or infinity"),
+    "huge squares": (
+        images([torch.full((8, 1, 6, 6), 1e30)]),
+        "group first: features whose squares are not finite",
+    ),
     "no numbers": (images([torch.zeros(8, 1, 6, 6, device="meta")]), "meta, sparse or nested"),
     "sparse": (images([torch.zeros(8, 1, 6, 6).to_sparse()]), "meta, sparse or nested"),
     "a strange dict": (images([{"a": torch.zeros(8, 1, 6, 6)}]), "found a dict of a; allowed: one of image"),

@@ -1,5 +1,6 @@
 """Finetune the source networks of the active profile: models/artifacts -> models/finetune."""
 
+from contextlib import closing
 from itertools import zip_longest
 from typing import Any
 
@@ -39,8 +40,11 @@ def main() -> None:
         )
         for position, (name, task) in enumerate(params.active.tasks.items())
     ]
-    for trained in run_all(jobs, params.finetune.workers):
-        write(trained, about[trained.name], params)
+    with closing(
+        run_all(jobs, params.finetune.workers)
+    ) as networks:  # ends its processes, whatever happens here
+        for trained in networks:
+            write(trained, about[trained.name], params)
 
 
 def given(params: Params) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.runtime import ranks
 from stages.core.runtime.cache import Storage
+from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
 from stages.core.sweep.memory import place_values
@@ -324,7 +325,8 @@ def gather(
 
     batches: unlabelled images of every task (a proxy's as one more task). positions: share of a feature map's
     positions that is used. precision, storage: type in which values are kept, and where. memory: GiB, None for what is
-    free. Raises InputError when it would not fit in memory.
+    free. Raises InputError when it would not fit in memory, and for features that are not finite or whose squares are
+    not.
     """
     trace = sources[0].trace
     generator = generator or torch.Generator().manual_seed(0)
@@ -334,4 +336,12 @@ def gather(
     sweep = Sweep(sources, batches, None, precision)
     place_values(sweep, visitor, storage, memory, "statistics")
     sweep.run(visitor, progress)
-    return visitor.moments()
+    found = visitor.moments()
+    for groups in found.values():
+        for name, moments in groups.items():
+            if not bool(moments.second.isfinite().all()):
+                raise InputError(
+                    f"statistics: group {name}: features whose squares are not finite; allowed: images and weights of "
+                    "the size that the networks were trained with"
+                )
+    return found

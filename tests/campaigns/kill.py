@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def trial(draw: random.Random, folder: Path) -> str:
     except subprocess.TimeoutExpired:
         (os.killpg if everybody else os.kill)(process.pid, how)
     what = f"{' '.join(command)}, {how.name} to {'all' if everybody else 'dvc'} after {after:.0f} s of {seconds:.0f}"
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT)  # while a stage runs, dvc leaves a Ctrl-C to it alone and goes on
     _nobody_left(clone, what)
     again = clone.start(*command)
     output, _ = again.communicate(timeout=LIMIT)
@@ -62,8 +63,7 @@ def trial(draw: random.Random, folder: Path) -> str:
         raise Bad(f"{what}: the same command again fails: {output.strip()[-300:]}")
     if _left(clone) != expected:
         raise Bad(f"{what}: other bytes: {sorted(set(_left(clone).items()) ^ set(expected.items()))[:2]}")
-    _tidy(clone, what)
-    return f"read after {how.name}"
+    return f"read after {how.name}{_tidy(clone, what)}"
 
 
 def _copy(base: Clone, folder: Path) -> Clone:
@@ -103,14 +103,26 @@ def _of(process: psutil.Process, clone: Clone) -> bool:
         return False
 
 
-def _tidy(clone: Clone, what: str) -> None:
+def _tidy(clone: Clone, what: str) -> str:
+    """Raises Bad for what is left over without a word; else what is left and said."""
+
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["git", *words], cwd=clone.folder, env=clone.env, capture_output=True, text=True
         )
 
+    said = ""
     if git("symbolic-ref", "-q", "HEAD").returncode:
-        raise Bad(f"{what}: git is on no branch")
+        told = subprocess.run(
+            [sys.executable, "-m", "stages.doctor"],
+            cwd=clone.folder,
+            env=clone.env,
+            capture_output=True,
+            text=True,
+        ).stdout
+        if "git is on no branch" not in told:
+            raise Bad(f"{what}: git is on no branch, and the doctor does not say so")
+        said = ", git on no branch, which the doctor says"
     changed = git("status", "--porcelain", "--ignored").stdout.split("\n")
     if temporary := [line for line in changed if line.endswith(".tmp")]:
         raise Bad(f"{what}: left {temporary[0]}")
@@ -118,3 +130,4 @@ def _tidy(clone: Clone, what: str) -> None:
         raise Bad(f"{what}: params.yaml is another")
     if git("stash", "list").stdout:
         raise Bad(f"{what}: a stash is left")
+    return said
