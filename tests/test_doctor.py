@@ -69,6 +69,18 @@ def test_a_missing_package_and_another_version_are_named(top):
     assert "for 0.1" in doctor.packages(top)[1]
 
 
+def test_a_clone_on_no_branch_is_told_how_to_go_on(tmp_path):
+    for name in (".git/HEAD", ".dvc/config", "dvc.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "params.yaml").write_text((Path(__file__).parents[1] / "params.yaml").read_text())
+    for head, state in (("ref: refs/heads/main\n", "ok"), ("0123abc\n", "note")):
+        (tmp_path / ".git/HEAD").write_text(head)
+        found = doctor.project(tmp_path)
+        assert found[0] == state
+        assert ("git switch" in found[1]) == (state == "note")
+
+
 def test_a_folder_that_is_no_clone_is_wrong_and_every_line_is_still_there(tmp_path):
     found = dict(doctor.lines(tmp_path))
     assert list(found) == NAMES

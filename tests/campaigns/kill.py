@@ -23,7 +23,10 @@ from tests.campaigns.rule import Bad
 COMMANDS = (("dvc", "repro"), ("dvc", "exp", "run"))
 METHODS = {
     "average": {"match": "identity", "fit": {"solver": "average"}},
-    "progressive": {"match": "activations", "fit": {"inputs": "merged", "targets": "own", "norm": "fold"}},
+    "progressive": {
+        "match": "activations",
+        "fit": {"solver": "exact", "inputs": "merged", "targets": "own", "norm": "fold"},
+    },
 }
 SMALL = {"statistics__images": 100, "fit__images": 100, "recalibrate__images": 100, "probe__test_images": 100,
          "probe__linear_images": 100, "probe__latency_repeats": 1, "profiles__digits__finetune__epochs": 2}  # fmt: skip
