@@ -136,7 +136,14 @@ def test_batches_come_in_any_form(form):
 
 def test_options_are_those_of_the_stages():
     plain = merge(networks(), batches(), 1.3, progress=False)
-    said = {"seed": 0, "ridge": 1e-3, "positions": 1.0, "precision": "float32", "memory": 8.0, "allocate": {}}
+    said = {
+        "seed": 0,
+        "ridge": "auto",
+        "positions": 1.0,
+        "precision": "float32",
+        "memory": 8.0,
+        "allocate": {},
+    }
     assert same(plain, merge(networks(), batches(), 1.3, options=said, progress=False))
     for change in ({"ridge": 1.0}, {"positions": 0.3}, {"precision": "float16"}):
         assert not same(plain, merge(networks(), batches(), 1.3, options=change, progress=False))
@@ -145,7 +152,7 @@ def test_options_are_those_of_the_stages():
 
 
 def test_too_little_memory_is_said_before_the_work():
-    with pytest.raises(InputError, match=r"statistics: needs .* GiB"):
+    with pytest.raises(InputError, match=r"statistics.*: needs .* GiB"):
         merge(networks(), batches(), options={"memory": 1e-6}, progress=False)
 
 
@@ -228,14 +235,14 @@ def test_the_packaged_rows_are_those_of_the_parameters():
         ),
         ({"method": {"match": {"by": "luck"}}}, "by: found 'luck'"),
         ({"method": {"recalibrate": "no"}}, "recalibrate: found 'no'"),
-        ({"options": {"sead": 1}}, "options.sead: unknown key; allowed: seed, ridge"),
+        ({"options": {"sead": 1}}, "options.sead: unknown key; allowed: images, seed, ridge"),
         ({"options": {"precision": "int8"}}, "options.precision: found 'int8'"),
         (
             {"batches": {"a": [{"x": torch.ones(2, 3), "y": torch.ones(2, 3)}], "b": []}},
-            "a mapping with x, y",
+            "task a: Plain on images of n x 3",
         ),
-        ({"batches": {"a": ["cat.png"], "b": []}}, "task a has str; allowed: tensors of images"),
-        ({"batches": {"a": [torch.ones(3)], "b": []}}, "task a has a tensor of shape"),
+        ({"batches": {"a": ["cat.png"], "b": []}}, "batches: task a: found str; allowed: tensors"),
+        ({"batches": {"a": [torch.ones(3)], "b": []}}, "task a: Plain on images of n"),
         ({"batches": {"a": []}}, "batches: found tasks"),
         ({"batches": {"a": [], "b": []}}, "task a has none"),
     ],

@@ -9,21 +9,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stages.core.graph.layouts import Layout
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.trace import Trace
-from stages.core.merged.arrangement import Arrangement, arrange, pieces_of
+from stages.core.merged.arrangement import Arrangement, pieces_of
 
 
 def copies_of(arrangement: Arrangement) -> list[int]:
     """The owners of a merged value that have a copy, ascending; -1 for shared units."""
     return arrangement.owner.unique().tolist()
-
-
-def count_copies(layout: Layout, shared: Mapping[str, int], networks: int) -> int:
-    """How many copies there are on a value of which so many units of each group are shared."""
-    return len(copies_of(arrange(layout, shared, networks)))
 
 
 class MixMap(nn.Module):

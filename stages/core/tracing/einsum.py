@@ -3,15 +3,13 @@
 import math
 import string
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx
 
 from stages.core.graph.nodes import Node
+from stages.core.tracing.reader import Reader
 from stages.core.tracing.rearranging import Factors
-
-if TYPE_CHECKING:
-    from stages.core.tracing.reading import Reader
 
 
 def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
@@ -37,7 +35,7 @@ def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     return letters, dots + "".join(sorted(c for c in set(named) if named.count(c) == 1))
 
 
-def read_einsum(reader: "Reader", fx: torch.fx.Node, given: dict[str, Any]) -> None:
+def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> None:
     """Of two tensors, one of which may be a parameter."""
     tensors = list(given["tensors"])
     shapes = [reader.shape(t) for t in tensors]
@@ -68,7 +66,7 @@ def read_einsum(reader: "Reader", fx: torch.fx.Node, given: dict[str, Any]) -> N
 
 
 def _product(
-    reader: "Reader",
+    reader: Reader,
     fx: torch.fx.Node,
     tensors: Sequence[torch.fx.Node],
     letters: Sequence[str],
@@ -91,7 +89,7 @@ def _product(
 
 
 def _linear(
-    reader: "Reader",
+    reader: Reader,
     fx: torch.fx.Node,
     tensors: Sequence[torch.fx.Node],
     letters: Sequence[str],
@@ -113,7 +111,7 @@ def _linear(
 
 
 def _scaled(
-    reader: "Reader",
+    reader: Reader,
     fx: torch.fx.Node,
     tensors: Sequence[torch.fx.Node],
     letters: Sequence[str],
@@ -135,7 +133,7 @@ def _scaled(
 
 
 def _arranged(
-    reader: "Reader", name: str, value: str, found: str, groups: Sequence[str], sizes: dict[str, int]
+    reader: Reader, name: str, value: str, found: str, groups: Sequence[str], sizes: dict[str, int]
 ) -> str:
     """A value whose dimensions are named ``found`` with those of each group as one dimension."""
     if [*found] == list(groups):
@@ -148,7 +146,7 @@ def _arranged(
 
 
 def _spread(
-    reader: "Reader", name: str, value: str, groups: Sequence[str], out: str, sizes: dict[str, int]
+    reader: Reader, name: str, value: str, groups: Sequence[str], out: str, sizes: dict[str, int]
 ) -> str:
     """The inverse: groups of dimensions apart, in the order of ``out``."""
     if list(groups) == [*out]:
