@@ -428,6 +428,23 @@ class Cbam(nn.Module):
         return self.fc(F.relu(self.last(x * torch.sigmoid(self.places(seen)))).mean((2, 3)))
 
 
+class Interleaved(nn.Module):
+    """LeViT's attention: each head's query, key and value side by side, places last, values in front of the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 22, 1), nn.Conv2d(10, 6, 1)
+        self.bn, self.fc = nn.BatchNorm2d(22), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, _, h, w = x.shape
+        q, k, v = self.bn(self.qkv(x)).view(n, 2, -1, h * w).split([3, 3, 5], dim=2)
+        attn = (q.transpose(-2, -1) @ k / 2.0).softmax(dim=-1)
+        y = (v @ attn.transpose(-2, -1)).reshape(n, 10, h, w)
+        return self.fc((x + self.proj(F.hardswish(y))).mean((2, 3)))
+
+
 def relu_first(m, x):
     y = m.one(F.relu_(x))
     return x + y
@@ -449,6 +466,7 @@ STYLES = {
     "ghostnet": (Ghost, IMAGE),
     "hand-written vit": (HandViT, IMAGE),
     "einsum": (Einsum, IMAGE),
+    "interleaved heads": (Interleaved, IMAGE),
     "cbam": (Cbam, IMAGE),
     "response norm": (lambda: Spelled(lambda m, x: m.norm(F.relu(x)), norm=nn.LocalResponseNorm(3)), IMAGE),
     "einsum of tensors": (Tensors, IMAGE),

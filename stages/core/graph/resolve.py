@@ -96,9 +96,13 @@ class Resolved:
         starts = np.concatenate([[0], changes])
         stops = np.concatenate([changes, [len(line)]])
         segments: list[Segment] = []
+        # what a unit holds is cut (queries, keys) where there is one unit alone; of several each lies as a whole
+        counts = np.unique(line[~none])
+        runs = len(starts) - int(none[starts].sum())
+        cut = len(counts) == 1 or runs != len(counts)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             name = "" if group[start] < 0 else self.classes.names[group[start]]
-            for block in _repeats(own[start:stop], self.kinds):
+            for block in _repeats(own[start:stop], self.kinds) if cut else [stop - start]:
                 last = segments[-1] if segments else None
                 follows = (
                     last is not None
