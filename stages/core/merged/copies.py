@@ -8,7 +8,7 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.merged.arrangement import Arrangement, unit_keys
 from stages.core.merged.network import MergedNetwork
-from stages.core.merged.unit_layers import NORMS, Copies, Moved, over_units
+from stages.core.merged.unit_layers import NORMS, Moved, over_units
 
 
 def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:
@@ -31,9 +31,6 @@ def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:
             count = network.map_of(node).attributes["groups"]  # each part of the units alone
             whole = exact[node.inputs[0]].view(count, -1).all(1)
             exact[node.name] = (arrangement.owner >= 0) & whole.repeat_interleave(arrangement.width // count)
-        elif network.has_map(node) and isinstance(network.map_of(node), Copies):
-            whole = exact[node.inputs[0]].view(network.map_of(node).copies, -1).all(1)
-            exact[node.name] = whole.repeat_interleave(arrangement.width // len(whole))
         elif node.name in network.trace.moved:
             moved: Moved = network.map_of(node)
             every = torch.cat([exact[name] for name in node.inputs])

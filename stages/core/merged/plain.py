@@ -23,7 +23,7 @@ from stages.core.merged.blocks import BlockMap
 from stages.core.merged.mixed import MixMap
 from stages.core.merged.plain_layers import as_source, layer_of, picked
 from stages.core.merged.plain_places import Places
-from stages.core.merged.unit_layers import Copies, Moved, ViewNorm, reduced_dims
+from stages.core.merged.unit_layers import Moved, ViewNorm, reduced_dims
 
 
 @torch.no_grad()
@@ -123,10 +123,6 @@ class _Writer:
             return self._layer(node, copy.deepcopy(module), "running_mean", inputs[0])
         if isinstance(module, MixMap):
             return self._mixed(node, module, inputs[0])
-        if isinstance(module, Copies):
-            d, x = self.trace.layouts[node.name].width, inputs[0]
-            own = [x.narrow(1, i * d, d) for i in range(module.copies)]
-            return torch.cat([self._call(node, [part], {}, node.attributes) for part in own], 1)
         if isinstance(module, ViewNorm) and module.view0 is not None:
             return self._view_norm(node, module, inputs[0])
         layer = layer_of(node, module.attributes, dict(module.named_parameters()), self._tails(node))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS
-from stages.core.graph.rules import neighbours
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import Block
@@ -144,19 +143,6 @@ class ViewNorm(MergedLayer):
         return x / length
 
 
-class Copies(nn.Module):
-    """What reads units beside each other (local response norm), on each copy of a value that is whole or separate."""
-
-    def __init__(self, node: Node, copies: int) -> None:
-        super().__init__()
-        self.node, self.copies = node, copies
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (n, copies * d, ...)."""
-        own = x.reshape(len(x) * self.copies, -1, *x.shape[2:])
-        return OPERATIONS[self.node.operation].run([own], {}, self.node.attributes).reshape(x.shape)
-
-
 NORMS = ("layer_norm", "group_norm", "normalize")
 
 
@@ -180,9 +166,6 @@ def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrange
     """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
     if node.operation == "mix":
         return MixMap(node, trace, outputs)
-    copies = outputs.width // trace.layouts[node.name].width
-    if OPERATIONS[node.operation].rule is neighbours:
-        return Copies(node, copies) if copies > 1 else None
     if node.grouped:
         return GroupedMap(node, trace, inputs, outputs)
     if over_units(node, trace):
