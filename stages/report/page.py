@@ -20,6 +20,17 @@ from stages.report import tables
 from stages.report.experiments import MEASURES, order, summary
 
 PAGE = "index.html"
+CAPTIONS = {
+    "accuracy": "Accuracy of every method",
+    "accuracy_cost": "Accuracy against cost",
+    "similarity": "How alike the paired units are",
+    "ridge": "The ridge that was chosen for each layer",
+    "residual": "What the fits leave unexplained",
+    "separate": "Units that stay separate",
+    "method_comparison": "Methods side by side",
+    "accuracy_vs_budget": "Accuracy against budget",
+    "ablation": "Alignments and fits",
+}
 ALTERNATIVES = {  # what a picture shows, for who cannot see it; the numbers are in the tables
     "accuracy": "Bars: the average accuracy of each method, a mark for each task, lines for ensemble and oracle.",
     "accuracy_cost": "Points: average accuracy of each method against its cost; up and left is better.",
@@ -198,9 +209,7 @@ def _pictures(pictures: Mapping[str, bytes]) -> list[Picture]:
         stem = name.removesuffix(".png")
         width, height = struct.unpack(">II", content[16:24])  # of the header chunk
         uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        found.append(
-            Picture(stem.replace("_", " ").capitalize(), ALTERNATIVES.get(stem, stem), uri, width, height)
-        )
+        found.append(Picture(CAPTIONS.get(stem, stem), ALTERNATIVES.get(stem, stem), uri, width, height))
     return found
 
 

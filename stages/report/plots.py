@@ -170,7 +170,7 @@ def _similarity(matches: Tables, palette: Palette, caption: str) -> Figure:
         baseline = pd.concat([mean["unmatched"] for mean in means.values()], axis=1).mean(axis=1)
         _line(axes, baseline, color=GREY, label="unmatched (by position)", linestyle="--")
         figure.legend(loc="outside right center", alignment="left", title="matching by")
-    axes.set(ylim=(min(0.0, axes.get_ylim()[0]), 1.03), ylabel="correlation of paired units (1: the same)")
+    axes.set(ylim=(min(0.0, axes.get_ylim()[0]), 1.03), ylabel="correlation of paired units")
     return figure
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from stages.core.settings.params import load_params
 from stages.report.__main__ import main
+from stages.report.page import ALTERNATIVES, CAPTIONS
 
 CHROMIUM = Path("/usr/bin/chromium")
 VOID = {"meta", "link", "img", "br"}
@@ -224,3 +225,7 @@ def test_in_a_browser_it_sorts_chooses_and_asks_for_nothing(which, request, tmp_
     assert all(own > 300 and shown > 300 for own, shown in found["pictures"])
     assert found["content"] <= found["width"]  # tables and pictures scroll in themselves
     assert found["shown"] == (1 if which == "of_experiments" else len(numbers))
+
+
+def test_every_picture_has_a_caption_and_says_what_it_shows():
+    assert set(CAPTIONS) == set(ALTERNATIVES)
