@@ -17,6 +17,7 @@ from stages.core.sweep.maps import MapSums
 from stages.fit.equations.normal import NormalEquations
 from stages.fit.equations.rows import RowEquations
 from stages.fit.solvers import dense
+from stages.given import checked_batches
 from stages.match import assign
 from stages.match import matching as match
 from stages.match.gains import Gains
@@ -55,7 +56,7 @@ def measure(name: str, images: int | None) -> dict:
     clock = timed()
     api.merge(made, data, 1.0, progress=False)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = [batch for batch in api._batches(made, data) if len(batch.images)]
+    found = checked_batches(made, data, None)
     sources, _ = api._sources(made, found, None, None)
     clock.stage(match, "match_weights", "match by weights")
     states = [source.state for source in sources]
