@@ -49,9 +49,32 @@ def folder(tmp_path_factory):
     ("profile", "budget"), [("digits", 1.3), ("digits_split", 1.0), ("digits_four", 2.2)]
 )
 def test_every_method_of_the_full_list_runs(profile, budget, folder, monkeypatch):
+    check_runs(profile, budget, folder, monkeypatch)
+
+
+FEW = ("average", "pleas_adam", "progressive", "regmean", "progressive_refined", "repair", "tact")
+
+
+@pytest.mark.parametrize(("profile", "budget"), [("digits_split", 1.5), ("digits_four", 2.2)])
+def test_dense_networks_run_through_the_stages(profile, budget, folder, monkeypatch):
+    check_runs(profile, budget, folder, monkeypatch, FEW, {"layout": "dense", "multiple": 2})
+    for name in FEW:
+        network = load_merged(f"models/recalibrate/{name}.safetensors")
+        assert network.dense
+        for group, shared in network.shared.items():
+            size = network.trace.spec.groups[group].size
+            assert (shared + network.networks * (size - shared)) % 2 == 0 or shared in (0, size)
+        for folder in ("models/recalibrate", "reports/cards"):
+            assert "layers: dense" in Path(f"{folder}/{name}.md").read_text()
+    assert "## Measured" in Path("reports/cards/progressive.md").read_text()
+
+
+def check_runs(profile, budget, folder, monkeypatch, names=None, allocate=None):
     monkeypatch.chdir(folder)
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content |= {"profile": profile, "budget": budget, "methods": content["full"], "threads": 1}
+    methods = {name: content["full"][name] for name in names or content["full"]}
+    content |= {"profile": profile, "budget": budget, "methods": methods, "threads": 1}
+    content["allocate"] |= allocate or {}
     content["profiles"][profile]["finetune"]["epochs"] = 2
     content["profiles"][profile]["architecture"]["arguments"]["width"] = 4
     for section in ("statistics", "fit", "recalibrate"):
@@ -80,4 +103,4 @@ def test_every_method_of_the_full_list_runs(profile, budget, folder, monkeypatch
         assert metrics[name]["average"]["accuracy"] == pytest.approx(mean(again.values()), abs=0.051), name
     networks = {sha256(folder / f"models/recalibrate/{name}.safetensors") for name in params.methods}
     assert len(networks) == len(params.methods)  # no row is another by mistake
-    assert len(list((folder / "reports/plots").glob("*.png"))) == 5
+    assert len(list((folder / "reports/plots").glob("*.png"))) == 6

@@ -90,7 +90,7 @@ def test_the_budget_is_kept_and_nothing_more_fits(seed, spent, dense, multiple):
         n: [s for s in range(d + 1) if s in (0, d) or (d + s) % multiple == 0] for n, d in sizes.items()
     }
     products = {pair: -w if dense else w for pair, w in weights.items()}
-    model = CostModel(sizes, base, linear, products, levels if multiple > 1 else {})
+    model = CostModel(sizes, base, linear, products, levels=levels if multiple > 1 else {})
     benefits = {name: generator.random(d) for name, d in sizes.items()}
     budget = 1 + round(spent * (model.whole / base - 1), 6)
     found = allocate(model, benefits, budget, 2, dense=dense)

@@ -63,6 +63,13 @@ def test_a_whole_number_is_a_budget():
     assert parse_params(changed(["budget"], 2)).budget == 2.0
 
 
+def test_a_dense_network_may_cost_the_square():
+    dense = changed(["allocate", "layout"], "dense")
+    assert parse_params({**dense, "budget": 4}).budget == 4.0
+    with pytest.raises(InputError, match=r"budget: found 4.01; allowed: a number from 1 to 4"):
+        parse_params({**dense, "budget": 4.01})
+
+
 DATA = ["profiles", "digits", "tasks", "upright", "data"]
 
 
