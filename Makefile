@@ -10,8 +10,10 @@ repro: $(VENV)/installed
 	dvc repro
 	@python -m stages.report.show
 
+# First what is fast, in several processes; then whole runs of the pipeline, which time themselves, in one.
 test: $(VENV)/installed
-	python -m pytest
+	python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	python -m pytest -m slow
 
 # Public networks, family by family, and docs/families.md (the seconds of each are in it; half an hour of one core, 4 GB)
 test-models: $(VENV)/installed
