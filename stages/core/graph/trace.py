@@ -144,7 +144,8 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     nodes, moved = [], {}
     for node in settled:
         if node.inputs and OPERATIONS[node.operation].moves:
-            node, source = _settled(node, [layouts[n] for n in node.inputs], layouts[node.name], shapes)
+            read = [layouts[n] for n in node.inputs]
+            node, source = _settled(node, read, layouts[node.name], shapes, set(resolved.spec.free))
             if source is not None:
                 moved[node.name] = source
         nodes.append(node)
@@ -162,7 +163,11 @@ def _input(units: Units, node: Node, example: tuple[int, ...]) -> Value:
 
 
 def _settled(
-    node: Node, inputs: Sequence[Layout], output: Layout, shapes: Mapping[str, torch.Size]
+    node: Node,
+    inputs: Sequence[Layout],
+    output: Layout,
+    shapes: Mapping[str, torch.Size],
+    permutable: set[str],
 ) -> tuple[Node, tuple[int, ...] | None]:
     """How a node that moves entries runs where there are more units: as it is, or by where each entry comes from."""
     names = {s.group for layout in (*inputs, output) for s in layout.segments}
@@ -182,6 +187,8 @@ def _settled(
         free = _free_atom(node, layout, output)
         if free is not None:
             return _with_free(node, layout.dim, free), None
+        if not names & permutable:  # as many in a merged network
+            return node, None
     elif layout.dim not in touched:
         return node, None
     if node.operation == "select" or layout.dim != output.dim or len(shape) != len(shapes[node.name]):
