@@ -15,7 +15,7 @@ test: $(VENV)/installed
 	python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 	python -m pytest -m slow
 
-# Public networks, family by family, and docs/families.md (the seconds of each are in it; half an hour of one core, 4 GB)
+# Public networks, family by family, and docs/families.md (the seconds of each are in it; all of them about half an hour of one core, up to 12 GB)
 test-models: $(VENV)/installed
 	python tests/models.py
 

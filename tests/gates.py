@@ -1,6 +1,5 @@
 """The hard gates on one network, whatever its family, and what is said of it in docs/families.md."""
 
-import copy
 import itertools
 import resource
 import tempfile
@@ -220,9 +219,3 @@ def stays_whole(traced: Trace) -> str:
 
 def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def fresh(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """For constructors that are slow to draw weights: the first network, copied."""
-    kept = make()
-    return lambda: copy.deepcopy(kept)

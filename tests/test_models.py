@@ -21,17 +21,20 @@ def test_a_network_passes_the_gates_and_the_page_says_what_was_found(name):
     assert without_seconds(said) == without_seconds(told(name, MODELS[name], found)), again
 
 
-def test_the_page_has_every_network_in_the_order_of_the_table():
-    assert list(lines(PAGE.read_text())) == list(MODELS)
+def test_the_page_has_networks_in_the_order_of_the_table():
+    """Those of the gate, and of the others those that were run."""
+    found = list(lines(PAGE.read_text()))
+    assert found == [name for name in MODELS if name in found]
+    assert set(QUICK) <= set(found)
 
 
-def test_a_network_that_is_not_expected_to_be_refused_is_not():
+def test_the_page_has_no_network_refused_that_should_not_be():
     for name, line in lines(PAGE.read_text()).items():
         assert ("refused" in line.split("|")[4]) == bool(MODELS[name].refused), name
 
 
 class Alike(nn.Module):
-    """Whose units a trace must not exchange: their number is part of the function."""
+    """Whose units are not alike: each sums those before it."""
 
     def __init__(self):
         super().__init__()
