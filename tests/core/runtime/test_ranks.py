@@ -1,6 +1,7 @@
 """Several processes as one: the same results to rounding, the same bytes each time, and one line when one is gone."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +74,8 @@ def test_a_rank_that_dies_ends_all_in_seconds_with_nothing_written(way, status, 
 
 def test_torchrun_starts_the_ranks_too(tmp_path):
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1")
-    done = run(1, tmp_path / "file.safetensors", "some", launch=(*launch, "--master-port=0"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = run(1, tmp_path / "file.safetensors", "some", launch=(*launch, f"--master-port={port}"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "file.safetensors").is_file()
