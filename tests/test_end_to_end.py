@@ -314,10 +314,11 @@ def test_adding_a_method_as_the_page_says(default):
     default.run("dvc", "checkout", "--force")
     outputs = []
     follow(default.folder, lambda block: outputs.append(default.run("bash", "-ec", block)))
-    ran = [set(re.findall(r"Running stage '([^']+)", output)) for output in outputs if output]
-    later = {"recalibrate", "probe", "report"}
-    assert ran == [{"artifacts", "fit@scaled", "allocate", "match", *later}, {"artifacts", "match", "allocate",
-                   "fit@energy", *later}]  # fmt: skip
+    solver, matching = (set(re.findall(r"Running stage '([^']+)", own)) for own in outputs if own)
+    later = {"artifacts", "match", "allocate", "recalibrate", "probe", "report"}
+    assert {own for own in solver if "@" not in own} == later
+    assert "fit@scaled" in solver  # beside the others, whose code is in the same folder
+    assert matching == {"fit@energy", *later}
     assert default.average("scaled") > default.average("activation_matching")
     assert 0 < default.average("energy") < default.average("progressive")
     default.run(sys.executable, "-m", "pytest", "-q", "tests/test_pipeline.py", "-k", "depends_on")

@@ -164,24 +164,11 @@ def test_a_stage_depends_on_no_code_that_it_does_not_import():
     assert not unused(ROOT)
 
 
-def test_a_solver_reruns_the_fits_that_use_it_and_no_other(copy):
-    before = stale(copy)
-    append(copy / "stages/fit/solvers/adam.py", "# more")
-    (copy / "stages/fit/solvers/mine.py").write_text("# a new one")
-    git(copy, "add", "-A")
-    found = {line.split(" ")[0] for line in set(stale(copy)) - set(before)}
-    assert found == {"fit@pleas_adam:"}
-
-
 def test_dependencies_are_rooms():
     for name, stage in definitions(ROOT).items():
         code = [dep for dep in stage["deps"] if within(dep, "stages")]
         allowed = {f"stages/core/{room}" for room in ROOMS} | {f"stages/{name}", "stages/__init__.py"}
-        single = (
-            "stages/core/handover/",
-            "stages/fit/",
-        )  # of fit, so that a solver runs its own methods alone
-        assert all(dep in allowed or dep.startswith(single) for dep in code), name
+        assert all(dep in allowed or dep.startswith("stages/core/handover/") for dep in code), name
         assert "stages/__init__.py" in code
         assert ("requirements.txt" in stage["deps"]) == (name in COMPUTING)
 
