@@ -8,6 +8,7 @@ from stages.core.sweep.batches import images_to_batches
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.network import fit_network
 from stages.recalibrate import recalibrate as stage
+from stages.recalibrate.ways import batchnorm as way
 from stages.recalibrate.batchnorm import recompute_statistics
 
 
@@ -31,7 +32,7 @@ def fitted(small, images, sources):
 def passes(network, batches, monkeypatch, precision=torch.float64):
     """How often the images are swept."""
     count = []
-    monkeypatch.setattr(stage, "recompute_statistics", lambda *arguments: count.append(arguments))
+    monkeypatch.setattr(way, "recompute_statistics", lambda *arguments: count.append(arguments))
     stage.recalibrate(network, "batchnorm", batches, precision=precision)
     return len(count)
 
