@@ -8,8 +8,8 @@ from stages.core.sweep.batches import images_to_batches
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.network import fit_network
 from stages.recalibrate import recalibrate as stage
-from stages.recalibrate.ways import batchnorm as way
 from stages.recalibrate.batchnorm import recompute_statistics
+from stages.recalibrate.ways import batchnorm as way
 
 
 @pytest.fixture
