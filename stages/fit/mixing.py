@@ -18,7 +18,7 @@ from stages.fit.equations.normal import NormalEquations
 from stages.fit.equations.ridge import choose, flags
 from stages.fit.equations.solve import left_over, solve
 from stages.fit.features import inputs_of, targets_of
-from stages.fit.problem import LayerSolution
+from stages.fit.problem import LayerSolution, of_images
 from stages.fit.setup import Setup
 
 
@@ -57,9 +57,12 @@ class Mixing:
         for index, batch in enumerate(sweep.batches):
             z, y = inputs_of(self.setup, node, sweep, index), targets_of(self.setup, node, sweep, index)
             for part, own in enumerate(equations):
-                some = slice(None) if held is None else (held[index] == bool(part)).to(z.device)
-                if len(z[some]):
-                    own.add(_rows(module, z[some]), _rows(module, y[some]), sweep.weights[batch.task])
+                if held is None:
+                    own.add(_rows(module, z), _rows(module, y), sweep.weights[batch.task])
+                elif (chosen := held[index] == bool(part)).any():
+                    network, names = self.setup.network, (node.inputs[0], node.name)
+                    some = (of_images(network, n, v, chosen) for n, v in zip(names, (z, y), strict=True))
+                    own.add(*(_rows(module, own_value) for own_value in some), sweep.weights[batch.task])
         for own in equations:
             own.finished()
         if ranks.rank():

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stages.core.merged.network import MergedNetwork
 from stages.core.runtime import ranks
 from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
 from stages.core.sweep.sweep import Sweep
@@ -81,10 +82,13 @@ class LayerProblem:
         if self.held is None:
             yield 0, z, y
             return
-        held = self.held[index].to(z.device)
-        for part, chosen in enumerate((~held, held)):
+        for part, chosen in enumerate((~self.held[index], self.held[index])):
             if chosen.any():
-                yield part, z[chosen], y[chosen]
+                network, names = self.setup.network, (self.node.inputs[0], self.node.name)
+                some = (
+                    of_images(network, name, own, chosen) for name, own in zip(names, (z, y), strict=True)
+                )
+                yield part, *some
 
     def inputs(self, index: int) -> Tensor:
         """z of one batch, in the merged network's entries."""
@@ -130,3 +134,14 @@ class LayerProblem:
         if self.setup.positions == 1 or self.node.operation == "linear" or self.layer.places == 1:
             return None
         return draw_places(images, self.layer.places, self.setup.positions, self.setup.generator)
+
+
+def of_images(network: MergedNetwork, name: str, value: Tensor, chosen: Tensor) -> Tensor:
+    """The entries of some images, ``chosen`` bool (n,), in a merged value, wherever its images lie."""
+    one, units = network.trace.shapes[name], network.trace.layouts[name].dim
+    apart = [d for d in range(value.dim()) if d != units and value.shape[d] != one[d]]
+    dim = (
+        apart[0] if apart else 0
+    )  # a single image has no dimension of its own: all of it is chosen, or nothing
+    entries = chosen.repeat_interleave(value.shape[dim] // len(chosen))
+    return value.index_select(dim, entries.nonzero().flatten().to(value.device))

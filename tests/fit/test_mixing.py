@@ -57,7 +57,11 @@ def test_the_order_of_hidden_positions_is_found(kind, by, x):
     torch.testing.assert_close(second(x), first(x))
     images = {"a": [x[:4]], "b": [x[4:]]}
     found = merge(
-        {"a": first, "b": second}, images, 1.0, match={"by": by}, fit={"solver": "average"}, progress=False
+        {"a": first, "b": second},
+        images,
+        1.0,
+        {"match": {"by": by}, "fit": {"solver": "average"}},
+        progress=False,
     )
     torch.testing.assert_close(found(x), first(x), rtol=1e-8, atol=1e-8)
 
@@ -129,7 +133,7 @@ def test_a_budget_of_parameters_is_kept_with_every_copy_counted(kind, x):
     own = source_cost(traced, networks["a"].state_dict(), "shared", "parameters")
     assert own == sum(p.numel() for p in networks["a"].parameters())
     for budget in (1.0, 1.3, 1.9, 2.0):
-        found = merge(networks, images, budget, allocate={"cost": "parameters"}, progress=False)
+        found = merge(networks, images, budget, options={"allocate": {"cost": "parameters"}}, progress=False)
         assert built_cost(found, "parameters") <= budget * own
         assert built_cost(found, "parameters") == sum(p.numel() for p in found.parameters())
         if budget == 2.0:

@@ -151,8 +151,7 @@ def test_a_permuted_copy_merges_to_the_network_itself(family, copies, calibrate,
     found = merge(
         dict(zip("ab", made, strict=True)),
         {"a": [x], "b": [x]},
-        match={"by": by},
-        fit={"solver": "average"},
+        method={"match": {"by": by}, "fit": {"solver": "average"}},
         progress=False,
     )
     torch.testing.assert_close(found(x), made[0](x), rtol=1e-6, atol=1e-6)
@@ -180,7 +179,9 @@ def test_what_mixes_units_of_parts_is_refused(family, by):
     with pytest.raises(
         InputError, match=r"works on single units of group .*allowed: a matching that is a permut"
     ):
-        merge({"a": make(0), "b": make(1)}, {"a": [x], "b": [x]}, match={"by": by}, progress=False)
+        merge(
+            {"a": make(0), "b": make(1)}, {"a": [x], "b": [x]}, method={"match": {"by": by}}, progress=False
+        )
 
 
 @torch.no_grad()
@@ -188,8 +189,9 @@ def test_what_mixes_units_of_parts_is_refused(family, by):
 def test_everything_separate_is_exact(family, by):
     make, side = family
     networks, x = {"a": make(0), "b": make(1)}, pictures(8, side)
-    settings = {"labels": "separate", "match": {"by": by}, "fit": {"solver": "average"}, "progress": False}
-    found = merge(networks, {"a": [x], "b": [x]}, 2.0, **settings)
+    settings = {"labels": "separate", "progress": False}
+    method = {"match": {"by": by}, "fit": {"solver": "average"}}
+    found = merge(networks, {"a": [x], "b": [x]}, 2.0, method, **settings)
     for name, network in networks.items():
         torch.testing.assert_close(found(x, task=name), network(x), rtol=1e-8, atol=1e-8)
 

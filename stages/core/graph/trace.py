@@ -184,6 +184,7 @@ def _settled(
         return node, None
     touched = _touched(node, len(shape))
     if node.operation == "rearrange":
+        _check_images(node, layout.dim)
         free = _free_atom(node, layout, output)
         if free is not None:
             return _with_free(node, layout.dim, free), None
@@ -257,6 +258,25 @@ def _with_free(node: Node, dim: int, free: int) -> Node:
         raise InputError(f"{node.name}: images and units on one dimension; allowed: images first")
     given[dim] = free
     return dataclasses.replace(node, attributes={**node.attributes, "free": given})
+
+
+def _check_images(node: Node, dim: int) -> None:
+    """Images stay images: their dimension takes no units of the dimension ``dim`` in."""
+    atoms, free, order = (node.attributes[key] for key in ("atoms", "free", "order"))
+    numbers, start = [], 0
+    for own in atoms:
+        numbers.append(range(start, start + len(own)))
+        start += len(own)
+    images = {numbers[d][at] for d, at in enumerate(free) if at is not None}
+    sizes = [size for own in atoms for size in own]
+    units, at = {n for n in numbers[dim] if sizes[n] > 1} - images, 0
+    for count in node.attributes["groups"]:
+        together = set(order[at : at + count])
+        at += count
+        if together & images and together & units:
+            raise InputError(
+                f"{node.name}: {node.operation} cuts through units; allowed: images apart from units"
+            )
 
 
 def _sources_of(node: Node, dim: int, shape: torch.Size) -> tuple[int, ...]:

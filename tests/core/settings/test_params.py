@@ -102,7 +102,7 @@ DATA = ["profiles", "digits", "tasks", "upright", "data"]
         (
             ["match", "weights", "by"],
             "luck",
-            "match.weights.by: found 'luck'; allowed: activations, cca, dual",
+            "match.weights.by: found 'luck'; allowed: activations, c2m3, cca, dual",
         ),
         (
             ["full", "tact", "fit", "solver"],
