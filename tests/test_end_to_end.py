@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on_to_the_right_result(default):
             "methods.pleas.match: found 'luck'; allowed: identity",
         ),
         (["fit", "pleas"], {"fit__ridges": 1.0}, "fit.ridges: unknown key; allowed: images"),
-        (["statistics"], {"statistics__memory": 0.0001}, "statistics: needs"),
+        (["statistics"], {"statistics__memory": 0.0001}, "statistics, values on disk: needs"),
         (["artifacts"], {"source": "local"}, "data/own"),
     ],
 )
