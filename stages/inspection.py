@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from stages.core.graph.nodes import Node
 from stages.core.graph.trace import Trace
 from stages.core.merged.cost import source_cost, split_cost
 from stages.core.runtime.errors import InputError
@@ -104,17 +103,13 @@ def _inspect(network: nn.Module, example: Tensor) -> Inspection:
 def _group(traced: Trace, group: PermutationGroup, macs: int) -> Group:
     inside = tuple(inner.size for inner in traced.spec.inner.values() if inner.outer == group.name)
     layers = [node for node in traced.graph.nodes if node.fitted or traced.hidden_macs(node)]
-    writing = tuple(_path(n) for n in layers if _lies_on(traced, n.name, group))
-    reading = tuple(_path(n) for n in layers if any(_lies_on(traced, name, group) for name in n.inputs))
+    writing = tuple(n.path for n in layers if _lies_on(traced, n.name, group))
+    reading = tuple(n.path for n in layers if any(_lies_on(traced, name, group) for name in n.inputs))
     return Group(group.name, group.size, inside, group.fixed, writing, reading, macs)
 
 
 def _lies_on(traced: Trace, value: str, group: PermutationGroup) -> bool:
     return any(segment.group == group.name for segment in traced.layouts[value].segments)
-
-
-def _path(node: Node) -> str:
-    return node.parameters.get("weight", "").rpartition(".")[0] or node.name
 
 
 def _some(layers: tuple[str, ...]) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import Block
-from stages.core.merged.table import layer_name
 from stages.core.sweep.maps import MapSums, worthwhile
 from stages.core.sweep.rows import kernel_of, tap_columns
 from stages.core.sweep.shifted import Plan, plan
@@ -32,7 +31,7 @@ class Layer:
     @property
     def name(self) -> str:
         """The module path."""
-        return layer_name(self.node)
+        return self.node.path
 
     @property
     def device(self) -> torch.device:

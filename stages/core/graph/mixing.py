@@ -43,7 +43,7 @@ def mixed(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sh
         raise InputError(
             f"{node.name}: {node.operation} over units or over images; allowed: over positions beside units"
         )
-    name = weight.rpartition(".")[0] or node.name
+    name = node.path
     if value.across is not None and value.across.shape[dim] > 1:
         units.place(node.name, weight, 1, value.across.reshape(-1))
     elif value.across is not None:

@@ -44,6 +44,12 @@ class Node:
         return self.operation.startswith("conv") and self.attributes.get("groups", 1) > 1
 
     @property
+    def path(self) -> str:
+        """The module path of its weights, or else of another parameter; the node's name where there is none."""
+        name = self.parameters.get("weight") or next(iter(self.parameters.values()), "")
+        return name.rpartition(".")[0] or self.name
+
+    @property
     def fitted(self) -> bool:
         """Whether the node is a linear map, which is fitted by least squares."""
         return self.operation in FITTED

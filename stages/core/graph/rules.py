@@ -69,15 +69,9 @@ def _place_part(units: Units, node: Node, name: str, where: int, value: Value, d
     if dim == value.dims[-1]:
         units.pinned.append(rows.T)
         return
-    parts = units.new(len(rows), f"{_module(node)}.heads")
+    parts = units.new(len(rows), f"{node.path}.heads")
     units.put_inside(node.name, rows, parts)
     units.place(node.name, name, where, parts)
-
-
-def _module(node: Node) -> str:
-    """The module path of a node with a parameter."""
-    name = node.parameters.get("weight") or next(iter(node.parameters.values()), "")
-    return name.rpartition(".")[0] or node.name
 
 
 # -- linear maps ----------------------------------------------------------------------------------------------------
@@ -97,7 +91,7 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
         return _grouped(units, node, value, out, shapes)
     if value.dims:
         units.place(node.name, weight, 0 if transposed else 1, value.along(dim))
-    new = units.new(out[dim], _module(node))
+    new = units.new(out[dim], node.path)
     _place_rows(units, node, new, 1 if transposed else 0)
     return _line(new, dim, out)
 
@@ -122,8 +116,8 @@ def _grouped(units: Units, node: Node, value: Value, out: torch.Size, shapes: Sh
     if parts == len(read) == out[1]:  # depthwise: acts on every channel alone, as a batch norm does
         _place_rows(units, node, read)
         return Value(value.labels, value.dims, out)
-    outer = units.new(parts, f"{_module(node)}.groups")
-    new = units.new(out[1], _module(node))
+    outer = units.new(parts, f"{node.path}.groups")
+    new = units.new(out[1], node.path)
     units.put_inside(node.name, read.view(parts, -1), outer)
     units.put_inside(node.name, new.view(parts, -1), outer)
     if len(read) > parts:
@@ -138,7 +132,7 @@ def _grouped(units: Units, node: Node, value: Value, out: torch.Size, shapes: Sh
 
 def embedding(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """A table with one row for each integer: its columns are units."""
-    new = units.new(out[-1], _module(node))
+    new = units.new(out[-1], node.path)
     units.place(node.name, node.parameters["weight"], 1, new)
     return _line(new, len(out) - 1, out)
 
@@ -171,7 +165,7 @@ def group_norm(units: Units, node: Node, inputs: Sequence[Value], out: torch.Siz
     value, parts = inputs[0], node.attributes["groups"]
     _expect(node, value, 1)
     if parts > 1:
-        outer = units.new(parts, f"{_module(node)}.groups")
+        outer = units.new(parts, f"{node.path}.groups")
         units.put_inside(node.name, value.along(1).view(parts, -1), outer)
     for name in node.parameters.values():
         units.place(node.name, name, 0, value.along(1))

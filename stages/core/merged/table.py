@@ -83,7 +83,7 @@ def _layer(network: Tabled, node: Node, done: Mapping[str, int]) -> dict[str, An
     name, positions, shared = node.parameters["weight"], trace.positions(node), int((owner < 0).sum())
     units = trace.layouts[node.name].width
     return {
-        "layer": layer_name(node),
+        "layer": node.path,
         "units": units,
         "shared": shared,
         "separate": max(units - shared, 0),
@@ -92,11 +92,6 @@ def _layer(network: Tabled, node: Node, done: Mapping[str, int]) -> dict[str, An
         "counted": positions * sum(weight.numel() for weight in network.map_of(node).weights),
         "executed": done.get(node.name, 0),
     }
-
-
-def layer_name(node: Node) -> str:
-    """The module path of a layer."""
-    return node.parameters["weight"].rpartition(".")[0] or node.name
 
 
 def _refining(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _layer(module: BlockMap, node: Node, pieces: list[Tensor]) -> LayerTime:
     module.at_once = dense < GAIN * blocks
     if not module.at_once:
         module._made = None
-    return LayerTime(node.parameters["weight"].rpartition(".")[0] or node.name, blocks, dense, module.at_once)
+    return LayerTime(node.path, blocks, dense, module.at_once)
 
 
 def _with(

@@ -2,14 +2,14 @@
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.fx
 
 from stages.core.graph.nodes import Node
 from stages.core.tracing.reader import Reader
-from stages.core.tracing.rearranging import Factors
 
 
 def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
@@ -48,8 +48,9 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     lone = {c for t, other in (letters, letters[::-1]) for c in t if c not in other and c not in out}
     if lone or not any(values):
         raise refused
+    product = _Product(reader, fx, tensors, letters, out, sizes)
     if all(values):
-        _product(reader, fx, tensors, letters, out, sizes)
+        product.of_values()
         return
     at = values.index(True)
     value, weight = letters[at], letters[1 - at]
@@ -57,103 +58,73 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     both = [c for c in value if c in weight and c in out]
     if summed and both:
         raise refused
+    product = replace(product, tensors=[tensors[at], tensors[1 - at]], letters=[value, weight])
     if summed:
-        _linear(reader, fx, (tensors[at], tensors[1 - at]), (value, weight), out, sizes)
+        product.linear()
     elif set(weight) <= set(value) and sorted(out) == sorted(value):
-        _scaled(reader, fx, (tensors[at], tensors[1 - at]), (value, weight), out, sizes)
+        product.scaled()
     else:
         raise refused
 
 
-def _product(
-    reader: Reader,
-    fx: torch.fx.Node,
-    tensors: Sequence[torch.fx.Node],
-    letters: Sequence[str],
-    out: str,
-    sizes: dict[str, int],
-) -> None:
-    """Of two values as one product of matrices; letters of one side become one dimension."""
-    a, b = letters
-    both = [c for c in a if c in b and c in out]
-    summed = "".join(c for c in a if c in b and c not in out)
-    rows, columns = "".join(c for c in a if c not in b), "".join(c for c in b if c not in a)
-    own, names = reader.name(fx, {}), []
-    for i, groups in enumerate(([*both, rows, summed], [*both, summed, columns])):
-        value = reader.value(tensors[i])
-        names.append(_arranged(reader, f"{own}_{i}", value, letters[i], groups, sizes))
-    made = [*both, rows, columns]
-    name = own if made == list(out) else f"{own}_product"
-    reader.add(Node(name, "matmul", tuple(names)))
-    reader.names[fx] = _spread(reader, own, name, made, out, sizes)
+@dataclass(frozen=True)
+class _Product:
+    """Two tensors by their letters, and the letters of what they give. Where one is a parameter, it is the second."""
 
+    reader: Reader
+    fx: torch.fx.Node
+    tensors: Sequence[torch.fx.Node]
+    letters: Sequence[str]
+    out: str
+    sizes: Mapping[str, int]
 
-def _linear(
-    reader: Reader,
-    fx: torch.fx.Node,
-    tensors: Sequence[torch.fx.Node],
-    letters: Sequence[str],
-    out: str,
-    sizes: dict[str, int],
-) -> None:
-    """A parameter as the weight of a linear map over the letters that both have."""
-    value, weight = letters
-    summed, new = "".join(c for c in value if c in weight), "".join(c for c in weight if c not in value)
-    kept, own = [c for c in value if c not in weight], reader.name(fx, {})
-    order = [weight.index(c) for c in new + summed]
-    shape = [math.prod(sizes[c] for c in new), math.prod(sizes[c] for c in summed)]
-    state = reader.folding.want(reader.through(tensors[1]), order=order, shape=shape)
-    read = _arranged(reader, f"{own}_input", reader.value(tensors[0]), value, [*kept, summed], sizes)
-    made = [*kept, new]
-    name = own if made == list(out) else f"{own}_map"
-    reader.add(Node(name, "linear", (read,), {}, {"weight": state}))
-    reader.names[fx] = _spread(reader, own, name, made, out, sizes)
+    def of_values(self) -> None:
+        """As one product of matrices; letters of one side become one dimension."""
+        a, b = self.letters
+        both = [c for c in a if c in b and c in self.out]
+        summed = "".join(c for c in a if c in b and c not in self.out)
+        rows, columns = "".join(c for c in a if c not in b), "".join(c for c in b if c not in a)
+        own, names = self.reader.name(self.fx, {}), []
+        for i, groups in enumerate(([*both, rows, summed], [*both, summed, columns])):
+            value = self.reader.value(self.tensors[i])
+            names.append(self.reader.arranged(f"{own}_{i}", value, self.letters[i], groups, self.sizes))
+        self._add(own, f"{own}_product", "matmul", names, {}, [*both, rows, columns])
 
+    def linear(self) -> None:
+        """The parameter as the weight of a linear map over the letters that both have."""
+        value, weight = self.letters
+        summed, new = "".join(c for c in value if c in weight), "".join(c for c in weight if c not in value)
+        kept, own = [c for c in value if c not in weight], self.reader.name(self.fx, {})
+        shape = [math.prod(self.sizes[c] for c in letters) for letters in (new, summed)]
+        state = self._state([weight.index(c) for c in new + summed], shape)
+        given = self.reader.value(self.tensors[0])
+        read = self.reader.arranged(f"{own}_input", given, value, [*kept, summed], self.sizes)
+        self._add(own, f"{own}_map", "linear", [read], {"weight": state}, [*kept, new])
 
-def _scaled(
-    reader: Reader,
-    fx: torch.fx.Node,
-    tensors: Sequence[torch.fx.Node],
-    letters: Sequence[str],
-    out: str,
-    sizes: dict[str, int],
-) -> None:
-    """A parameter that multiplies entry by entry."""
-    value, weight = letters
-    held = [c for c in value if c in weight]
-    first = value.index(held[0]) if held else len(value)
-    shape = [sizes[c] if c in weight else 1 for c in value[first:]]
-    state = reader.folding.want(
-        reader.through(tensors[1]), order=[weight.index(c) for c in held], shape=shape
-    )
-    own = reader.name(fx, {})
-    name = own if value == out else f"{own}_product"
-    reader.add(Node(name, "multiply_parameter", (reader.value(tensors[0]),), {}, {"value": state}))
-    reader.names[fx] = _spread(reader, own, name, list(value), out, sizes)
+    def scaled(self) -> None:
+        """The parameter multiplies entry by entry."""
+        value, weight = self.letters
+        held = [c for c in value if c in weight]
+        first = value.index(held[0]) if held else len(value)
+        shape = [self.sizes[c] if c in weight else 1 for c in value[first:]]
+        state, own = self._state([weight.index(c) for c in held], shape), self.reader.name(self.fx, {})
+        given = self.reader.value(self.tensors[0])
+        self._add(own, f"{own}_product", "multiply_parameter", [given], {"value": state}, [*value])
 
+    def _state(self, order: Sequence[int], shape: Sequence[int]) -> str:
+        """The state name of the parameter, its dimensions in another order and shape."""
+        return self.reader.folding.want(self.reader.through(self.tensors[1]), order=order, shape=shape)
 
-def _arranged(
-    reader: Reader, name: str, value: str, found: str, groups: Sequence[str], sizes: dict[str, int]
-) -> str:
-    """A value whose dimensions are named ``found`` with those of each group as one dimension."""
-    if [*found] == list(groups):
-        return value
-    factors = Factors.of([sizes[c] for c in found])
-    factors.permute([found.index(c) for c in "".join(groups)])
-    assert factors.reshape([math.prod(sizes[c] for c in group) for group in groups])
-    reader.add(Node(name, "rearrange", (value,), factors.attributes()))
-    return name
-
-
-def _spread(
-    reader: Reader, name: str, value: str, groups: Sequence[str], out: str, sizes: dict[str, int]
-) -> str:
-    """The inverse: groups of dimensions apart, in the order of ``out``."""
-    if list(groups) == [*out]:
-        return value
-    line = "".join(groups)
-    factors = Factors.of([math.prod(sizes[c] for c in group) for group in groups])
-    assert factors.reshape([sizes[c] for c in line])
-    factors.permute([line.index(c) for c in out])
-    reader.add(Node(name, "rearrange", (value,), factors.attributes()))
-    return name
+    def _add(
+        self,
+        own: str,
+        otherwise: str,
+        operation: str,
+        inputs: Sequence[str],
+        parameters: Mapping[str, str],
+        made: Sequence[str],
+    ) -> None:
+        """The node that gives dimensions ``made``, by the name ``own`` if that is what is asked for; then what does."""
+        name = own if [*made] == [*self.out] else otherwise
+        self.reader.add(Node(name, operation, tuple(inputs), {}, parameters))
+        self.reader.names[self.fx] = self.reader.spread(own, name, made, self.out, self.sizes)

@@ -1,5 +1,6 @@
 """The state of reading one graph: which node stands for which call, and what is known without an input."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,8 +109,7 @@ class Reader:
         """One more node, which stands for a call. parameters: state names by role."""
         values = tuple(self.value(i) for i in inputs)
         name = name or self.name(fx, parameters or {})
-        self.taken.add(name)
-        self.nodes.append(Node(name, operation, values, dict(attributes or {}), dict(parameters or {})))
+        self.add(Node(name, operation, values, dict(attributes or {}), dict(parameters or {})))
         self.names[fx] = name
 
     def name(self, fx: torch.fx.Node, parameters: Mapping[str, str]) -> str:
@@ -220,16 +220,27 @@ class Reader:
             stack += [n for n in node.all_input_nodes if n not in seen and not made_like(node)]
         return False
 
-    def ordered(
-        self, name: str, value: str, shape: list[int], found: Sequence[str], wanted: Sequence[str]
+    def arranged(
+        self, name: str, value: str, found: str, groups: Sequence[str], sizes: Mapping[str, int]
     ) -> str:
-        """A value whose dimensions are named ``found``, in the order ``wanted``."""
-        if list(found) == list(wanted):
+        """A value of dimensions ``found``, letters of these sizes, with those of each group as one dimension."""
+        if [*found] == [*groups]:
             return value
-        factors = Factors.of(shape)
-        factors.permute([list(found).index(c) for c in wanted])
-        self.nodes.append(Node(name, "rearrange", (value,), factors.attributes(), {}))
-        self.taken.add(name)
+        factors = Factors.of([sizes[c] for c in found])
+        factors.permute([found.index(c) for c in "".join(groups)])
+        _reshape(factors, [math.prod(sizes[c] for c in group) for group in groups])
+        self.add(Node(name, "rearrange", (value,), factors.attributes()))
+        return name
+
+    def spread(self, name: str, value: str, groups: Sequence[str], out: str, sizes: Mapping[str, int]) -> str:
+        """The inverse: groups of dimensions apart, in the order of ``out``."""
+        if [*groups] == [*out]:
+            return value
+        line = "".join(groups)
+        factors = Factors.of([math.prod(sizes[c] for c in group) for group in groups])
+        _reshape(factors, [sizes[c] for c in line])
+        factors.permute([line.index(c) for c in out])
+        self.add(Node(name, "rearrange", (value,), factors.attributes()))
         return name
 
     def unknown(self, fx: torch.fx.Node, what: str) -> InputError:
@@ -248,6 +259,11 @@ class Reader:
             f"{path or type(self.module).__name__}: no rule for {what}{where}; "
             "allowed: another way to write it, or a rule of your own (docs/adding.md)"
         )
+
+
+def _reshape(factors: Factors, shape: Sequence[int]) -> None:
+    if not factors.reshape(shape):
+        raise AssertionError(f"dimensions as one, or apart again, are a product: {shape}")
 
 
 def _upto(nodes: list[Node], output: str) -> list[Node]:

@@ -1,5 +1,6 @@
 """Linear maps: layers, convolutions, products of matrices, tables."""
 
+import string
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -46,13 +47,13 @@ def _matmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
 def _in_front(reader: Reader, fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:
     """A matrix in front of a value: a linear map over the dimension before the last."""
     shape, name = reader.shape(value), reader.name(fx, {})
-    letters = list(range(len(shape)))
-    swapped = [*letters[:-2], letters[-1], letters[-2]]
-    turned = reader.ordered(f"{name}_turned", reader.value(value), shape, letters, swapped)
-    reader.nodes.append(Node(f"{name}_map", "linear", (turned,), {}, {"weight": weight}))
-    reader.taken.add(f"{name}_map")
-    found = [*reader.shape(fx)[:-2], reader.shape(fx)[-1], reader.shape(fx)[-2]]
-    reader.names[fx] = reader.ordered(name, f"{name}_map", found, letters, swapped)
+    letters = string.ascii_letters[: len(shape)]
+    swapped = letters[:-2] + letters[-1] + letters[-2]
+    sizes = dict(zip(letters, shape, strict=True))
+    turned = reader.arranged(f"{name}_turned", reader.value(value), letters, swapped, sizes)
+    reader.add(Node(f"{name}_map", "linear", (turned,), {}, {"weight": weight}))
+    sizes |= dict(zip(letters, reader.shape(fx), strict=True))
+    reader.names[fx] = reader.arranged(name, f"{name}_map", swapped, letters, sizes)
 
 
 def _einsum(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
