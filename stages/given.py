@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,11 +103,11 @@ def checked_batches(
     weight = next(p for p in first.parameters())
     found: list[Batch] = []
     for task, (name, network) in enumerate(networks.items()):
-        runs = partial(_runs, copy.deepcopy(network).eval(), name=f"task {name}")
+        runs = _runner(network, f"task {name}")
         images_of_task = read_images(batches[name], f"batches: task {name}", runs, images)
         own = [_numbers(batch, weight, name) for batch in images_of_task]
         _warn_of_scale(own, name)
-        _warn_of_one_answer(network, own[0], name)
+        _warn_of_one_answer(runs, own[0], name, type(network).__name__)
         if storage == "disk":
             kept = ImagesOnDisk()
             found += [Batch(kept, task, kept.add(batch)) for batch in own]
@@ -148,8 +148,13 @@ def two_of(images: Tensor) -> Tensor:
 
 def run_once(network: nn.Module, images: Tensor, name: str) -> Tensor:
     """A network's logits for the first images; it is left alone. Raises InputError."""
-    return _runs(
-        copy.deepcopy(network).eval(), images, name=name
+    return _runner(network, name)(images)
+
+
+def _runner(network: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """What gives a network's logits for the first images, as ``_runs``."""
+    return partial(
+        _runs, copy.deepcopy(network).eval(), name=name
     )  # a copy: its parts can be in different modes
 
 
@@ -165,20 +170,21 @@ def _warn_of_scale(own: Sequence[Tensor], name: str) -> None:
         )
 
 
-def _warn_of_one_answer(network: nn.Module, images: Tensor, name: str) -> None:
-    """Features or logits that are constant: said once a task."""
-    two, logits = two_of(images), run_once(network, images, f"task {name}")
+def _warn_of_one_answer(runs: Callable[[Tensor], Tensor], images: Tensor, name: str, kind: str) -> None:
+    """Features or logits that are constant: said once a task. kind: of the network."""
+    two, logits = two_of(images), runs(images)
     if not torch.equal(two[0], two[1]) and torch.equal(logits[0], logits[1]):
         log.warning(
             "task %s: %s gives different images the same logits: are its weights loaded, its images scaled?",
             name,
-            type(network).__name__,
+            kind,
         )
 
 
 def checked_sizes(networks: Mapping[str, nn.Module], found: Sequence[Batch]) -> None:
     """Every network takes the images of every task, of every size they come in. Raises InputError."""
-    shapes = {batch.images.shape[1:]: batch.images for batch in found}
+    shapes = {(images := batch.images).shape[1:]: images for batch in found}
     for name, network in networks.items():
+        runs = _runner(network, f"task {name}")
         for images in shapes.values():
-            run_once(network, images, f"task {name}")
+            runs(images)

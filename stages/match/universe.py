@@ -43,7 +43,7 @@ def match_universe(
             name: torch.stack([maps[name][0], *(_vertex(own) for own in G[1:])])
             for name, G in problem.gradient(maps).items()
         }
-        maps, found = problem.search(maps, towards)
+        maps, found = problem.search(maps, towards, objectives[-1])
         objectives.append(found)
         if objectives[-1] - objectives[-2] <= TOLERANCE * abs(objectives[-1]):
             break
@@ -97,14 +97,14 @@ class Universe:
                     found[name][m] += _rows(whole - seen[m], span, maps[name].shape[-1]) @ rows.T
         return found
 
-    def search(self, maps: Maps, towards: Maps) -> tuple[Maps, float]:
-        """The best point between the maps and others, and f there."""
+    def search(self, maps: Maps, towards: Maps, now: float) -> tuple[Maps, float]:
+        """The best point between the maps, where f is ``now``, and others; and f there."""
 
         def at(t: float) -> Maps:
             return {name: torch.lerp(own, towards[name], t) for name, own in maps.items()}
 
         points = (1 - np.cos(np.linspace(0, np.pi, self.degree + 1))) / 2
-        values = [self.objective(at(t)) for t in points]
+        values = [now, *(self.objective(at(t)) for t in points[1:])]
         line = np.polynomial.Polynomial.fit(points, values, self.degree)
         turns = line.deriv().roots() if self.degree else np.zeros(0)
         turns = [float(t.real) for t in turns if abs(t.imag) < 1e-9 and 0 < t.real < 1]

@@ -75,7 +75,7 @@ def test_the_line_search_finds_the_best_point(kind, randomise):
     universe = Universe(spec, states)
     for seed in range(3):
         a, b = soft(spec, 3, seed), soft(spec, 3, seed + 10)
-        _, found = universe.search(a, b)
+        _, found = universe.search(a, b, universe.objective(a))
         grid = [
             universe.objective({name: torch.lerp(own, b[name], float(t)) for name, own in a.items()})
             for t in torch.linspace(0, 1, 51)

@@ -1,6 +1,6 @@
 """Batches of images of one task each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -23,7 +23,7 @@ class LateImages(Protocol):
 
 
 class Batch:
-    """LateImages of one task (an index; ``NO_TASK`` for images that belong to none), at hand or made when asked for."""
+    """Images of one task (an index; ``NO_TASK`` for images that belong to none), at hand or made when asked for."""
 
     def __init__(self, images: Tensor | LateImages, task: int, chosen: Tensor | None = None) -> None:
         """images: (n, ...) preprocessed; or more of them, and which are ``chosen``: int64 (n,)."""
@@ -64,9 +64,11 @@ def task_counts(batches: Sequence[Batch]) -> dict[int, int]:
     return counts
 
 
-def task_weights(batches: Sequence[Batch]) -> dict[int, float]:
-    """Weight of an image of each task: every task weighs the same, whatever its number of images; 1 on average."""
-    counts = task_counts(batches)
+def task_weights(counts: Mapping[int, int]) -> dict[int, float]:
+    """Weight of an image of each task: every task weighs the same, whatever its number of images; 1 on average.
+
+    counts: images of each task, as of ``task_counts``.
+    """
     return {task: sum(counts.values()) / (len(counts) * count) for task, count in counts.items()}
 
 

@@ -78,7 +78,8 @@ class Sweep:
             self.dtype = next(t.dtype for t in tensors if t.is_floating_point())
         self.image_bytes = example[0].nbytes
         self.precision = precision or self.dtype
-        self.counts, self.weights = task_counts(batches), task_weights(batches)
+        self.counts = task_counts(batches)
+        self.weights = task_weights(self.counts)
         self.keeper = Keeper()
         self._actors = [*sources, *([] if merged is None else [merged])]
         self._values: list[dict[str, Kept]] = []

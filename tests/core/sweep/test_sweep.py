@@ -14,7 +14,7 @@ from stages.core.networks.architectures import build
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.errors import InputError
 from stages.core.sweep import sweep as engine
-from stages.core.sweep.batches import Batch, images_to_batches, task_weights
+from stages.core.sweep.batches import Batch, images_to_batches, task_counts, task_weights
 from stages.core.sweep.memory import check_memory, peak_bytes
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import full_split, identity_matching
@@ -285,7 +285,7 @@ def test_batches_hold_every_image_once_each_of_one_task(sizes, size):
     for task, own in enumerate(tasks):
         assert torch.equal(torch.cat([b.images for b in batches if b.task == task]), own)
     assert all(len(batch.images) <= size for batch in batches)
-    weights = task_weights(batches)
+    weights = task_weights(task_counts(batches))
     totals = [weights[task] * n for task, n in enumerate(sizes)]
     assert totals == pytest.approx([sum(sizes) / len(sizes)] * len(sizes))
 
