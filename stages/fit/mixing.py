@@ -11,14 +11,13 @@ from torch import Tensor
 
 from stages.core.graph.nodes import Node
 from stages.core.merged.mixed import MixMap
-from stages.core.recipe.sections import RIDGE_OF_FEW
 from stages.core.runtime import ranks
 from stages.core.sweep.sweep import Sweep
 from stages.fit.equations.normal import NormalEquations
-from stages.fit.equations.ridge import choose, flags
+from stages.fit.equations.ridge import decide, flags
 from stages.fit.equations.solve import left_over, solve
 from stages.fit.features import inputs_of, targets_of
-from stages.fit.problem import LayerSolution, of_images
+from stages.fit.problem import LayerSolution, apart
 from stages.fit.setup import Setup
 
 
@@ -49,32 +48,26 @@ class Mixing:
         at, bias = module.owners.index(-1), "bias" in node.parameters
         start = module.weight[at].flatten(1)
         d_out, d_in = start.shape
-        held = flags(sweep.batches, self.setup.ridge)
+        held = flags(sweep, self.setup.ridge)
         equations = [
             NormalEquations(d_in, d_out, bias, start.device, node.name)
             for _ in range(1 if held is None else 2)
         ]
         for index, batch in enumerate(sweep.batches):
             z, y = inputs_of(self.setup, node, sweep, index), targets_of(self.setup, node, sweep, index)
-            for part, own in enumerate(equations):
-                if held is None:
-                    own.add(_rows(module, z), _rows(module, y), sweep.weights[batch.task])
-                elif (chosen := held[index] == bool(part)).any():
-                    network, names = self.setup.network, (node.inputs[0], node.name)
-                    some = (of_images(network, n, v, chosen) for n, v in zip(names, (z, y), strict=True))
-                    own.add(*(_rows(module, own_value) for own_value in some), sweep.weights[batch.task])
+            for part, *own in apart(self.setup.network, node, z, y, held and held[index]):
+                equations[part].add(*(_rows(module, value) for value in own), sweep.weights[batch.task])
         for own in equations:
             own.finished()
         if ranks.rank():
             return None
         every = tuple(torch.arange(n, device=start.device) for n in (d_out, d_in))
-        ridge, start = self.setup.ridge, start.double()
-        if held is not None:
-            learnt, other = (own.block(*every) for own in equations)
-            ridge = choose(lambda ridge: left_over(other, solve(learnt, start, ridge)))
-            equations[0].absorb(equations[1])
-        elif ridge == "auto":
-            ridge = RIDGE_OF_FEW
+        start = start.double()
+        learnt, *others = (own.block(*every) for own in equations)
+        loss = (lambda ridge: left_over(others[0], solve(learnt, start, ridge))) if others else None
+        ridge = decide(self.setup.ridge, loss)
+        for own in equations[1:]:
+            equations[0].absorb(own)
         found = solve(equations[0].block(*every), start, ridge)
         module.weight[at] = found.weight.to(module.weight.dtype).view_as(module.weight[at])
         if bias:

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stages.core.graph.nodes import Node
 from stages.core.merged.network import MergedNetwork
 from stages.core.runtime import ranks
 from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
@@ -63,7 +64,7 @@ class LayerProblem:
     @cached_property
     def held(self) -> list[Tensor] | None:
         """Where the ridge is chosen by images held out, which those of each batch are: bool (n,)."""
-        return flags(self._sweep.batches, self.setup.ridge)
+        return flags(self._sweep, self.setup.ridge)
 
     def count(self, part: int, task: int | None = None) -> int:
         """How many images ``parts`` gives, of one task or in all."""
@@ -79,16 +80,7 @@ class LayerProblem:
     def parts(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """z and y of one batch: of the images that are learnt from, as 0, and of those held out, if any, as 1."""
         z, y = self.inputs(index), self.targets(index)
-        if self.held is None:
-            yield 0, z, y
-            return
-        for part, chosen in enumerate((~self.held[index], self.held[index])):
-            if chosen.any():
-                network, names = self.setup.network, (self.node.inputs[0], self.node.name)
-                some = (
-                    of_images(network, name, own, chosen) for name, own in zip(names, (z, y), strict=True)
-                )
-                yield part, *some
+        yield from apart(self.setup.network, self.node, z, y, self.held and self.held[index])
 
     def inputs(self, index: int) -> Tensor:
         """z of one batch, in the merged network's entries."""
@@ -136,12 +128,26 @@ class LayerProblem:
         return draw_places(images, self.layer.places, self.setup.positions, self.setup.generator)
 
 
-def of_images(network: MergedNetwork, name: str, value: Tensor, chosen: Tensor) -> Tensor:
+def apart(
+    network: MergedNetwork, node: Node, z: Tensor, y: Tensor, held: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """z and y of a node in two parts: of images that are not ``held``, bool (n,), as 0, and of those that are, as 1."""
+    if held is None:
+        yield 0, z, y
+        return
+    for part, chosen in enumerate((~held, held)):
+        if chosen.any():
+            yield (
+                part,
+                _of_images(network, node.inputs[0], z, chosen),
+                _of_images(network, node.name, y, chosen),
+            )
+
+
+def _of_images(network: MergedNetwork, name: str, value: Tensor, chosen: Tensor) -> Tensor:
     """The entries of some images, ``chosen`` bool (n,), in a merged value, wherever its images lie."""
     one, units = network.trace.shapes[name], network.trace.layouts[name].dim
-    apart = [d for d in range(value.dim()) if d != units and value.shape[d] != one[d]]
-    dim = (
-        apart[0] if apart else 0
-    )  # a single image has no dimension of its own: all of it is chosen, or nothing
+    longer = [d for d in range(value.dim()) if d != units and value.shape[d] != one[d]]
+    dim = longer[0] if longer else 0  # a single image: all of it is chosen
     entries = chosen.repeat_interleave(value.shape[dim] // len(chosen))
     return value.index_select(dim, entries.nonzero().flatten().to(value.device))

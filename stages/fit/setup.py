@@ -15,16 +15,15 @@ from stages.core.graph.source import Source
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
-from stages.core.recipe.sections import RIDGE
 
 
 @dataclass(frozen=True)
 class Setup:
     """A merged ``network`` and the ``sources`` it is fitted to, units in merged order, seen through ``alignment``.
 
-    ridge: relative to the mean diagonal of G, or chosen by images held out, layer by layer (auto; RegMean has no fit
-    to choose by and takes 1e-3); a ridge of ``fit`` comes first. positions: share of a feature map's
-    positions that is used, drawn with ``generator``. owned: whether every image has a task.
+    ridge: relative to the mean diagonal of G, or chosen by images held out, layer by layer (auto); a ridge of ``fit``
+    comes first. positions: share of a feature map's positions that is used, drawn with ``generator``. owned: whether
+    every image has a task.
     """
 
     network: MergedNetwork
@@ -41,8 +40,8 @@ class Setup:
             "generator": self.generator or torch.Generator().manual_seed(0),
             "alignment": self.alignment or Alignment(len(self.sources)),
         }
-        ridge = self.ridge if self.fit.ridge is None else self.fit.ridge
-        fixed["ridge"] = RIDGE if ridge == "auto" and self.fit.solver != "exact" else ridge
+        if self.fit.ridge is not None:
+            fixed["ridge"] = self.fit.ridge
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
 

@@ -44,15 +44,14 @@ def networks_weights(layer: Layer, states: Sequence[State]) -> list[list[Tensor]
     whole = [weight.new_ones(len(weight)) for weight in own]
     module = layer.module
     return [
-        [
-            average_block(
-                [weight if n == m else torch.zeros_like(weight) for n, weight in enumerate(own)],
-                block,
-                module.inputs,
-                module.outputs,
-                whole,
-            )
-            for block in module.blocks
-        ]
-        for m in range(len(own))
+        [average_block(lone, block, module.inputs, module.outputs, whole) for block in module.blocks]
+        for lone in each_alone(own)
+    ]
+
+
+def each_alone(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """For each of the networks all their tensors, zero but for its own."""
+    return [
+        [own if n == m else torch.zeros_like(own) for n, own in enumerate(tensors)]
+        for m in range(len(tensors))
     ]

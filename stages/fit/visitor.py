@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from stages.core.graph.nodes import Node
 from stages.core.recipe.rooms import SOLVERS
+from stages.core.recipe.sections import RIDGE
 from stages.core.runtime import ranks
 from stages.core.runtime.errors import InputError
 from stages.core.sweep.norms import moments_bytes
@@ -33,7 +34,12 @@ class FitVisitor:
 
     def __init__(self, setup: Setup) -> None:
         way = SOLVERS.way(setup.fit.solver)
-        self.setup = setup = replace(setup, fit=setup.fit.model_copy(update=dict(way.always)))
+        fixed, ridge = dict(way.always), setup.ridge
+        if not way.chooses_ridge:
+            fixed["ridge"] = None if setup.fit.ridge == "auto" else setup.fit.ridge
+            ridge = RIDGE if ridge == "auto" else ridge
+        fit = setup.fit.model_copy(update=fixed)
+        self.setup = setup = replace(setup, fit=fit, ridge=ridge)
         self.record: list[LayerFit] = []
         self._intercepts = Intercepts(setup)
         self._solvers: LayerSolvers = way.make(setup)
@@ -63,9 +69,8 @@ class FitVisitor:
 
     def visit(self, node: Node, sweep: Sweep) -> None:
         if node.operation == "mix":
-            name = node.parameters["weight"].rpartition(".")[0] or node.name
             found = self._over_ranks(node, self._solvers.mixing, self._solvers.mixing.fit(node, sweep))
-            self._note(name, found)
+            self._note(node.path, found)
             return
         if not node.fitted:
             self._intercepts.set_statistics(node, sweep)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gates import permuted
 from styles import STYLES
 
 from stages.allocate.model import cost_model
@@ -14,8 +15,7 @@ from stages.core.recipe.methods import Fit
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.known import read_known
 from stages.core.tracing.verify import verify
-from stages.core.units.groups import permute
-from stages.core.units.matching import Matching, full_split, identity_matching
+from stages.core.units.matching import full_split, identity_matching
 from stages.fit.network import fit_network
 
 AVERAGE = Fit(solver="average")
@@ -52,22 +52,6 @@ def source(network, x, name):
     state = reading.state(network)
     traced = lay_out(reading.graph, {n: tuple(t.shape) for n, t in state.items()}, x[:1].shape)
     return Source(traced, state, Task(name, ("0", "1", "2")))
-
-
-def permuted(first, seed=0):
-    """A copy with its units in other orders, and the matching that undoes it."""
-    spec, generator = first.trace.spec, torch.Generator().manual_seed(seed)
-    orders = {g: torch.randperm(v.size, generator=generator) for g, v in spec.free.items()}
-    units = {g: torch.stack([torch.arange(len(o)), o.argsort()]) for g, o in orders.items()}
-    for name, inner in spec.inner.items():
-        rows = [torch.randperm(inner.size, generator=generator) for _ in range(inner.parts)]
-        orders[name] = torch.stack(rows)
-        undone = orders[inner.outer].argsort() if inner.outer in orders else torch.arange(inner.parts)
-        plain = torch.arange(inner.size).repeat(inner.parts, 1)
-        units[name] = torch.stack([plain, orders[name][undone].argsort(-1)])
-    state = permute(first.state, spec, orders)
-    like = {g: torch.ones(u.shape).double() for g, u in units.items()}
-    return Source(first.trace, state, Task("b", first.task.classes)), Matching(units, like)
 
 
 @pytest.fixture(params=[False, True], ids=["blocks", "dense"])

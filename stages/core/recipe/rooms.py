@@ -30,7 +30,7 @@ class Way:
 
     make: what it does, as its room asks. uses: the settings of the room's section that it looks at. own: those that it
     alone has. always: settings that are so by its definition. aligned: whether it needs the sources in merged order.
-    owned: whether it needs to know whose an image is.
+    owned: whether it needs to know whose an image is. chooses_ridge: whether its layers can choose one (ridge: auto).
     """
 
     name: str
@@ -40,6 +40,7 @@ class Way:
     always: Mapping[str, Any] = field(default_factory=dict)
     aligned: bool = False
     owned: bool = False
+    chooses_ridge: bool = False
 
 
 class Room:

@@ -5,13 +5,14 @@ its middle, a layer being solved three to five times more: but for noise, the lo
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from stages.core.recipe.sections import RIDGE_OF_FEW
 from stages.core.runtime import ranks
-from stages.core.sweep.batches import Batch, task_counts
+from stages.core.sweep.sweep import Sweep
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))  # 1e-4, 3e-4, ..., 10
 MIDDLE = 5  # 0.03
@@ -23,24 +24,31 @@ def held_out(count: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + count) % ONE_IN == ONE_IN // 2
 
 
-def flags(batches: Sequence[Batch], ridge: float | str) -> list[Tensor] | None:
+def flags(sweep: Sweep, ridge: float | str) -> list[Tensor] | None:
     """Which images of each batch are held out, bool (n,); None where the ridge is fixed or a task has too few.
 
     They are the same for any number of ranks.
     """
-    if ridge != "auto":
+    if ridge != "auto" or not enough(sweep.counts.values()):
         return None
-    counts, found = task_counts(batches), []
-    seen = Counter({task: int(ranks.share(count)[0]) for task, count in counts.items()})
-    for batch in batches:
+    found = []
+    seen = Counter({task: int(ranks.share(count)[0]) for task, count in sweep.counts.items()})
+    for batch in sweep.batches:
         found.append(held_out(len(batch), seen[batch.task]))
         seen[batch.task] += len(batch)
-    return found if enough(counts.values()) else None
+    return found
 
 
 def enough(counts: Iterable[int]) -> bool:
     """Whether every task has images of which one can be held out."""
     return min(counts) >= ONE_IN
+
+
+def decide(ridge: float | str, loss: Callable[[float], float] | None) -> float:
+    """The ridge that is fixed, or that is chosen. loss: None where no images are held out."""
+    if ridge != "auto":
+        return ridge
+    return RIDGE_OF_FEW if loss is None else choose(loss)
 
 
 def choose(loss: Callable[[float], float]) -> float:

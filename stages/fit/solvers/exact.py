@@ -6,18 +6,18 @@ Layers whose outputs read every input, and grouped convolutions: there every par
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from stages.core.recipe.rooms import SOLVERS
-from stages.core.recipe.sections import RIDGE_OF_FEW
 from stages.core.runtime import ranks
 from stages.core.sweep.rows import weight_matrix
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations, join_
 from stages.fit.equations.parts import PartEquations
-from stages.fit.equations.ridge import choose
+from stages.fit.equations.ridge import decide
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import System, left_over, solve
 from stages.fit.layer import Layer
@@ -26,8 +26,9 @@ from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solver import LayerSolvers
 from stages.fit.start import starts
+from stages.fit.sums import Sums, add, sums_of
 
-Equations = MapEquations | NormalEquations | RowEquations
+Equations = Sums | RowEquations
 
 
 class Dense:
@@ -67,23 +68,18 @@ class Dense:
         equations = [self._equations(problem, part) for part in range(1 if problem.held is None else 2)]
         for index, task, weight in problem.batches():
             for part, z, y in problem.parts(index):
-                into = equations[part][task if layer.own_rows else 0]
-                if isinstance(into, MapEquations):
-                    into.add(z, y, weight)
-                else:
-                    problem.by_rows(z, y, partial(into.add, weight=weight))
-        for own in (*equations[0], *equations[-1]):
+                add(problem, equations[part][task if layer.own_rows else 0], z, y, weight)
+        for own in chain(*equations):
             own.finished()
         if ranks.rank():
             return None
-        ridge, start = problem.setup.ridge, starts(layer)
-        if len(equations) == 2:
-            ridge = choose(partial(self._loss, layer, *equations, start))
-            for own, held in zip(*equations, strict=True):
-                own.absorb(held)
-        elif ridge == "auto":
-            ridge = RIDGE_OF_FEW
-        return self._install(layer, equations[0], start, ridge)
+        start, (learnt, *others) = starts(layer), equations
+        loss = partial(self._loss, layer, *equations, start) if others else None
+        ridge = decide(problem.setup.ridge, loss)
+        for held in others:
+            for own, other in zip(learnt, held, strict=True):
+                own.absorb(other)
+        return self._install(layer, learnt, start, ridge)
 
     def _install(
         self, layer: Layer, equations: list[Equations], start: list[Tensor], ridge: float
@@ -91,11 +87,9 @@ class Dense:
         bias, mean, variance = torch.zeros(3, layer.d_out, dtype=torch.float64, device=layer.device)
         residual = energy = 0.0
         for own in _problems(layer, start):
-            rows = own.rows
+            rows, weight = own.rows, layer.module.weights[own.block]
             found = solve(own.system(equations), own.start, ridge)
-            layer.module.weights[own.block][own.local] = found.weight.to(start[0].dtype).view_as(
-                layer.module.weights[own.block][own.local]
-            )
+            weight[own.local] = found.weight.to(weight.dtype).view(-1, *weight.shape[1:])
             bias[rows] = found.bias
             if layer.intercept:
                 mean[rows], variance[rows] = found.moments
@@ -124,13 +118,10 @@ class Dense:
     def _equations(self, problem: LayerProblem, part: int) -> list[Equations]:
         """One for all tasks, or one for each where a task has a head of its own. part: of the images."""
         layer = problem.layer
-        sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
         tasks = range(len(layer.setup.sources)) if layer.own_rows else [None]
-        if layer.few_rows(problem.images()) is None and layer.maps is not None:
-            maps = layer.node, layer.kernel, layer.map_size, layer.intercept, layer.node.name
-            return [MapEquations(*maps) for _ in tasks]
         if layer.few_rows(problem.images()) is None:
-            return [NormalEquations(*sizes, *what) for _ in tasks]
+            return [sums_of(layer) for _ in tasks]
+        sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
         counts = [problem.count(part, task) * layer.places for task in tasks]
         return [RowEquations(count, *sizes, problem.dtype, *what) for count in counts]
 
@@ -194,14 +185,11 @@ class Grouped:
         if ranks.rank():
             return None
         start = starts(layer)[0].view(module.groups, -1, module.weight[0].numel())
-        ridge = problem.setup.ridge
-        if len(systems) == 2:
-            ridge = choose(partial(_loss, *systems, start))
-            joined = [replace(own, **vars(join_(own, held))) for own, held in zip(*systems, strict=True)]
-            systems = [joined]
-        elif ridge == "auto":
-            ridge = RIDGE_OF_FEW
-        parts = [solve(system, own, ridge) for system, own in zip(systems[0], start, strict=True)]
+        whole, *others = systems
+        ridge = decide(problem.setup.ridge, partial(_loss, *systems, start) if others else None)
+        for held in others:
+            whole = [replace(own, **vars(join_(own, other))) for own, other in zip(whole, held, strict=True)]
+        parts = [solve(system, own, ridge) for system, own in zip(whole, start, strict=True)]
         weight = torch.cat([found.weight for found in parts]).view_as(module.weight)
         module.weight[fitted] = weight[fitted].to(module.weight.dtype)
         residual, energy, bias = (
@@ -217,7 +205,7 @@ def _loss(learnt: list[System], held: list[System], start: Tensor, ridge: float)
     return sum(left_over(held[i], solve(learnt[i], start[i], ridge)) for i in some)
 
 
-@SOLVERS.register(uses=("inputs", "targets", "norm", "ridge"))
+@SOLVERS.register(uses=("inputs", "targets", "norm", "ridge"), chooses_ridge=True)
 def exact(setup: Setup) -> LayerSolvers:
     """One for each kind of layer."""
     return LayerSolvers(Dense(), Grouped(), Mixing(setup))

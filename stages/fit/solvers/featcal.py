@@ -9,7 +9,7 @@ so that no task counts for more because its features are larger, and a layer is 
 of those before it. a = 1 without the norms is `exact` with inputs: merged, targets: own.
 """
 
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solver import LayerSolvers
-from stages.fit.start import networks_weights, starts
+from stages.fit.start import each_alone, networks_weights, starts
+from stages.fit.sums import Sums, add, sums_of
 
 RIDGE_TO_AVERAGE = 0.05  # the paper's
 
@@ -64,11 +65,15 @@ class FeatCal:
         merged = module.outputs.owner < 0  # separate units keep their network's weights
         if not merged.any():
             return None
-        equations = self._accumulated(problem)
+        equations = [sums_of(layer) for _ in self.states]
+        for index, task, weight in problem.batches():
+            add(problem, equations[task], problem.inputs(index), problem.targets(index), weight)
         for own in equations:
             own.finished()
         if ranks.rank():
             return None
+        norms = [float(torch.linalg.matrix_norm(own.finished().G)) for own in equations]
+        scales = [1 / norm if norm > 0 else 1.0 for norm in norms]
         weights, biases = networks_weights(layer, self.states), self._biases(layer)
         bias = torch.zeros(layer.d_out, dtype=torch.float64, device=layer.device)
         if module.bias is not None:
@@ -80,8 +85,8 @@ class FeatCal:
                 continue
             rows, columns = local + block.start, layer.columns(block)
             sums = [
-                self._mixed(own, rows, columns, W[i][local].flatten(1).double(), b[rows])
-                for own, W, b in zip(equations, weights, biases, strict=True)
+                self._mixed(own.block(rows, columns), W[i][local].flatten(1).double(), b[rows], scale)
+                for own, W, b, scale in zip(equations, weights, biases, scales, strict=True)
             ]
             found = self._solve(sums, equations[0], start[local].flatten(1))
             own = module.weights[i]
@@ -93,22 +98,6 @@ class FeatCal:
             energy += float(found.energy.sum())
         return LayerSolution(residual, energy, bias, moments, self.ridge)
 
-    def _accumulated(self, problem: LayerProblem) -> list[MapEquations | NormalEquations]:
-        layer = problem.layer
-        if layer.maps is not None:
-            maps = layer.node, layer.kernel, layer.map_size, layer.intercept, layer.node.name
-            equations = [MapEquations(*maps) for _ in self.states]
-            for index, task, weight in problem.batches():
-                equations[task].add(problem.inputs(index), problem.targets(index), weight)
-            return equations
-        sizes = layer.d_in, layer.d_out, layer.intercept, layer.device, layer.node.name
-        equations = [NormalEquations(*sizes) for _ in self.states]
-        for index, task, weight in problem.batches():
-            problem.by_rows(
-                problem.inputs(index), problem.targets(index), partial(equations[task].add, weight=weight)
-            )
-        return equations
-
     def _biases(self, layer: Layer) -> list[Tensor]:
         """b_t in the merged network's entries, zero where a network has none: (d_out,) each."""
         name = layer.node.parameters.get("bias")
@@ -116,26 +105,11 @@ class FeatCal:
             return [torch.zeros(layer.d_out, dtype=torch.float64, device=layer.device) for _ in self.states]
         own = [state[name].double() for state in self.states]
         whole = [bias.new_ones(len(bias)) for bias in own]
-        return [
-            average_vector(
-                [bias if n == m else torch.zeros_like(bias) for n, bias in enumerate(own)],
-                layer.module.outputs,
-                whole,
-            )
-            for m in range(len(own))
-        ]
+        return [average_vector(lone, layer.module.outputs, whole) for lone in each_alone(own)]
 
-    def _mixed(
-        self,
-        equations: MapEquations | NormalEquations,
-        rows: Tensor,
-        columns: Tensor,
-        W: Tensor,
-        b: Tensor,
-    ) -> RowSums:
-        """The sums of one task with its mixed targets, over the Frobenius norm of its Gram matrix."""
-        system, a = equations.block(rows, columns), self.mix
-        G = system.matrix()
+    def _mixed(self, system: NormalSystem, W: Tensor, b: Tensor, scale: float) -> RowSums:
+        """The sums of one task with its mixed targets. scale: one over the Frobenius norm of its Gram matrix."""
+        G, a = system.matrix(), self.mix
         C = system.C.mul(a).addmm_(G, W.T, alpha=1 - a)
         given = ((W @ G) * W).sum(1)
         yy = a**2 * system.yy + 2 * a * (1 - a) * (W * system.C.T).sum(1) + (1 - a) ** 2 * given
@@ -143,11 +117,9 @@ class FeatCal:
         if system.means is not None:
             mean_z, mean_y = system.means
             means = mean_z, a * mean_y + (1 - a) * (W @ mean_z + b)
-        norm = float(torch.linalg.matrix_norm(equations.finished().G))
-        scale = 1 / norm if norm > 0 else 1.0
         return RowSums(system.weight * scale, G.mul_(scale), C.mul_(scale), yy * scale, means)
 
-    def _solve(self, sums: list[RowSums], like: MapEquations | NormalEquations, start: Tensor) -> Solution:
+    def _solve(self, sums: list[RowSums], like: Sums, start: Tensor) -> Solution:
         whole = reduce(join_, sums)
         every = torch.arange(len(whole.G), device=whole.G.device)
         system = NormalSystem(
