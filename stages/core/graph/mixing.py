@@ -19,7 +19,7 @@ from stages.core.runtime.errors import InputError
 
 def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
     """The node as ``mix``, where it is a linear map over a dimension beside that of the units; else the node."""
-    if not node.linear or node.operation.startswith("conv_transpose") or not inputs[0].dims:
+    if not node.linear or node.transposed or not inputs[0].dims:
         return node
     value, weight = inputs[0], shapes["weight"]
     dim = len(value.shape) - 1 if node.operation == "linear" else 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph import mixing, rules
-from stages.core.graph.nodes import Graph, Node, node_parameters
+from stages.core.graph.nodes import CONVOLUTIONS, TRANSPOSED, Graph, Node, node_parameters
 from stages.core.runtime.errors import InputError
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
@@ -193,8 +193,6 @@ UNARY = (
 POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
             "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 OPERATIONS: dict[str, Operation] = {
     **{name: _convolution(getattr(F, name)) for name in (*CONVOLUTIONS, *TRANSPOSED)},

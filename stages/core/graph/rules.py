@@ -81,7 +81,6 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     """A contraction with a weight: it ties nothing, reads the input's units, and its outputs are new ones."""
     value, weight = inputs[0], node.parameters["weight"]
     dim = len(out) - 1 if node.operation == "linear" else 1
-    transposed = node.operation.startswith("conv_transpose")
     if value.dims and value.dims != (dim,):
         raise InputError(
             f"{node.name}: {node.operation} reads dimension {dim}, its units lie on {list(value.dims)}; allowed: units "
@@ -90,9 +89,9 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     if node.grouped:
         return _grouped(units, node, value, out, shapes)
     if value.dims:
-        units.place(node.name, weight, 0 if transposed else 1, value.along(dim))
+        units.place(node.name, weight, 0 if node.transposed else 1, value.along(dim))
     new = units.new(out[dim], node.path)
-    _place_rows(units, node, new, 1 if transposed else 0)
+    _place_rows(units, node, new, 1 if node.transposed else 0)
     return _line(new, dim, out)
 
 
@@ -109,7 +108,7 @@ def _place_rows(units: Units, node: Node, labels: Tensor, dim: int = 0) -> None:
 def _grouped(units: Units, node: Node, value: Value, out: torch.Size, shapes: Shapes) -> Value:
     """Output channels stay with the input channels they read: as one unit, or in a part each."""
     parts, read = node.attributes["groups"], value.along(1)
-    if node.operation.startswith("conv_transpose") and not parts == len(read) == out[1]:
+    if node.transposed and not parts == len(read) == out[1]:
         raise InputError(
             f"{node.name}: a transposed convolution with groups={parts}; allowed: 1, or depthwise"
         )

@@ -18,7 +18,7 @@ from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
-from stages.core.graph.operations import OPERATIONS, TRANSPOSED, run_node
+from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.resolve import Resolved
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
@@ -42,7 +42,7 @@ class Trace:
 
     def positions(self, node: Node) -> int:
         """How often a linear map is applied to one image: its multiply-accumulates are positions * weights."""
-        name = node.inputs[0] if node.operation in TRANSPOSED else node.name
+        name = node.inputs[0] if node.transposed else node.name
         return self.shapes[name].numel() // self.layouts[name].width
 
     def hidden_macs(self, node: Node) -> int:
