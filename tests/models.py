@@ -117,6 +117,7 @@ MODELS: dict[str, Model] = {
     "hgnetv2_b0": timm("hgnetv2_b0"),
     "repvit_m0_9": timm("repvit_m0_9"),
     "starnet_s1": timm("starnet_s1"),
+    "convnextv2_atto": timm("convnextv2_atto"),
     "convmixer_1024_20_ks9_p14": timm("convmixer_1024_20_ks9_p14", 56),
 }
 

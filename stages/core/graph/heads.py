@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from stages.core.graph.axes import Value
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import REDUCTIONS, Node
 
 
 def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
     """The node, or what it is with a dimension for its one head. masked: the shape of a mask, () without one."""
-    if node.operation in ("mean", "sum", "amax", "amin", "local_response_norm"):
+    if node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes:
         return _whole(node, inputs[0])
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
@@ -53,7 +53,11 @@ def _whole(node: Node, value: Value) -> list[Node]:
         return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
     if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
         return [node]
-    attributes = {"dims": [dim + 1], "keepdim": False}  # the part stays in the place of its units
+    attributes = {
+        **node.attributes,
+        "dims": [dim + 1],
+        "keepdim": False,
+    }  # the part stays in the place of its units
     return [apart, dataclasses.replace(node, inputs=(name,), attributes=attributes)]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph import mixing, rules
-from stages.core.graph.nodes import CONVOLUTIONS, TRANSPOSED, Graph, Node, node_parameters
+from stages.core.graph.nodes import CONVOLUTIONS, REDUCTIONS, TRANSPOSED, Graph, Node, node_parameters
 from stages.core.runtime.errors import InputError
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
@@ -173,7 +173,20 @@ def _neighbours(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 
 def _reduction(function: Callable[..., Tensor]) -> Operation:
-    return Operation(lambda x, p, a: function(x[0], a["dims"], keepdim=a["keepdim"]), rules.reduced)
+    """spread: the dimension of units along which what is reduced is repeated (stages.core.graph.spread)."""
+
+    def run(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+        settings = {key: value for key, value in a.items() if key not in ("dims", "spread")}
+        found = function(x[0], a["dims"], **settings)
+        if "spread" not in a:
+            return found
+        return found.expand([n if d == a["spread"] else -1 for d, n in enumerate(x[0].shape)])
+
+    return Operation(run, rules.reduced)
+
+
+def _length(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+    return torch.linalg.vector_norm(x, 2, dims, keepdim)
 
 
 BINARY = {
@@ -228,10 +241,8 @@ OPERATIONS: dict[str, Operation] = {
     "roll": _moving(lambda x, p, a: x[0].roll(a["shifts"], a["dims"])),
     "flip": _moving(lambda x, p, a: x[0].flip(a["dims"])),
     "expand": _moving(_expand),
-    "mean": _reduction(torch.mean),
-    "sum": _reduction(torch.sum),
-    "amax": _reduction(torch.amax),
-    "amin": _reduction(torch.amin),
+    **{name: _reduction(getattr(torch, name)) for name in REDUCTIONS if name != "length"},
+    "length": _reduction(_length),
     "local_response_norm": Operation(_neighbours, rules.neighbours),
     **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
     "interpolate": _spatial(F.interpolate),

@@ -200,8 +200,11 @@ def softmax(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
 
 
 def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """Mean, sum, maximum over dimensions without units, or over what is inside parts."""
+    """Mean, sum, maximum over dimensions without units, over what is inside parts, or over all units for each."""
     value, keep = inputs[0], node.attributes.get("keepdim", False)
+    if "spread" in node.attributes:
+        _expect(node, value, node.attributes["spread"])
+        return Value(value.labels, value.dims, out, value.common)
     rank = len(value.shape)
     over = sorted(dim % rank for dim in node.attributes["dims"])
     if set(value.dims) & set(over) and set(value.dims) <= set(over) and not value.common:

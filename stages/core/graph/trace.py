@@ -20,6 +20,7 @@ from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.resolve import Resolved
+from stages.core.graph.spread import Spread
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
 
@@ -117,12 +118,18 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     seen = {first.name: _input(units, first, tuple(example))}
     shapes = {first.name: torch.Size(example)}
     tensors = {first.name: torch.zeros(tuple(example), device=place_for(math.prod(example)))}
+    spread = Spread(
+        graph,
+        tensors[first.name],
+        lambda node, x: _try_node(node, x, state),
+        lambda node: OPERATIONS[node.operation].rule,
+    )
     settled, waiting = [first], list(reversed(graph.nodes[1:]))
     while waiting:
         node = waiting.pop()
         own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
         inputs = [seen[name] for name in node.inputs]
-        node, *rest = with_heads(mixing(node, inputs, own), inputs, own.get("mask", ()))
+        node, *rest = with_heads(mixing(spread.of(node, inputs), inputs, own), inputs, own.get("mask", ()))
         if rest:
             waiting += [*reversed(rest), node]
             continue

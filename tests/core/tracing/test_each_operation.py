@@ -131,6 +131,8 @@ MADE = {  # operation: constructor
     "expand": body()(lambda m, x: x * x.mean((2, 3), keepdim=True).sigmoid().expand(-1, -1, 8, 8)),
     "mean": body()(lambda m, x: x - x.mean((2, 3), keepdim=True)),
     "sum": body()(lambda m, x: x * x.sum((2, 3), keepdim=True)),
+    "var": body()(lambda m, x: x / x.var(1, keepdim=True)),
+    "length": body()(lambda m, x: x / (1 + x.norm(dim=(2, 3), keepdim=True))),
     "amax": body()(lambda m, x: x - x.amax((2, 3), keepdim=True)),
     "amin": body()(lambda m, x: x - x.amin((2, 3), keepdim=True)),
     "interpolate": body()(lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear")),
