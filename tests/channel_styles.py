@@ -83,7 +83,32 @@ class Spreads(nn.Module):
         return self.fc((x / (x.abs().sum(1, keepdim=True) + 1)).mean((2, 3)))
 
 
+class Efficient(nn.Module):
+    """ECA: a gate by a convolution along the channels, which neighbours must stay for."""
+
+    def __init__(self, seen=1, bias=False):
+        super().__init__()
+        self.stem, self.bn, self.one = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)
+        self.conv, self.two, self.fc = (
+            nn.Conv1d(seen, 1, 3, padding=1, bias=bias),
+            nn.Conv2d(5, 6, 1),
+            nn.Linear(6, 3),
+        )
+        self.seen = seen
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(x)))
+        x = x + self.two(F.relu(self.one(x)))
+        y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
+        if self.seen == 2:
+            y = torch.cat([y, F.adaptive_max_pool2d(x, 1).flatten(1)[:, None]], 1)
+        y = self.conv(y).transpose(-1, -2).unsqueeze(-1)
+        return self.fc((x * y.sigmoid().expand_as(x)).mean((2, 3)))
+
+
 CHANNELS = {
+    "eca": (Efficient, IMAGE),
+    "eca of two": (lambda: Efficient(2, True), IMAGE),
     "convnext v2": (lambda: ConvNextV2(True), IMAGE),
     "convnext v2, channels first": (lambda: ConvNextV2(False), IMAGE),
     "norms by hand": (Spreads, IMAGE),

@@ -312,19 +312,6 @@ class Wide(nn.Module):
         return torch.add(self.shortcut(x), self.conv2(y))
 
 
-class Efficient(nn.Module):
-    """ECA: a gate by a convolution along the channels, which neighbours must stay for."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
-        y = self.conv(y).transpose(-1, -2).unsqueeze(-1)
-        return x * y.sigmoid().expand_as(x)
-
-
 class Context(nn.Module):
     """GCNet: one map of attention for all channels."""
 
@@ -435,6 +422,5 @@ STYLES = {
     "instance norm": (lambda: Spelled(lambda m, x: m.norm(x), norm=nn.InstanceNorm2d(4, affine=True)), IMAGE),
 }  # fmt: skip
 REFUSED = {
-    "eca": (lambda: Headed(Efficient(), 8), IMAGE),
     "global context": (lambda: Headed(Context(), 8), IMAGE),
 }

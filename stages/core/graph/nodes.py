@@ -14,6 +14,7 @@ from stages.core.runtime.errors import InputError
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+COPIED = ("mix", "along")  # linear maps beside the units, with one weight for all of these
 REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "length")  # length: the root of the sum of squares
 BEHIND_HEAD = (  # what may stand between the last linear map and the output, class by class or over all classes
     "softmax", "log_softmax", "sigmoid", "tanh", "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "exp",

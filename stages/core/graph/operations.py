@@ -70,6 +70,13 @@ def _mix(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return y.movedim(-1, a["dim"])
 
 
+def _along(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """A convolution that has the units among its positions. taps: multiply-accumulates for each entry of its output."""
+    function = getattr(F, CONVOLUTIONS[len(a["stride"]) - 1])
+    settings = {key: value for key, value in a.items() if key != "taps"}
+    return function(x[0], p["weight"], p.get("bias"), **settings)
+
+
 def _batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return F.batch_norm(
         x[0], p["running_mean"], p["running_var"], p.get("weight"), p.get("bias"), False, 0.0, **a
@@ -211,6 +218,7 @@ OPERATIONS: dict[str, Operation] = {
     **{name: _convolution(getattr(F, name)) for name in (*CONVOLUTIONS, *TRANSPOSED)},
     "linear": Operation(lambda x, p, a: F.linear(x[0], p["weight"], p.get("bias")), rules.linear),
     "mix": Operation(_mix, mixing.mixed, lambda shapes, a: shapes[0][a["dim"]]),
+    "along": Operation(_along, mixing.along, lambda shapes, a: a["taps"]),
     "embedding": Operation(lambda x, p, a: F.embedding(x[0].long(), p["weight"]), rules.embedding),
     "batch_norm": Operation(_batch_norm, rules.channels),
     "batch_statistics": Operation(_batch_statistics, rules.channels),

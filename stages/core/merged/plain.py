@@ -263,7 +263,7 @@ class _Writer:
                 role: self._tensor(node.parameters[role], tensor)
                 for role, tensor in module.copy(piece.owner).items()
             }
-            parts.append(OPERATIONS["mix"].run([own], found, module.attributes))
+            parts.append(OPERATIONS[node.operation].run([own], found, module.attributes))
         return parts[0] if len(parts) == 1 else torch.cat(parts, module.dim)
 
     def _viewed(self, node: Node, module: Viewed, x: Proxy) -> Proxy:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import COPIED, Node
 from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
@@ -184,7 +184,7 @@ def over_units(node: Node, trace: Trace) -> bool:
 
 def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> nn.Module | None:
     """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
-    if node.operation == "mix":
+    if node.operation in COPIED:
         return MixMap(node, trace, outputs)
     if node.grouped:
         return GroupedMap(node, trace, inputs, outputs)

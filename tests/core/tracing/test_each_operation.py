@@ -109,6 +109,8 @@ MADE = {  # operation: constructor
         lambda m, x: m.after(m.norm(x))),
     "normalize": body()(lambda m, x: F.normalize(x, dim=1)),
     "mix": lambda: Tokens(lambda m, x: x + m.over(x.mT).mT, over=nn.Linear(4, 4)),
+    "along": body(over=lambda: nn.Conv1d(1, 1, 3, padding=1))(
+        lambda m, x: x * m.over(x.mean((2, 3))[:, None]).mT[..., None].sigmoid()),
     "attention": lambda: Tokens(attend, qkv=nn.Linear(8, 24)),
     "matmul": lambda: Tokens(attend_by_hand, qkv=nn.Linear(8, 24)),
     "softmax": body()(lambda m, x: x.flatten(2).softmax(-1).view_as(x)),
