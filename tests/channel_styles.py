@@ -101,7 +101,7 @@ class Efficient(nn.Module):
         x = x + self.two(F.relu(self.one(x)))
         y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
         if self.seen == 2:
-            y = torch.cat([y, F.adaptive_max_pool2d(x, 1).flatten(1)[:, None]], 1)
+            y = torch.cat([y, x.amax((2, 3))[:, None]], 1)
         y = self.conv(y).transpose(-1, -2).unsqueeze(-1)
         return self.fc((x * y.sigmoid().expand_as(x)).mean((2, 3)))
 
