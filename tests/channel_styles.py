@@ -106,7 +106,45 @@ class Efficient(nn.Module):
         return self.fc((x * y.sigmoid().expand_as(x)).mean((2, 3)))
 
 
+class Context(nn.Module):
+    """MobileViT v2: one score for each place weighs keys, and their sum is for all places of the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 11, 1)
+        self.out, self.fc = nn.Conv2d(5, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        query, key, value = torch.split(self.qkv(x).flatten(2), [1, 5, 5], dim=1)
+        context = (key * query.softmax(dim=-1)).sum(dim=-1, keepdim=True)
+        y = (F.relu(value) * context.expand_as(value)).view(len(x), 5, 4, 4)
+        return self.fc((x + self.out(y)).mean((2, 3)))
+
+
+class Focal(nn.Module):
+    """FocalNet: contexts of growing size, each times a gate that is one channel of the layer before."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.f, self.h = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 15, 1), nn.Conv2d(6, 6, 1)
+        self.layers = nn.ModuleList(nn.Conv2d(6, 6, k, padding=k // 2, groups=6) for k in (3, 5))
+        self.proj, self.fc = nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        query, context, gates = torch.split(self.f(x), (6, 6, 3), 1)
+        whole = 0
+        for level, layer in enumerate(self.layers):
+            context = F.gelu(layer(context))
+            whole = whole + context * gates[:, level : level + 1]
+        whole = whole + F.gelu(context.mean((2, 3), keepdim=True)) * gates[:, 2:]
+        return self.fc((x + self.proj(query * self.h(whole))).mean((2, 3)))
+
+
 CHANNELS = {
+    "mobilevit v2": (Context, IMAGE),
+    "focalnet": (Focal, IMAGE),
     "eca": (Efficient, IMAGE),
     "eca of two": (lambda: Efficient(2, True), IMAGE),
     "convnext v2": (lambda: ConvNextV2(True), IMAGE),

@@ -362,7 +362,9 @@ def moved(
 def _dims_of_ones(
     node: Node, inputs: Sequence[Value], out: torch.Size, run: Callable[..., Tensor]
 ) -> set[int]:
-    """Where a dimension of a single unit goes, which labels do not show."""
+    """Where a dimension of a single unit goes, which labels do not show, or one of which a single unit is left."""
+    if node.operation in ("slice", "pick"):
+        return {d for d in inputs[0].dims if out[d] == 1}
     ones = [d for d in inputs[0].dims if inputs[0].shape[d] == 1]
     if node.operation == "rearrange":
         return _ones_rearranged(node, inputs[0], ones)
