@@ -142,7 +142,96 @@ class Focal(nn.Module):
         return self.fc((x + self.proj(query * self.h(whole))).mean((2, 3)))
 
 
+class CrossCovariance(nn.Module):
+    """XCiT: attention between the channels of each head, whose queries and keys have unit length over the places."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 24), nn.Linear(8, 6)
+        self.temperature, self.fc = nn.Parameter(torch.ones(2, 1, 1)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, 4).permute(2, 0, 3, 4, 1).unbind(0)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        attn = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(dim=-1)
+        return self.fc((x + self.proj((attn @ v).permute(0, 3, 1, 2).reshape(n, t, 8))).mean(1))
+
+
+class LinearAttention(nn.Module):
+    """EfficientViT and CoaT: keys with values first, which the queries of each head then read."""
+
+    def __init__(self, ones=False):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 24), nn.Linear(8, 6)
+        self.fc, self.ones = nn.Linear(6, 3), ones
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.ones:
+            q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0)
+            y = q @ (k.transpose(-1, -2) @ v)
+            y = y[..., :-1] / (y[..., -1:] + 1e-3)
+        else:
+            y = q @ (k.softmax(dim=2).transpose(-1, -2) @ v)
+        return self.fc((x + self.proj(y.transpose(1, 2).reshape(n, t, 8))).mean(1))
+
+
+class Repeated(nn.Module):
+    """GCViT: one query for all windows of an image; its layer runs in a region of its own precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.q, self.kv = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 8), nn.Linear(6, 16)
+        self.proj, self.fc = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n = len(x)
+        q = self.q(F.adaptive_avg_pool2d(x, 2).flatten(2).transpose(1, 2))
+        x = x.view(n, 6, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 6)
+        q = q.repeat_interleave(len(x) // n, dim=0).view(-1, 4, 2, 4).transpose(1, 2)
+        k, v = self.kv(x).view(-1, 4, 2, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 4, 8)
+        return self.fc((x + self.proj(y)).view(n, -1, 6).mean(1))
+
+
+class TalkingHeads(nn.Module):
+    """CaiT: linear maps over the heads before and behind the softmax; a class token reads the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 24), nn.Linear(8, 6)
+        self.before, self.behind, self.fc = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(6, 3)
+        self.q, self.kv, self.token = nn.Linear(6, 8), nn.Linear(6, 16), nn.Parameter(torch.zeros(1, 1, 6))
+        self.last, self.gamma = nn.Linear(8, 6), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, _ = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0] * 0.5, qkv[1], qkv[2]
+        attn = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        attn = self.behind(attn.softmax(dim=-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x + self.gamma * self.proj((attn @ v).transpose(1, 2).reshape(n, t, 8))
+        token = self.token.expand(n, -1, -1)
+        seen = torch.cat((token, x), dim=1)
+        q = self.q(seen[:, 0]).unsqueeze(1).reshape(n, 1, 2, 4).permute(0, 2, 1, 3)
+        k, v = self.kv(seen).reshape(n, t + 1, 2, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, 1, 8)
+        return self.fc((token + self.gamma * self.last(y))[:, 0])
+
+
 CHANNELS = {
+    "talking heads": (TalkingHeads, IMAGE),
+    "cross covariance": (CrossCovariance, IMAGE),
+    "linear attention": (LinearAttention, IMAGE),
+    "linear attention with a sum": (lambda: LinearAttention(True), IMAGE),
+    "global query": (Repeated, IMAGE),
     "mobilevit v2": (Context, IMAGE),
     "focalnet": (Focal, IMAGE),
     "eca": (Efficient, IMAGE),

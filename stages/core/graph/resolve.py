@@ -19,6 +19,10 @@ from stages.core.runtime.errors import InputError
 from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span
 
 
+class SeveralDimensionsError(InputError):
+    """A value has units on more than one dimension."""
+
+
 @dataclass(frozen=True)
 class _Classes:
     """of: class of each unit. outer: class that a class is inside, or -1. group, unit: of each outermost class."""
@@ -69,7 +73,7 @@ class Resolved:
             known = only and self.spec.groups[only].size == value.shape[dim]
             return Layout(dim, (Segment(only if known else "", value.shape[dim]),))
         if len(varying) > 1:
-            raise InputError(
+            raise SeveralDimensionsError(
                 f"{node}: units of {', '.join(sorted(names))} lie on dimensions {varying}; allowed: on one dimension, "
                 "or in parts (heads, groups)"
             )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph.axes import NONE, Units, Value, compact, join
+from stages.core.graph.crossed import crosses, product
 from stages.core.graph.nodes import Node
 from stages.core.runtime.errors import InputError
 
@@ -235,6 +236,8 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
 
 def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """(..., m, k) times (..., k, n): what it sums over is tied, and lies inside the parts that both share."""
+    if crosses(*inputs):
+        return product(units, node, *inputs, out)
     a, b = (_batched(value, len(out)) for value in inputs)
     last, before = len(out) - 1, len(out) - 2
     if (
@@ -429,8 +432,20 @@ def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     )
     labels = F.pad(held + 1, pad) - 1
     assert labels.shape == shape
+    inside = 2 * (len(out) - 1 - value.dims[-1]) if value.dims else 0
+    if len(value.dims) == 2 and any(pad[inside : inside + 2]):
+        labels = torch.where(labels == NONE, _parts_of(units, node, value), labels)
     found = compact(labels, out, value.dims, value.common)
     return Value(found.labels, found.dims, out, value.common)
+
+
+def _parts_of(units: Units, node: Node, value: Value) -> Tensor:
+    """A unit for each part of a value with units inside parts, as it broadcasts, for what is padded there."""
+    dim = value.dims[0]
+    rows = value.labels.movedim(dim, 0).flatten(1)
+    outer = units.new(len(rows), f"{node.path}.parts")
+    units.put_inside(node.name, rows, outer)
+    return _line(outer, dim, value.shape).labels
 
 
 moving = partial  # moving(moved, run=...) makes a rule

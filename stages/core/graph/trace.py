@@ -13,13 +13,15 @@ from torch import Tensor
 
 from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
+from stages.core.graph.crossed import kept_beside
 from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, run_node
-from stages.core.graph.resolve import Resolved
+from stages.core.graph.resolve import Resolved, SeveralDimensionsError
+from stages.core.graph.selected import selected_first
 from stages.core.graph.spread import Spread
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
@@ -102,13 +104,23 @@ class Trace:
         return len(self.shapes[node.name]) - self.layouts[node.name].dim
 
 
-@torch.no_grad()
 def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int]) -> Trace:
     """Apply every operation's rule, in order.
 
     parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...). Raises
     InputError for what the table does not know, before anything is allocated.
     """
+    try:
+        return _laid_out(graph, parameters, example)
+    except SeveralDimensionsError:
+        apart = selected_first(graph)
+        if apart == graph:
+            raise
+    return _laid_out(apart, parameters, example)
+
+
+@torch.no_grad()
+def _laid_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int]) -> Trace:
     check_graph(graph, parameters, example, OPERATIONS)
     # One zero seen as every parameter: real kernels say each value's shape, and nothing is allocated for weights.
     # (Tensors on the meta device would do too, but their first use imports a second's worth of compiler.)
@@ -139,9 +151,9 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
         check_value(node.name, out)
         tensors[node.name], shapes[node.name] = out, out.shape
         found = operation.rule(units, node, inputs, out.shape, own)
-        seen[node.name] = carried(
-            units, node, inputs, found, operation.run, operation.rule is rules.same, own
-        )
+        elementwise = operation.rule is rules.same
+        found = kept_beside(node, inputs, found, elementwise)
+        seen[node.name] = carried(units, node, inputs, found, operation.run, elementwise, own)
         for name in last.get(node.name, ()):
             del tensors[name]
     for end in (first.name, graph.output.name):

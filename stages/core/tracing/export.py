@@ -17,6 +17,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from stages.core.runtime.errors import InputError
 
@@ -60,6 +61,15 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def fresh(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, without what it remembers of its last run (tables made from its weights)."""
+    held = [
+        own for part in module.modules() for own in tree_leaves(dict(vars(part))) if isinstance(own, Tensor)
+    ]
+    known = {id(own): own.detach().clone() for own in held if not own.is_leaf}
+    return copy.deepcopy(module, known).train().eval()
+
+
 def export(module: nn.Module, example: Tensor) -> Exported:
     """Export a module, which is left as it is.
 
@@ -74,7 +84,7 @@ def export(module: nn.Module, example: Tensor) -> Exported:
     ]
     if len(required) > 1:
         raise InputError(f"{required[1]}: a second input; allowed: networks of one input")
-    kept = copy.deepcopy(module).eval()
+    kept = fresh(module)
     for part in kept.modules():
         if isinstance(part, nn.SyncBatchNorm):
             part.forward = nn.BatchNorm2d._check_input_dim and _batch_norm_forward(part)
@@ -137,6 +147,11 @@ def _quiet() -> Iterator[None]:
     import warnings
 
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
+    autocast = (
+        torch.autocast.__enter__,
+        torch.autocast.__exit__,
+    )  # a region of its own, which would be another graph
+    torch.autocast.__enter__, torch.autocast.__exit__ = (lambda own: own), (lambda *_: None)
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
     notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
@@ -150,6 +165,7 @@ def _quiet() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
         F.local_response_norm = plain
+        torch.autocast.__enter__, torch.autocast.__exit__ = autocast
         for own, level in zip(notes, levels, strict=True):
             own.setLevel(level)
 
