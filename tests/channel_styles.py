@@ -226,7 +226,25 @@ class TalkingHeads(nn.Module):
         return self.fc((token + self.gamma * self.last(y))[:, 0])
 
 
+class SingleHead(nn.Module):
+    """SHViT: one head on some of the channels, places last, values in front of the turned scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.qkv = nn.Conv2d(3, 9, 2, 2), nn.GroupNorm(1, 5), nn.Conv2d(5, 13, 1)
+        self.proj, self.fc = nn.Conv2d(9, 9, 1), nn.Linear(9, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        some, rest = torch.split(x, [5, 4], dim=1)
+        q, k, v = (y.flatten(2) for y in torch.split(self.qkv(self.norm(some)), [4, 4, 5], dim=1))
+        attn = ((q.transpose(-2, -1) @ k) * 0.5).softmax(dim=-1)
+        some = (v @ attn.transpose(-2, -1)).reshape(len(x), 5, 4, 4)
+        return self.fc((x + self.proj(F.relu(torch.cat([some, rest], dim=1)))).mean((2, 3)))
+
+
 CHANNELS = {
+    "single head, places last": (SingleHead, IMAGE),
     "talking heads": (TalkingHeads, IMAGE),
     "cross covariance": (CrossCovariance, IMAGE),
     "linear attention": (LinearAttention, IMAGE),
