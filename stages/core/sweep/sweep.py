@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
-from stages.core.runtime.device import return_freed_memory
+from stages.core.runtime.device import freed_memory_returned
 from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import Batch, bounded, task_counts, task_weights
 from stages.core.sweep.values import InMemory, Keeper, Kept
@@ -70,7 +70,6 @@ class Sweep:
         self.trace = trace = sources[0].trace if sources else merged.trace
         self.sources, self.merged, self.graph = sources, merged, trace.graph
         self.batches = batches = bounded(batches, trace)
-        return_freed_memory()
         example = batches[0].images
         self.dtype, self.device = example.dtype, example.device
         if not self.dtype.is_floating_point:  # integers go in, what follows has the weights' type
@@ -95,7 +94,7 @@ class Sweep:
     def run(self, visitor: Visitor, progress: str | None = None) -> None:
         """Pass all batches through all nodes. ``progress``: the title of a progress bar."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), freed_memory_returned():
                 self._pass(visitor, progress)
         finally:
             self.keeper.close()
