@@ -11,6 +11,7 @@ stages.core.sweep.memory says before anything runs.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -58,6 +59,7 @@ class Sweep:
     has at that moment.
 
     precision: type in which values are kept, by default that of the images. ``keeper`` decides where they are.
+    sparing: whether it holds no more memory than is predicted, to the last few percent (stages.core.sweep.memory).
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Sweep:
         self.precision = precision or self.dtype
         self.counts = task_counts(batches)
         self.weights = task_weights(self.counts)
-        self.keeper = Keeper()
+        self.keeper, self.sparing = Keeper(), True
         self._actors = [*sources, *([] if merged is None else [merged])]
         self._values: list[dict[str, Kept]] = []
 
@@ -94,7 +96,7 @@ class Sweep:
     def run(self, visitor: Visitor, progress: str | None = None) -> None:
         """Pass all batches through all nodes. ``progress``: the title of a progress bar."""
         try:
-            with torch.no_grad(), freed_memory_returned():
+            with torch.no_grad(), freed_memory_returned() if self.sparing else nullcontext():
                 self._pass(visitor, progress)
         finally:
             self.keeper.close()
