@@ -156,6 +156,10 @@ class Reader:
         call = self.calls.get(name, self.calls.get(name.strip("_")))
         if name in SKIPPED:
             if fx.users:
+                kinds = [own.meta["val"].is_floating_point() for own in (fx.args[0], fx)]
+                if kinds == [False, True]:
+                    where = place_of(fx, type(self.module).__name__)
+                    raise where.refusal("whole numbers made floats", "floats, scaled before they are given")
                 self.same[fx] = fx.args[0]
         elif call is not None:
             call(self, fx, self._arguments(fx))

@@ -115,6 +115,30 @@ def test_where_torch_itself_fails_one_line_says_so_with_the_users_own(what, capf
     assert capfd.readouterr() == ("", "")  # torch prints the graph otherwise
 
 
+class Bytes(Odd):
+    def forward(self, x):
+        return super().forward(x.float() / 255)
+
+
+class Divided(Odd):
+    def forward(self, x):
+        return super().forward(x / 255)
+
+
+class Single(Odd):
+    def forward(self, x):
+        return super().forward(torch.tanh(x).to(torch.float32))
+
+
+@pytest.mark.parametrize("kind", [Bytes, Divided, Single])
+def test_types_that_a_forward_fixes_are_refused_in_one_line(kind):
+    images = torch.rand(4, 3, 8, 8)
+    images = images if kind is Single else (255 * images).to(torch.uint8)
+    with pytest.raises(InputError, match=rf"^{kind.__name__}.* at \S*{HERE.name}:\d+.*; allowed: ") as error:
+        inspect(kind(lambda m, x: x), images)
+    assert "\n" not in str(error.value)
+
+
 def test_a_value_that_is_only_printed_is_no_part_of_the_network(capsys):
     def prints(m, x):
         sys.stdout.write(f"mean {x.mean()}")
