@@ -162,7 +162,11 @@ def test_the_head_goes_from_the_mean_logits_to_the_mean_softmax(case):
 def test_each_head_of_its_own_is_fitted_to_its_own_network(case):
     """With too few images to hold some out, what is learnt from is what is kept by."""
     found = case(labels="separate", images_of_task=4)
-    merged, _ = found.merge(fit=Fit(**{**FIT.model_dump(exclude_unset=True), "ridge": 100.0, "epochs": 40}))
+    merged, _ = found.merge(
+        fit=Fit(
+            **{**FIT.model_dump(exclude_unset=True), "ridge": 100.0, "epochs": 200, "learning_rate": 0.01}
+        )
+    )
     closed, _ = found.merge(fit=Fit(inputs="merged", targets="ensemble", norm="fold", ridge=100.0))
     for m, source in enumerate(found.sources):
         x = torch.cat([batch.images for batch in found.batches if batch.task == m])
