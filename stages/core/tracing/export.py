@@ -75,7 +75,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 def copied(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, without what it remembers of its last run (tables made from its weights).
 
-    Results of an operation among a module's attributes (a pruned weight, what a hook has recorded) are copied as values,
+    Results of operations among its attributes (a pruned weight, what a hook has recorded) are copied as values,
     which torch does not do. Raises InputError where something else cannot be copied.
     """
     known: dict[int, Any] = {}
