@@ -104,9 +104,8 @@ def _merge(
     gathered = gather(sources, found, **sweep, **drawn, progress="statistics" if progress else None)
     statistics = pool(gathered, len(names), len(names))
     matching, benefits = make_matching(sources, settings, statistics, generator(rare.seed))
-    splits, allocation, base = split_units(
-        sources[0], benefits, float(budget), len(names), labels, rare.allocate
-    )
+    spent = rare.allocate.spent(settings.allocate)
+    splits, allocation, base = split_units(sources[0], benefits, float(budget), len(names), labels, spent)
     alignment = make_alignment(settings, sources, lambda: statistics, matching, splits)
     reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": rare.allocate.cost}
     network, record = fit_network(

@@ -83,6 +83,8 @@ def check_runs(profile, budget, folder, monkeypatch, names=None, allocate=None):
     for method in content["full"].values():
         if method["fit"]["solver"] == "adam":
             method["fit"]["steps"] = 5
+        if method["fit"]["solver"] in ("fs_merge", "interpolation"):
+            method["fit"]["epochs"] = 2
         if "refine" in method["fit"]:
             method["fit"]["refine"] = {"steps": 4, "every": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(content))

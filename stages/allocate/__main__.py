@@ -21,7 +21,7 @@ def main() -> None:
     for name, matching in recipe.matchings.items():
         tensors, _ = read_tensors(f"models/match/{name}.safetensors")
         benefits = {group: tensors[f"benefit/{group}"] for group in sources[0].trace.spec.free}
-        settings = recipe.allocate.model_copy(update={"by": matching.allocate or recipe.allocate.by})
+        settings = recipe.allocate.spent(matching.allocate)
         splits, found, base = split_units(
             sources[0], benefits, params.budget, len(sources), params.active.labels, settings
         )

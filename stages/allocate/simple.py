@@ -1,6 +1,8 @@
-"""Ways to spend a budget that look at no benefit: the same fraction everywhere, or the last layers."""
+"""Simple ways to spend a budget: the same fraction everywhere, the last layers, or one threshold of the benefit."""
 
 from collections.abc import Mapping
+
+import numpy as np
 
 from stages.allocate.model import CostModel
 
@@ -35,6 +37,23 @@ def prefix(model: CostModel, limit: int) -> dict[str, int]:
                 return separate
             separate[group] += 1
     return separate
+
+
+def threshold(model: CostModel, limit: int, benefits: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The units of all groups with a benefit above one number: the lowest with which they cost at most ``limit``.
+
+    Equal benefits share a fate, so some of the budget may be left (Partial Fusion, arXiv 2605.22350).
+    """
+    steps = np.unique(np.concatenate([*benefits.values()]))[::-1]  # nothing is above the first
+    at = lambda n: {g: int((own > steps[n]).sum()) for g, own in benefits.items()}  # noqa: E731
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if model.cost(at(middle)) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return at(low)
 
 
 def to_allowed(model: CostModel, separate: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ exceeded.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -16,7 +17,7 @@ from scipy.sparse import coo_array
 
 from stages.allocate.cut import around, dense_around
 from stages.allocate.model import CostModel
-from stages.allocate.simple import prefix, to_allowed, uniform
+from stages.allocate.simple import prefix, threshold, to_allowed, uniform
 from stages.core.runtime.errors import InputError
 
 LARGEST = 8000  # product variables up to which the integer program is quick; above, minimum cuts
@@ -46,8 +47,9 @@ def allocate(
 ) -> Allocation:
     """benefits: of separating each unit of a group, (d,) non-negative, any order. budget: relative to one source.
 
-    by: measured (the largest benefit), uniform or prefix. nodes: limit of the solver's search tree (a limit in time
-    would not give the same answer twice). dense: that of the model; everything separate costs up to networks^2 then.
+    by: measured (the largest benefit), uniform, prefix or threshold. nodes: limit of the solver's search tree (a limit
+    in time would not give the same answer twice). dense: that of the model; everything separate costs up to networks^2
+    then.
     Raises InputError when the budget is not in [1, networks], or in [1, networks^2] of a dense network.
     """
     check_budget(budget, networks, dense)
@@ -59,7 +61,8 @@ def allocate(
     elif limit <= model.base:
         separate, bound = dict.fromkeys(model.sizes, 0), 0.0
     elif by != "measured":
-        spent = {"uniform": uniform, "prefix": prefix}[by](model, limit)
+        ways = {"uniform": uniform, "prefix": prefix, "threshold": partial(threshold, benefits=benefits)}
+        spent = ways[by](model, limit)
         separate, bound = to_allowed(model, spent, limit), None
     else:
         separate, bound = _measured(model, totals, limit, levels, nodes, dense)

@@ -18,7 +18,8 @@ from stages.core.runtime.cache import Storage
 from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.exact import fingerprint
-from stages.core.sweep.memory import place_values
+from stages.core.sweep.memory import check_memory, place_values
+from stages.core.sweep.norms import set_statistics
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
@@ -136,6 +137,12 @@ def fit_layers(
     visitor = FitVisitor(setup)
     if not visitor.fits:
         return []
+    if visitor.whole is not None:
+        network, place = setup.network, (precision, storage, memory)
+        check_memory(visitor.whole.bytes(), memory, batches[0].images.device, "fit", "a smaller batch_size")
+        visitor.fit_whole(images_of(batches, network.networks, visitor.whole.images), progress)
+        set_statistics(network, visitor.setup.exact, batches, *place, progress, "fit", same=True)
+        return visitor.record
     running = setup.network if visitor.setup.fit.inputs == "merged" else None
     sweep = Sweep(setup.sources, batches, running, precision)
     place_values(sweep, visitor, storage, memory, "fit")

@@ -90,6 +90,15 @@ class LayerProblem:
         """y of one batch, in the merged network's entries."""
         return targets_of(self.setup, self.node, self._sweep, index)
 
+    def source(self, network: int, index: int) -> Tensor:
+        """What the layer gives in one of the sources, for one batch."""
+        return self._sweep.source(network, self.node.name, index)
+
+    @cached_property
+    def fifth(self) -> list[Tensor] | None:
+        """A fifth of each task's images, as flags of each batch: bool (n,); None where a task has too few."""
+        return flags(self._sweep, "auto")
+
     def keep(self) -> Kept:
         """A place for one tensor of each batch, where the sweep's values are."""
         return self._sweep.keeper.new()

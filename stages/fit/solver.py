@@ -1,6 +1,9 @@
 """What a file of stages/fit/solvers gives: how a layer is fitted, and what that takes."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 from stages.core.graph.nodes import Node
 from stages.core.sweep.sweep import Sweep
@@ -40,8 +43,23 @@ class Solver(Protocol):
         ...
 
 
+class WholeSolver(Protocol):
+    """How a network is fitted as a whole. images: at most so many of each task, the first ones."""
+
+    images: int
+
+    def bytes(self) -> int:
+        """What it holds at most."""
+        ...
+
+    def fit(self, images: Sequence[Tensor], progress: str | None = None) -> LayerSolution | None:
+        """Fit on images of each task, (n, ...), and install all weights; batch norms keep the statistics they have."""
+        ...
+
+
 class LayerSolvers(NamedTuple):
-    """For layers whose outputs read all inputs, for grouped convolutions and for linear maps over positions.
+    """For layers whose outputs read all inputs, for grouped convolutions and for linear maps over positions; or for the
+    network as a whole.
 
     None: they stay the average.
     """
@@ -49,3 +67,4 @@ class LayerSolvers(NamedTuple):
     dense: Solver | None = None
     grouped: Solver | None = None
     mixing: NodeSolver | None = None
+    whole: WholeSolver | None = None

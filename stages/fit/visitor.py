@@ -4,7 +4,10 @@ At every linear map the merged layer is fitted on all images, installed, and the
 later layer sees what the earlier ones really give (``inputs: merged``) or what the sources give (``inputs: source``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from stages.core.graph.nodes import Node
 from stages.core.recipe.rooms import SOLVERS
@@ -17,7 +20,7 @@ from stages.fit.intercepts import Intercepts
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
-from stages.fit.solver import LayerSolvers, NodeSolver, Solver
+from stages.fit.solver import LayerSolvers, NodeSolver, Solver, WholeSolver
 
 
 @dataclass
@@ -48,6 +51,22 @@ class FitVisitor:
     def fits(self) -> bool:
         """Whether there is anything to do."""
         return any(self._solvers)
+
+    @property
+    def whole(self) -> WholeSolver | None:
+        """What fits the network without going from layer to layer."""
+        return self._solvers.whole
+
+    def fit_whole(self, images: Sequence[Tensor], progress: str | None) -> None:
+        """Fit the network at once. images: of each task."""
+        if ranks.count() > 1:
+            raise InputError(
+                f"fit.solver: found {self.setup.fit.solver} with {ranks.count()} ranks; allowed: one rank, as it "
+                "trains on all images"
+            )
+        found, graph = self._solvers.whole.fit(images, progress), self.setup.network.trace.graph
+        if found is not None:
+            self._note((graph.head or graph.output).path, found)
 
     def wants(self, node: Node) -> bool:
         if node.operation == "mix":

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stages.core.align.solve import make_alignment
+from stages.core.align.solve import problem_of
 from stages.core.graph.source import Source
 from stages.core.recipe.methods import MatchSettings
 from stages.core.recipe.rooms import ALIGNMENTS, MATCHINGS
@@ -27,10 +27,12 @@ def make_matching(
     and by an alignment also puts the units inside matched parts in order.
     """
     given = Given(sources, settings, statistics, generator)
-    by_alignment = settings.by in ALIGNMENTS.names
-    units = _by_alignment(given) if by_alignment else MATCHINGS.way(settings.by).make(given)
+    if settings.by in ALIGNMENTS.names:
+        units, benefits = _by_alignment(given)
+    else:
+        units, benefits = MATCHINGS.way(settings.by).make(given), None
     matching = Matching(units, correlations(given.spec, units, statistics))
-    return matching, unit_benefits(sources, matching, statistics)
+    return matching, benefits or unit_benefits(sources, matching, statistics)
 
 
 def correlations(
@@ -40,16 +42,19 @@ def correlations(
     return {name: statistics.matched(spec, units, name)[0] for name in spec.free}
 
 
-def _by_alignment(given: Given) -> dict[str, Tensor]:
-    """The pairs that an alignment of all units ties most; what it leaves open is decided by correlation."""
+def _by_alignment(given: Given) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The tuples that an alignment of all units says, and their worth; else the pairs that it ties most.
+
+    What it leaves open is decided by correlation.
+    """
     spec, networks = given.spec, len(given.sources)
-    position = identity_matching(spec, networks)
-    alignment = make_alignment(
-        given.settings, given.sources, lambda: given.statistics, position, full_split(spec)
-    )
+    way, position = ALIGNMENTS.way(given.settings.by), identity_matching(spec, networks)
+    problem = problem_of(given.sources, given.statistics, position, full_split(spec))
+    if way.tuples is not None:
+        return way.tuples(problem, given.settings)
     units = dict(position.units)
-    for name, found in alignment.groups.items():
+    for name, found in way.make(problem, given.settings).groups.items():
         alike = given.statistics.after[name].between("correlation")
         for m in range(1, networks):
             units[name][m] = assign(found.unmerges[0] @ found.views[m] + 1e-3 * alike[0, m])
-    return units
+    return units, None

@@ -180,7 +180,7 @@ def test_prefix_merges_the_first_groups(source):
             assert model.cost(found) + model.step(found, border) > limit  # the budget is used
 
 
-@pytest.mark.parametrize("by", ["uniform", "prefix"])
+@pytest.mark.parametrize("by", ["uniform", "prefix", "threshold"])
 @pytest.mark.parametrize("networks", [2, 3])
 def test_every_way_of_spending_keeps_the_ends(source, by, networks):
     generator = np.random.default_rng(0)
@@ -214,7 +214,7 @@ def test_a_split_that_costs_something_else_is_a_fault_of_ours(source, benefits, 
 
 
 @pytest.mark.parametrize("networks", [2, 3])
-@pytest.mark.parametrize("by", ["measured", "uniform", "prefix"])
+@pytest.mark.parametrize("by", ["measured", "uniform", "prefix", "threshold"])
 @pytest.mark.parametrize("layout", ["blocks", "dense"])
 def test_merged_widths_are_multiples_within_the_budget(source, benefits, networks, by, layout):
     chosen = AllocateSection(by=by, layout=layout, multiple=8)

@@ -37,6 +37,18 @@ class GroupAlignment:
     correlations: tuple[Tensor, ...]
 
 
+def clustered(cluster: Tensor, sizes: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Views, unmerges and weights of clusters of units, each of which is one merged unit: the mean of its units.
+
+    cluster: int64 (n,), of all networks' units side by side, ``sizes`` of each; as many as one network has units.
+    """
+    indicator = torch.nn.functional.one_hot(cluster, sizes[0]).double()  # (n, k)
+    unmerges = indicator.split(list(sizes))
+    counts = torch.stack([own.sum(0) for own in unmerges])  # (N, k)
+    views = tuple(own.T / own.sum(0).clamp(min=1)[:, None] for own in unmerges)
+    return views, unmerges, counts / counts.sum(0)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Matrices of the groups whose shared units are more than matched pairs, for N ``networks``."""
@@ -153,7 +165,11 @@ def _view_state(
             state[node.parameters["running_var"]] = variance
             if node.name in folded:
                 state[node.parameters["weight"]] = (variance + node.attributes["eps"]).sqrt()
-        elif node.parameters or node.operation in ("attention", "matmul", "group_norm", "normalize"):
+        elif (
+            node.parameters
+            or "spread" in node.attributes
+            or node.operation in ("attention", "matmul", "group_norm", "normalize")
+        ):
             group = next(s.group for s in out.segments if s.group in alignment.groups)
             raise InputError(
                 f"{node.name}: {node.operation} works on single units of group {group}; "

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stages.core.align.alignment import Alignment
 from stages.core.align.order import align, merged_units
-from stages.core.align.problem import make_problem
+from stages.core.align.problem import Problem, make_problem
 from stages.core.graph.source import Source
 from stages.core.recipe.methods import MatchSettings
 from stages.core.recipe.rooms import ALIGNMENTS
@@ -26,7 +26,14 @@ def make_alignment(
     """
     if settings.by not in ALIGNMENTS.names:
         return Alignment(len(sources))
+    problem = problem_of(sources, statistics(), matching, splits)
+    return ALIGNMENTS.way(settings.by).make(problem, settings)
+
+
+def problem_of(
+    sources: Sequence[Source], statistics: Statistics, matching: Matching, splits: Mapping[str, UnitSplit]
+) -> Problem:
+    """Of the units that are shared. sources: as they were traced."""
     aligned, units = align(sources, matching, splits), merged_units(matching, splits)
     shared = {name: len(split.shared) for name, split in splits.items()}
-    problem = make_problem(aligned, statistics(), units, shared)
-    return ALIGNMENTS.way(settings.by).make(problem, settings)
+    return make_problem(aligned, statistics, units, shared)

@@ -31,6 +31,8 @@ class Way:
     make: what it does, as its room asks. uses: the settings of the room's section that it looks at. own: those that it
     alone has. always: settings that are so by its definition. aligned: whether it needs the sources in merged order.
     owned: whether it needs to know whose an image is. chooses_ridge: whether its layers can choose one (ridge: auto).
+    tuples: of an alignment that says itself which units belong together and what each tuple is worth apart, ({group:
+    int64 (N, d)}, {group: (d,)}); by default its strongest ties, and what is measured.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Way:
     aligned: bool = False
     owned: bool = False
     chooses_ridge: bool = False
+    tuples: Callable[..., Any] | None = None
 
 
 class Room:

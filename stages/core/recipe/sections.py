@@ -7,7 +7,7 @@ from pydantic import Field
 from stages.core.runtime.cache import Storage
 from stages.core.settings.sections import Count, Positive, Precision, Ridge, Section, Whole
 
-Spending = Literal["measured", "uniform", "prefix"]
+Spending = Literal["measured", "uniform", "prefix", "threshold"]
 
 RIDGE = 1e-3  # of RegMean, relative to the mean diagonal of its Gram matrix
 RIDGE_OF_FEW = 0.1  # of a fit to fewer images than can be held out
@@ -15,7 +15,8 @@ FitRidge = Ridge | Literal["auto"]  # auto: by images held out, layer by layer
 
 
 class AllocateSection(Section):
-    """``by``: measured benefits, the same fraction of every group, or all groups from some stage on (prefix).
+    """``by``: measured benefits, the same fraction of every group, all groups from some stage on (prefix), or all
+    units that are worth more apart than one number (threshold).
 
     layout: real blocks, or dense layers in which every unit may read every unit.
     """
@@ -30,6 +31,10 @@ class AllocateSection(Section):
     @property
     def dense(self) -> bool:
         return self.layout == "dense"
+
+    def spent(self, by: Spending | None) -> "AllocateSection":
+        """The same, but for how a matching says that its budget is spent."""
+        return self if by is None else self.model_copy(update={"by": by})
 
 
 class FitSection(Section):

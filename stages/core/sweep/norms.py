@@ -58,8 +58,8 @@ def install_statistics(bn: torch.nn.Module, moments: Tensor, entries: Tensor) ->
 class _Statistics:
     """The visitor that sets the statistics of every batch norm, but those of the entries that are ``kept``."""
 
-    def __init__(self, network: Merged, kept: Mapping[str, Tensor]) -> None:
-        self.network, self.kept = network, kept
+    def __init__(self, network: Merged, kept: Mapping[str, Tensor], same: bool = False) -> None:
+        self.network, self.kept, self.same = network, kept, same
 
     def wants(self, node: Node) -> bool:
         return node.operation == "batch_norm"
@@ -71,8 +71,21 @@ class _Statistics:
         return 0
 
     def visit(self, node: Node, sweep: Sweep) -> None:
-        moments = merged_moments(node, sweep)
-        install_statistics(self.network.map_of(node), moments, ~self.kept[node.name].to(moments.device))
+        moments, norm = merged_moments(node, sweep), self.network.map_of(node)
+        entries, before = ~self.kept[node.name].to(moments.device), _affine(norm)
+        install_statistics(norm, moments, entries)
+        if self.same and norm.affine:
+            scale, shift = before
+            norm.weight[entries] = (scale * (norm.running_var + norm.eps).sqrt())[entries]
+            norm.bias[entries] = (shift + norm.running_mean * scale)[entries]
+
+
+def _affine(norm: torch.nn.Module) -> tuple[Tensor, Tensor] | None:
+    """What a batch norm in use scales and shifts by, where it has a scale."""
+    if not norm.affine:
+        return None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 def statistics_bytes(
@@ -94,12 +107,14 @@ def set_statistics(
     memory: float | None = None,
     progress: str | None = None,
     what: str = "recalibrate",
+    same: bool = False,
 ) -> None:
     """Reset every batch norm of ``network`` to the exact mean and variance of its own values, in place.
 
     batches: unlabelled images of every task, which weigh alike. kept: bool (merged width,) by node name, entries whose
-    statistics stay. Raises InputError, about ``what``, when it would not fit in memory.
+    statistics stay. same: scale and shift follow, so that the function stays. Raises InputError, about ``what``,
+    when it would not fit in memory.
     """
-    visitor, sweep = _Statistics(network, kept), Sweep([], batches, network, precision)
+    visitor, sweep = _Statistics(network, kept, same), Sweep([], batches, network, precision)
     place_values(sweep, visitor, storage, memory, what)
     sweep.run(visitor, progress)

@@ -73,8 +73,11 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode. Results of an operation among a module's attributes (a pruned weight, what a hook has
-    recorded) are copied as values, which torch does not do. Raises InputError where something else cannot be copied."""
+    """A copy in evaluation mode, without what it remembers of its last run (tables made from its weights).
+
+    Results of an operation among a module's attributes (a pruned weight, what a hook has recorded) are copied as values,
+    which torch does not do. Raises InputError where something else cannot be copied.
+    """
     known: dict[int, Any] = {}
     seen: set[int] = set()
     for part in module.modules():
@@ -93,7 +96,7 @@ def copied(module: nn.Module) -> nn.Module:
             elif isinstance(found, list | tuple):
                 stack += found
     try:
-        return copy.deepcopy(module, known).eval()
+        return copy.deepcopy(module, known).train().eval()
     except Exception as error:  # locks, files, generators: whatever a user's module holds
         raise InputError(
             f"{type(module).__name__}: cannot be copied ({_first_line(error)}); allowed: tensors and settings"
@@ -219,6 +222,11 @@ def _quiet() -> Iterator[None]:
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
     frames, said = torch.fx.proxy.TracerBase._filter_traceback_frames, io.StringIO()
     torch.fx.proxy.TracerBase._filter_traceback_frames = _users_frames
+    autocast = (
+        torch.autocast.__enter__,
+        torch.autocast.__exit__,
+    )  # a region of its own, which would be another graph
+    torch.autocast.__enter__, torch.autocast.__exit__ = (lambda own: own), (lambda *_: None)
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
     notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
@@ -232,6 +240,7 @@ def _quiet() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
         F.local_response_norm = plain
+        torch.autocast.__enter__, torch.autocast.__exit__ = autocast
         torch.fx.proxy.TracerBase._filter_traceback_frames = frames
         for own, level in zip(notes, levels, strict=True):
             own.setLevel(level)

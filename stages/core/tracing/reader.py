@@ -148,8 +148,9 @@ class Reader:
         return fx
 
     def shape(self, fx: torch.fx.Node) -> list[int]:
-        """Of what a call gives, for ``INPUT`` images."""
-        return list(fx.meta["val"].shape)
+        """Of what a call gives, for ``INPUT`` images; of the first where it gives several."""
+        found = fx.meta["val"]
+        return list((found[0] if isinstance(found, tuple | list) else found).shape)
 
     def _read(self, fx: torch.fx.Node) -> None:
         name = opname(fx)

@@ -54,5 +54,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)
 
 
-CALLS = joins.JOINS | linear.MAPS | norms.NORM_CALLS | reductions.REDUCTIONS | moving.MOVING | places.PLACES
+CALLS = (
+    joins.JOINS | linear.MAPS | norms.NORM_CALLS | reductions.REDUCTION_CALLS | moving.MOVING | places.PLACES
+)
 """ATen name -> what makes nodes of a call, from its arguments by name."""

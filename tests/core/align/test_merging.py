@@ -33,6 +33,8 @@ WAYS = {
     "ot_fusion": MatchSettings(by="transport"),
     "ot_fusion_weights": MatchSettings(by="transport", features="weights"),
     "ot_fusion_sinkhorn": MatchSettings(by="transport", regularisation=0.05),
+    "partial_fusion": MatchSettings(by="partial"),
+    "neuron_interpolation": MatchSettings(by="kmeans", restarts=10),
     "mudsc": MatchSettings(by="dual"),
 }
 COPIES = {

@@ -168,3 +168,37 @@ def test_a_network_that_differs_in_what_images_seldom_show_is_read_anew():
     assert len({str(graph) for graph in graphs}) == 3
     assert graphs[0] == graphs[3]
     assert "relu6" in [node.operation for node in graphs[1].nodes]
+
+
+class Remembers(nn.Module):
+    """Keeps what it makes of a weight until it is trained again, as LeViT and TinyViT keep their attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.table, self.kept = (
+            nn.Conv2d(3, 4, 1),
+            nn.Linear(4, 3),
+            nn.Parameter(torch.rand(4)),
+            {},
+        )
+
+    def train(self, mode=True):
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if "table" not in self.kept:
+            self.kept["table"] = self.table[torch.tensor([3, 1, 2, 0])]
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)) * self.kept["table"])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_network_that_ran_before_is_read_as_one_that_did_not(gradient):
+    module, x = Remembers().eval(), torch.randn(2, 3, 4, 4)
+    with torch.set_grad_enabled(gradient):
+        module(x)
+    traced = trace(module, x)
+    verify(module, traced, x)
+    kept = module.kept["table"]
+    assert traced.graph == trace(Remembers().eval(), x).graph
+    assert module.kept["table"] is kept

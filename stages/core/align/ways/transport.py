@@ -24,11 +24,7 @@ def align_transport(problem: Problem, settings: MatchSettings) -> Alignment:
         k = moments.sizes[0]
         views, unmerges = [torch.eye(k, dtype=torch.float64)], [torch.eye(k, dtype=torch.float64)]
         for m in range(1, problem.networks):
-            cost = (
-                _weight_cost(problem, alignment, name, m)
-                if settings.features == "weights"
-                else _activation_cost(problem, name, m)
-            )
+            cost = unit_cost(problem, alignment, name, m, settings)
             plan = torch.from_numpy(transport(cost.cpu().numpy(), settings.regularisation))  # (k, k)
             views.append(plan / plan.sum(1, keepdim=True))
             unmerges.append((plan / plan.sum(0)).T)
@@ -36,6 +32,18 @@ def align_transport(problem: Problem, settings: MatchSettings) -> Alignment:
         found = GroupAlignment(tuple(views), tuple(unmerges), weights, problem.correlations(name))
         alignment = Alignment(problem.networks, {**alignment.groups, name: found})
     return alignment
+
+
+def unit_cost(
+    problem: Problem, alignment: Alignment, group: str, network: int, settings: MatchSettings
+) -> Tensor:
+    """Of letting a unit of a network (column) play the part of one of the first (row): (k, k) float64.
+
+    alignment: of the groups in front.
+    """
+    if settings.features == "weights":
+        return _weight_cost(problem, alignment, group, network)
+    return _activation_cost(problem, group, network)
 
 
 def _activation_cost(problem: Problem, group: str, network: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.core.align.alignment import Alignment
+from stages.core.align.alignment import Alignment, clustered
 from stages.core.align.problem import Problem
 from stages.core.recipe.methods import MatchSettings
 from stages.core.recipe.rooms import ALIGNMENTS
@@ -21,7 +21,9 @@ def align_zip(problem: Problem, settings: MatchSettings) -> Alignment:
     return problem.each(lambda moments: _group(moments, settings.alpha, settings.beta))
 
 
-def _group(moments: Moments, alpha: float, beta: float) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _group(
+    moments: Moments, alpha: float, beta: float
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     k = moments.sizes[0]
     owner = np.repeat(np.arange(len(moments.sizes)), moments.sizes)
     similarity = moments.similarity("correlation").cpu().numpy()
@@ -30,11 +32,7 @@ def _group(moments: Moments, alpha: float, beta: float) -> tuple[list[Tensor], l
     )  # what never changes is alike: nothing is lost where such units become one
     similarity[np.ix_(constant, constant)] = 1.0
     cluster = torch.from_numpy(zip_clusters(similarity, owner, k, alpha, beta))
-    indicator = torch.nn.functional.one_hot(cluster, k).double()  # (n, k)
-    unmerges = indicator.split(moments.sizes)
-    counts = torch.stack([own.sum(0) for own in unmerges])  # (N, k)
-    views = [own.T / own.sum(0).clamp(min=1)[:, None] for own in unmerges]
-    return views, list(unmerges), counts / counts.sum(0)
+    return clustered(cluster, moments.sizes)
 
 
 def zip_clusters(
