@@ -8,6 +8,7 @@ python tests/models.py 'dense*'     those of these names; --report: without the 
 import argparse
 import fnmatch
 import gc
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterable
@@ -140,7 +141,8 @@ def told(name: str, model: Model, found: gates.Row | str) -> str:
     """A line of the page."""
     shape = " x ".join(map(str, model.shape))
     if isinstance(found, str):
-        return f"| {name} | {shape} | | refused | {found.partition('; allowed')[0].partition(' at /')[0]} | |"
+        words = re.split(r"; allowed| at \S+:\d+ ", found)[0]
+        return f"| {name} | {shape} | | refused | {words} | |"
     seconds = f"{sum(found.seconds):.1f}" if found.seconds else ""
     return f"| {name} | {shape} | {found.millions} | {found.groups} of {found.units} | {found.whole} | {seconds} |"
 

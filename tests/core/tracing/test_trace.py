@@ -379,21 +379,21 @@ REFUSALS = {
     "attention mask": (
         lambda m, x: (lambda t: m.attend(t, t, t, attn_mask=t[:, :, 0])[0])(m.tokens(x)), EXPORT),
     "attention weights": (
-        lambda m, x: (lambda t: m.attend(t, t, t)[1].flatten(1))(m.tokens(x)), "mean: mean over the units"),
+        lambda m, x: (lambda t: m.attend(t, t, t)[1].flatten(1))(m.tokens(x)), "mean over the units"),
     "branch": (lambda m, x: m.conv(x) if x.sum() > 0 else x, f"Refused: {EXPORT}"),
     "loop": (lambda m, x: sum(y for y in m.conv(x)), "no rule for one of the images"),
     "several outputs": (lambda m, x: (m.conv(x), x), "several values"),
     "alpha": (lambda m, x: (lambda y: torch.add(y, F.relu(y), alpha=2))(m.conv(x)), "add with alpha=2"),
     "one image": (lambda m, x: m.conv(x)[0], "no rule for one of the images"),
-    "view": (lambda m, x: m.conv(x).view(-1, 4), f"view: rearrange {CUTS}"),
+    "view": (lambda m, x: m.conv(x).view(-1, 4), f"Refused: rearrange {CUTS}"),
     "one dimension": (lambda m, x: m.conv(x).view(-1), CUTS),
     "flatten all": (lambda m, x: torch.flatten(m.conv(x)), CUTS),
-    "mean over units": (lambda m, x: m.conv(x).mean(1), "mean: mean over the units"),
+    "mean over units": (lambda m, x: m.conv(x).mean(1), "mean over the units"),
     "mean over images": (lambda m, x: m.conv(x).mean((0, 2)), "no rule for mean over the images"),
     "mean of all": (lambda m, x: m.conv(x).mean(), "mean over everything"),
     "concatenate rows": (lambda m, x: torch.cat([m.conv(x), x.mul(2)], 2), EXPORT),
     "concatenate images": (lambda m, x: (lambda y: torch.cat([y, y], 0))(m.conv(x)), "images side by side"),
-    "linear on pixels": (lambda m, x: m.conv(m.one(x)), "other: linear reads dimension 3|one: linear reads dim"),
+    "linear on pixels": (lambda m, x: m.conv(m.one(x)), "linear reads dimension 3"),
     "wrong width": (lambda m, x: m.fc(average(x)), EXPORT),
 }  # fmt: skip
 
