@@ -1,6 +1,5 @@
 """What a notebook gives, checked before anything is merged: networks, and what the images of each task come in."""
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.values import ImagesOnDisk
+from stages.core.tracing.export import copied
 from stages.loaders import kind_of, read_images
 
 log = logging.getLogger(__name__)
@@ -153,9 +153,7 @@ def run_once(network: nn.Module, images: Tensor, name: str) -> Tensor:
 
 def _runner(network: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
     """What gives a network's logits for the first images, as ``_runs``."""
-    return partial(
-        _runs, copy.deepcopy(network).eval(), name=name
-    )  # a copy: its parts can be in different modes
+    return partial(_runs, copied(network), name=name)  # a copy: its parts can be in different modes
 
 
 def _warn_of_scale(own: Sequence[Tensor], name: str) -> None:

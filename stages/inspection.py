@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.cost import source_cost, split_cost
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import undisturbed
-from stages.core.tracing.trace import trace
-from stages.core.tracing.verify import verify
+from stages.core.tracing.sources import traced_sources
 from stages.core.units.groups import PermutationGroup
 from stages.given import checked_network, run_once
 from stages.loaders import kind_of
@@ -83,9 +83,8 @@ def _inspect(network: nn.Module, example: Tensor) -> Inspection:
     if not isinstance(example, Tensor) or not len(example):
         raise InputError(f"example: found {kind_of(example)}; allowed: a tensor of one image or more")
     run_once(network, example, "example")
-    traced = trace(network, example)
-    verify(network, traced, example[:2].cpu())
-    state = network.state_dict()
+    (source,) = traced_sources([network], [Task("network", ())], example)
+    traced, state = source.trace, source.state
     whole = {name: group.size for name, group in traced.spec.free.items()}
     macs = source_cost(traced, state, "shared", "macs")
 

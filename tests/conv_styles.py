@@ -312,19 +312,6 @@ class Wide(nn.Module):
         return torch.add(self.shortcut(x), self.conv2(y))
 
 
-class Efficient(nn.Module):
-    """ECA: a gate by a convolution along the channels, which neighbours must stay for."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
-        y = self.conv(y).transpose(-1, -2).unsqueeze(-1)
-        return x * y.sigmoid().expand_as(x)
-
-
 class Context(nn.Module):
     """GCNet: one map of attention for all channels."""
 
@@ -374,6 +361,21 @@ class Bands(nn.Module):
         return self.mlp(self.norm(y)) + x
 
 
+class Decoder(nn.Module):
+    """U-Net and DCGAN: down, and up again by transposed convolutions, what was there before beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.deep = conv(8, 6, 3, 2), conv(6, 7, 3, 2)
+        self.up = nn.ConvTranspose2d(7, 5, 3, 2, padding=1, output_padding=1, bias=False)
+        self.norm, self.each = nn.BatchNorm2d(5), nn.ConvTranspose2d(5, 5, 4, 2, 1, groups=5)
+        self.last = conv(13, 6)
+
+    def forward(self, x):
+        y = F.leaky_relu(self.norm(self.up(self.deep(self.down(x)))), 0.2)
+        return self.last(torch.cat([x, self.each(y)], 1))
+
+
 class Beside(nn.Module):
     """A grouped convolution whose groups read different branches."""
 
@@ -410,6 +412,7 @@ STYLES = {
     "wide resnet": (lambda: Headed(Wide(), 16), IMAGE),
     "selective kernels": (lambda: Headed(Kernels(), 8), IMAGE),
     "inception-next": (lambda: Headed(Bands(), 8), IMAGE),
+    "decoder": (lambda: Headed(Decoder(), 6), IMAGE),
     "groups of other branches": (lambda: Headed(Beside(), 6), IMAGE),
     "batch norm behind the head": (lambda: behind(nn.BatchNorm1d(3)), IMAGE),
     "one logit": (lambda: behind(nn.Identity(), 1), IMAGE),
@@ -419,6 +422,5 @@ STYLES = {
     "instance norm": (lambda: Spelled(lambda m, x: m.norm(x), norm=nn.InstanceNorm2d(4, affine=True)), IMAGE),
 }  # fmt: skip
 REFUSED = {
-    "eca": (lambda: Headed(Efficient(), 8), IMAGE),
     "global context": (lambda: Headed(Context(), 8), IMAGE),
 }

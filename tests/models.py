@@ -73,9 +73,6 @@ OWN = 224  # the side of the images that most are published for
 MODELS: dict[str, Model] = {
     **quick(styles.STYLES),
     **quick(conv_styles.STYLES),
-    "eca": Model(
-        *conv_styles.REFUSED["eca"], refused="a convolution over positions with kernel (3,)", quick=True
-    ),
     "global context": Model(*conv_styles.REFUSED["global context"], quick=True),
     "timm resnet18": timm("resnet18"),
     "wide_resnet50_2": vision("wide_resnet50_2"),
@@ -117,6 +114,16 @@ MODELS: dict[str, Model] = {
     "hgnetv2_b0": timm("hgnetv2_b0"),
     "repvit_m0_9": timm("repvit_m0_9"),
     "starnet_s1": timm("starnet_s1"),
+    "eca_resnet33ts": timm("eca_resnet33ts"),
+    "mobilevitv2_050": timm("mobilevitv2_050"),
+    "shvit_s1": timm("shvit_s1", 128),
+    "edgenext_xx_small": timm("edgenext_xx_small"),
+    "xcit_nano_12_p16_224": timm("xcit_nano_12_p16_224"),
+    "cait_xxs24_224": timm("cait_xxs24_224", 32, img_size=32),
+    "efficientvit_b0": timm("efficientvit_b0"),
+    "focalnet_tiny_srf": timm("focalnet_tiny_srf"),
+    "nasnetalarge": timm("nasnetalarge", 96),
+    "convnextv2_atto": timm("convnextv2_atto"),
     "convmixer_1024_20_ks9_p14": timm("convmixer_1024_20_ks9_p14", 56),
 }
 

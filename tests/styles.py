@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from channel_styles import CHANNELS
 from torch import nn
 
 
@@ -506,4 +507,5 @@ STYLES = {
         lambda: Spelled(lambda m, x: m.bn(x), bn=nn.BatchNorm2d(4, track_running_stats=False)), IMAGE),
     "padded": (lambda: Spelled(lambda m, x: m.one(F.pad(x, (0, 1, 0, 1))), one=nn.Conv2d(4, 4, 3, 2)), IMAGE),
     "pixel shuffle": (lambda: Spelled(lambda m, x: F.pixel_unshuffle(x, 2), head=16), IMAGE),
+    **CHANNELS,
 }  # fmt: skip

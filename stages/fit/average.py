@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.core.align.alignment import Alignment, view_states
-from stages.core.graph.nodes import Node, oriented
+from stages.core.graph.nodes import COPIED, Node, oriented
 from stages.core.graph.source import Source
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import Block
@@ -74,7 +74,7 @@ def fill_average(
     for node in network.trace.graph.nodes:
         if node.linear:
             _fill_linear(network, node, states, alignment)
-        elif node.operation == "mix":
+        elif node.operation in COPIED:
             network.map_of(node).average(states)
         elif node.parameters:
             module, arrangement = network.map_of(node), network.arrangement(node.name)

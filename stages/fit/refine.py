@@ -1,7 +1,7 @@
 """Refining: the fitted network learns end to end, without labels, from the networks that own the images.
 
 The layer-wise fit asks each merged layer to imitate the sources' features, which a narrow layer cannot do for all of
-them at once; what the network concludes can still be right. A few hundred steps of AdamW over one cycle, batch norm in
+them at once; what the network concludes can still be right. A few hundred steps of Muon over one cycle, batch norm in
 training mode on batches of every task, the loss of stages.fit.teachers.
 
 It does not make a merge worse by its own measure: a tenth of each task's images is held out, and the state with the
@@ -29,11 +29,12 @@ from stages.core.recipe.methods import Refine
 from stages.core.runtime import ranks
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.progress import Bar
-from stages.core.runtime.schedule import cycle, parameter_groups
+from stages.core.runtime.schedule import cycle
 from stages.core.sweep.memory import check_memory
 from stages.core.sweep.norms import statistics_bytes
 from stages.fit.held_out import ONE_IN, Examiner, Images, Look, read
 from stages.fit.kept import KeptEntries
+from stages.fit.optimizers import Optimizers
 from stages.fit.shared_norms import SharedNorms
 from stages.fit.teachers import Teacher, values_at, watched_values
 
@@ -170,13 +171,11 @@ class _Run:
     def _steps(self) -> Iterator[tuple[int, float]]:
         """Step by step: its number, from 1, and its loss before it."""
         settings, graph = self.settings, self.network.trace.graph
-        optimizer = _optimizer(self.network, settings)
+        optimizers = Optimizers(self.network, settings)
         orders = [self._order(apart.learnt) for apart in self.examiner.apart]
         batches = [read(own, order) for own, order in zip(self.images, orders, strict=True)]
         self.network.train()
         for step in range(settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * cycle(step, settings.steps, settings.warmup)
             whole = [self._changed(next(own)) for own in batches]
             parts = [x[ranks.share(len(x)).to(x.device)] for x in whole] if ranks.count() > 1 else whole
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
@@ -188,12 +187,12 @@ class _Run:
                 losses.append(_mean(teacher.losses(own, lesson), len(all_)))
                 start += len(x)
             loss = torch.stack(losses).sum()
-            optimizer.zero_grad()
+            optimizers.zero_grad()
             loss.backward()
             _add_up_gradients(self.network, loss)
             found = loss.item()
             if math.isfinite(found):
-                optimizer.step()
+                optimizers.step(cycle(step, settings.steps, settings.warmup))
             self.kept.restore()
             yield step + 1, found
 
@@ -282,11 +281,6 @@ def _add_up_gradients(network: MergedNetwork, loss: Tensor) -> None:
     for own in gradients:
         own.copy_(flat[start : start + own.numel()].view_as(own))
         start += own.numel()
-
-
-def _optimizer(network: MergedNetwork, settings: Refine) -> torch.optim.AdamW:
-    groups = parameter_groups(network, settings.weight_decay)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
 
 
 def _copy(network: MergedNetwork) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ def starts(layer: Layer) -> list[Tensor]:
     scaled = []
     for m, source in enumerate(setup.sources):
         weight = source.state[node.parameters["weight"]]
+        weight = weight if node.grouped else oriented(node, weight)
         weight = weight * norm_scale(layer.norm, source.state).view(-1, *[1] * (weight.dim() - 1))
         if not node.grouped:  # an alignment by matrices covers no grouped map
             weight = alignment.read(weight, layouts[node.inputs[0]], shared, m)

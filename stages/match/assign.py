@@ -12,11 +12,44 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+PRICED = 10  # rounds of prices behind an assignment: they need not be exact
+
 
 def assign(gain: Tensor) -> Tensor:
     """gain (d, d): of letting unit j (column) play the part of unit i (row). Returns int64 (d,): the best j for i."""
     _, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(np.ascontiguousarray(columns))
+
+
+class Assigner:
+    """Solves assignments one after the other, of gains that differ little, each exactly.
+
+    What is taken off a whole column changes no assignment, but decides how far the solver searches. First it is its
+    mean, as gains of weights that are all about as large share one component; then the prices of the columns
+    under which each unit nearly has the best one already (dual variables of the last assignment, Bertsekas 1988).
+    """
+
+    def __init__(self) -> None:
+        self.prices: np.ndarray | None = None
+
+    def __call__(self, gain: Tensor) -> Tensor:
+        """As ``assign``."""
+        gains = gain.double().cpu().numpy()
+        reduced = gains - (gains.mean(0) if self.prices is None else self.prices)
+        _, columns = linear_sum_assignment(reduced, maximize=True)
+        self.prices = self._priced(gains, columns)
+        return torch.from_numpy(np.ascontiguousarray(columns))
+
+    def _priced(self, gains: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Raises prices until nobody would rather have another column, (d,), or as often as ``PRICED``."""
+        own = gains[np.arange(len(gains)), columns]
+        prices = np.zeros(len(gains)) if self.prices is None else self.prices
+        for _ in range(PRICED):
+            wanted = np.maximum(prices, (gains + (prices[columns] - own)[:, None]).max(0, initial=-np.inf))
+            if np.array_equal(wanted, prices):
+                break
+            prices = wanted
+        return prices
 
 
 def part_pairs(gain: Tensor, parts: int) -> Tensor:

@@ -24,6 +24,7 @@ class Gains:
         self.states, self.on = states, on
         self._gains: dict[tuple[str, int, int], Tensor] = {}
         self._partners: dict[tuple[str, Span, int, int], Partners] = {}
+        self._tables: dict[tuple[str, Span, int, int], list[tuple[Tensor, int]]] = {}
 
     def of(self, units: Mapping[str, Tensor], inner: Inner, spans: Sequence[Span], network: int) -> Tensor:
         """(d, d): of each unit of a network (columns) in the place of each of the reference (rows).
@@ -46,8 +47,14 @@ class Gains:
             self._gains[inner.name, n, m] = torch.zeros(size, size, dtype=torch.float64)
         gain = self._gains[inner.name, n, m]
         for span in spans:
-            now, key = self._belonging(units, span, n, m), (inner.name, span, n, m)
-            before = self._partners.get(key)
+            key, tables = (inner.name, span, n, m), self._tables_beside(units, span)
+            before, seen = self._partners.get(key), self._tables.get(key, ())
+            if before is not None and all(
+                a is b and v == w for (a, v), (b, w) in zip(seen, tables, strict=True)
+            ):
+                continue  # nothing has moved on the other axes
+            self._tables[key] = tables
+            now = self._belonging(units, span, n, m)
             self._partners[key] = now
             mine, theirs = self.states[m][span.axis.parameter], self.states[n][span.axis.parameter]
             if before is None:
@@ -64,6 +71,12 @@ class Gains:
                 change -= same.index_select(dim, before[dim][entries])
                 gain += _rows(theirs.index_select(dim, entries), span, size) @ _rows(change, span, size).T
         return gain
+
+    def _tables_beside(self, units: Mapping[str, Tensor], span: Span) -> list[tuple[Tensor, int]]:
+        """The orders of the units on the other axes, each with how often it was written."""
+        beside = [inner for inner, own in self.on[span.axis.parameter] if own.axis.dim != span.axis.dim]
+        names = [name for inner in beside for name in (inner.outer, inner.name) if name in units]
+        return [(units[name], units[name]._version) for name in names]
 
     def _belonging(self, units: Mapping[str, Tensor], span: Span, n: int, m: int) -> Partners:
         """On each axis but the span's own that holds units."""

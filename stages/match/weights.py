@@ -11,6 +11,7 @@ but not of both: there the pair is solved by turns, from what the other weights 
 that is better.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from stages.core.units.groups import Axis, Inner, PermutationSpec, Span, State, reorder_inside, span_index
 from stages.core.units.matching import inside_order
-from stages.match.assign import assign, assign_inside, gained, part_pairs
+from stages.match.assign import Assigner, assign_inside, gained, part_pairs
 from stages.match.gains import Gains
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -123,6 +124,7 @@ class WeightProblem:
                         self.inside[parameter] = inner
         self.states = [{p: state[p].detach().cpu().double() for p in self.on} for state in states]
         self._gains = Gains(self.states, self.on)
+        self._assigners: dict[tuple[str, int], Assigner] = defaultdict(Assigner)
 
     def _counts(self, parameter: str, states: Sequence[State]) -> bool:
         shapes = {tuple(state[parameter].shape) if parameter in state else None for state in states}
@@ -210,7 +212,7 @@ class WeightProblem:
             orders = {what: assign_inside(own) for what, own in gains.items()}
             worth = sum(gained(gains[what], own) for what, own in orders.items())
             before = sum(gained(gains[what][every, old], own).sum() for what, own in present.items())
-        new = assign(worth) if name in units else every
+        new = self._assigners[name, network](worth) if name in units else every
         inside = {what: own[every, new] for what, own in orders.items()}
         if kernels:  # those that were not improved by turns, and are chosen
             inside, found = _take_turns(gains, kernels, every, new, inside)

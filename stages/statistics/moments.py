@@ -279,11 +279,11 @@ def points_inside(trace: Trace) -> dict[str, list[tuple[str, Inner, Span]]]:
     for inner in _single_units(trace):
         read, written = list[tuple[str, str, Span]](), list[tuple[str, str, Span]]()
         for node in maps:
-            weight = node.parameters["weight"]
+            weight, reads = node.parameters["weight"], 0 if node.transposed else 1
             for span in inner.spans:
-                if span.axis == Axis(weight, 1):
+                if span.axis == Axis(weight, reads):
                     read.append((node.name, node.inputs[0], span))
-                elif span.axis == Axis(weight, 0):
+                elif span.axis == Axis(weight, 1 - reads):
                     written.append((node.name, node.name, span))
             if weight in inner.inside:
                 read.append((node.name, node.inputs[0], Span(Axis(weight, 1))))

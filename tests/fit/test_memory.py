@@ -39,7 +39,7 @@ def predicted(*arguments):
 
 Sweep.run = watched
 setattr(memory, name, predicted)
-merge(networks, images, 1.2, options={"storage": storage}, progress=False)
+merge(networks, images, 1.2, options={"storage": storage, "memory": 3.0}, progress=False)
 print(json.dumps(found))
 """
 

@@ -114,3 +114,21 @@ def test_a_layer_that_is_solved_on_its_rows_holds_what_was_predicted(randomise, 
     each_problem(setup, images_to_batches(x, 40), see)
     [(held, promised)] = found
     assert 0.8 * promised <= held <= 1.02 * promised
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ridge", [0.1, "auto"])
+def test_a_transposed_convolution_holds_what_was_predicted(randomise, sources, ridge):
+    x = [torch.randn(24, 12, 10, 10, dtype=torch.float64) for _ in range(2)]
+    networks = [randomise(torch.nn.ConvTranspose2d(12, 9, 4, 2, 1), seed) for seed in (0, 1)]
+    made, found = sources(networks, x[0][:2]), []
+    setup = Setup(merged(made), made, Fit(targets="own"), ridge)
+
+    def see(problem):
+        with Live() as live:
+            Dense().fit(problem)
+        found.append((live.peak, Dense().bytes(problem.layer, 48, 24)))
+
+    each_problem(setup, images_to_batches(x, 24), see)
+    [(held, promised)] = found
+    assert 0.5 * promised <= held <= 1.02 * promised

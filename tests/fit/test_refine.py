@@ -140,7 +140,9 @@ def test_the_recorded_loss_is_that_of_the_network_as_it_is_used(fitted):
     found = []
     for task, own in enumerate(pools):
         apart = take_apart(len(own))
-        teacher = Teacher(network, made, Alignment(2), [task], watched_values(network.trace, "last"), 1.0)
+        teacher = Teacher(
+            network, made, Alignment(2), [task], watched_values(network.trace, FAST.features), 1.0
+        )
         teacher.measure([own[apart.learnt]])
         with torch.no_grad():
             values = values_at(network, network.trace.graph, own[apart.held], teacher.names)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.match.assign import assign, assign_parts_jointly
+from stages.match.assign import Assigner, assign, assign_parts_jointly
 
 
 def generator(seed):
@@ -91,3 +91,31 @@ def test_two_networks_are_matched_exactly():
     orders = [torch.tensor([range(5), order]) for order in itertools.permutations(range(5))]
     best = max(objective(similarities, units) for units in orders)
     assert objective(similarities, assign_jointly(similarities)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+@pytest.mark.parametrize("common", [0.0, 1.0, 1e4])
+def test_assignments_one_after_the_other_are_each_the_best(size, common):
+    """common: how much larger than their differences the gains are, as those of weights around one are."""
+    g = generator(size)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    large = common * torch.outer(1 + 0.1 * drawn(size), 1 + 0.1 * drawn(size))
+    gain, solve, every = drawn(size, size), Assigner(), torch.arange(size)
+    for change in (0.0, 0.0, 0.01, 0.3, 5.0):
+        gain = gain + change * drawn(size, size)
+        order = solve(gain + large)
+        assert sorted(order.tolist()) == every.tolist()
+        best = (gain + large)[every, assign(gain + large)].sum()
+        assert torch.isclose((gain + large)[every, order].sum(), best, rtol=1e-12, atol=1e-9)
+
+
+def test_prices_are_for_one_kind_of_gain_and_harm_no_other():
+    """After gains of another scale, and after ties of all units."""
+    solve, gain = Assigner(), torch.randn(9, 9, generator=generator(1)).double()
+    solve(1e6 * gain)
+    assert torch.equal(solve(-gain), assign(-gain))
+    assert sorted(solve(torch.zeros(9, 9)).tolist()) == list(range(9))
+    assert torch.equal(solve(gain), assign(gain))

@@ -165,7 +165,11 @@ def _view_state(
             state[node.parameters["running_var"]] = variance
             if node.name in folded:
                 state[node.parameters["weight"]] = (variance + node.attributes["eps"]).sqrt()
-        elif node.parameters or node.operation in ("attention", "matmul", "group_norm", "normalize"):
+        elif (
+            node.parameters
+            or "spread" in node.attributes
+            or node.operation in ("attention", "matmul", "group_norm", "normalize")
+        ):
             group = next(s.group for s in out.segments if s.group in alignment.groups)
             raise InputError(
                 f"{node.name}: {node.operation} works on single units of group {group}; "

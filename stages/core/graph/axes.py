@@ -29,6 +29,7 @@ class Value:
 
     common: whether it is computed from the input alone, and so is the same in every network. across: labels of units
     that lie on one more dimension, the same for all of the others (stages.core.graph.mixing); extent 1 elsewhere.
+    beside: of a product of units with units, labels of those on its last dimension (stages.core.graph.crossed).
     """
 
     labels: Tensor
@@ -36,6 +37,7 @@ class Value:
     shape: torch.Size
     common: bool = False
     across: Tensor | None = None
+    beside: Tensor | None = None
 
     @property
     def full(self) -> Tensor:

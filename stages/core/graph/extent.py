@@ -25,11 +25,9 @@ def most_entries(node: Node, inputs: Sequence[Tensor], own: Mapping[str, Tensor]
     entries = float(sum(value.numel() for value in inputs))
     if node.operation == "embedding":
         entries = max(entries, first.numel() * own["weight"].shape[1])
-    elif node.fitted or node.operation.startswith("conv"):
+    elif node.fitted:
         rows, columns = oriented(node, own["weight"]).shape[:2]
-        grouped = (
-            a.get("groups", 1) if node.operation.startswith("conv_transpose") else 1 / a.get("groups", 1)
-        )
+        grouped = a.get("groups", 1) if node.transposed else 1 / a.get("groups", 1)
         entries = max(entries, first.numel() * rows * grouped / max(columns, 1))
     elif node.operation in ("matmul", "attention"):  # of attention: its scores
         of = last[-1] if node.operation == "matmul" else inputs[1].shape[-2]
@@ -40,7 +38,7 @@ def most_entries(node: Node, inputs: Sequence[Tensor], own: Mapping[str, Tensor]
         sizes = _numbers(a.get(key))
         entries = max(entries, math.prod(sizes) * math.prod(first[: max(len(first) - len(sizes), 0)]))
     spatial = max(len(first) - 2, 1)
-    if node.operation.startswith("conv_transpose"):
+    if node.transposed:
         entries *= max(_numbers(a.get("stride")), default=1) ** spatial * own["weight"].shape[2:].numel()
     entries *= max(1.0, *_numbers(a.get("scale_factor")), 1.0) ** spatial
     pad = max((*_numbers(a.get("pad")), *_numbers(a.get("padding"))), default=0)

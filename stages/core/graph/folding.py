@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stages.core.graph.nodes import Graph, Node, node_parameters
+from stages.core.graph.nodes import Graph, Node, node_parameters, oriented
 
 
 def exclusive_norms(graph: Graph) -> dict[str, Node]:
@@ -27,8 +27,9 @@ def norm_scale(norm: Node, state: Mapping[str, Tensor]) -> Tensor:
 def fold(state: dict[str, Tensor], node: Node, norm: Node) -> None:
     """Multiply a linear map by its batch norm's scale, which stays a batch norm of the same function."""
     scale = norm_scale(norm, state)
-    weight = state[node.parameters["weight"]]
-    state[node.parameters["weight"]] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    weight = oriented(node, state[node.parameters["weight"]])
+    scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    state[node.parameters["weight"]] = oriented(node, scaled)
     if "bias" in node.parameters:
         state[node.parameters["bias"]] = state[node.parameters["bias"]] * scale
     names = norm.parameters

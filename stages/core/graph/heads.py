@@ -11,15 +11,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from stages.core.graph.axes import Value
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import REDUCTIONS, Node
 
 
 def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
     """The node, or what it is with a dimension for its one head. masked: the shape of a mask, () without one."""
-    if node.operation in ("mean", "sum", "amax", "amin", "local_response_norm"):
+    if node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes:
         return _whole(node, inputs[0])
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
+    if node.operation == "rearrange":
+        return [_lifted(node, inputs[0])]
     if node.operation != "matmul":
         return [node]
     a, b = inputs
@@ -28,9 +30,9 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
         spare = _spare([a, b])
         if spare or rank == 3:
             return _product(node, {0: rank - 1, 1: rank - 2}, inputs, spare, back=False)
-    turned = b.labels.numel() == 1 and b.dims == (len(b.shape) - 3,)
-    if turned and a.dims == (len(a.shape) - 2,) and len(a.shape) == len(b.shape) and _spare([a]):
-        return _product(node, {0: len(a.shape) - 2}, inputs, True, back=True)
+    turned = b.labels.numel() == 1 and b.dims == (len(b.shape) - 3,) and a.dims == (len(a.shape) - 2,)
+    if turned and (len(b.shape) == len(a.shape) + 1 or (len(a.shape) == len(b.shape) and _spare([a]))):
+        return _product(node, {0: len(a.shape) - 2}, inputs, len(a.shape) == len(b.shape), back=True)
     scored = a.labels.numel() == 1 and a.dims == (len(a.shape) - 3,)
     if (
         scored
@@ -39,6 +41,21 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
     ):
         return _product(node, {1: rank - 1}, inputs, len(a.shape) == rank, back=True)
     return [node]
+
+
+def _lifted(node: Node, value: Value) -> Node:
+    """A change of places among the last dimensions, of scores that were given a dimension for their one head."""
+    a, at = node.attributes, len(value.shape) - 3
+    plain = all(n == 1 for n in a["groups"]) and a["order"][:at] == list(range(at))
+    if len(value.shape) != len(a["atoms"]) + 1 or value.dims != (at,) or not plain:
+        return node
+    attributes = {
+        "atoms": [*a["atoms"][:at], [1], *a["atoms"][at:]],
+        "free": [*a["free"][:at], None, *a["free"][at:]],
+        "order": [*range(at + 1), *(i + 1 for i in a["order"][at:])],
+        "groups": [1, *a["groups"]],
+    }
+    return dataclasses.replace(node, attributes=attributes)
 
 
 def _whole(node: Node, value: Value) -> list[Node]:
@@ -53,7 +70,11 @@ def _whole(node: Node, value: Value) -> list[Node]:
         return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
     if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
         return [node]
-    attributes = {"dims": [dim + 1], "keepdim": False}  # the part stays in the place of its units
+    attributes = {
+        **node.attributes,
+        "dims": [dim + 1],
+        "keepdim": False,
+    }  # the part stays in the place of its units
     return [apart, dataclasses.replace(node, inputs=(name,), attributes=attributes)]
 
 
@@ -86,7 +107,7 @@ def _product(
         return [*nodes, dataclasses.replace(node, inputs=tuple(names))]
     whole = f"{node.name}_heads"
     nodes.append(dataclasses.replace(node, name=whole, inputs=tuple(names)))
-    rank = len(inputs[-1 if node.operation == "matmul" else 0].shape)
+    rank = min(len(v.shape) for v in inputs) if node.operation == "matmul" else len(inputs[0].shape)
     rows, columns = inputs[0].shape[-2], inputs[2 if len(inputs) > 2 else 1].shape[-1]
     lead = list(inputs[1].shape[: rank - 2])
     at = rank - 2 if moved.get(0) == rank - 2 else rank - 1

@@ -1,11 +1,17 @@
-"""Linear maps over positions: MLP-Mixer's token mixing, ResMLP's cross-patch layer, gMLP's spatial gate.
+"""Linear maps beside units: over positions (MLP-Mixer, ResMLP, gMLP), and along the units themselves (ECA).
 
-Such a map reads a dimension that holds no units, while the units lie on another one, each of which it does the same to.
-What it gives are units too, but of the layer alone: they lie *across* the units of the value, one order for all of
-these. They can be put in order (``Inner`` of one part), never be separate. Where they meet positions they keep theirs.
+A map over positions (``mix``) reads a dimension that holds no units, while the units lie on another one, each of which
+it does the same to. What it gives are units too, but of the layer alone: they lie *across* the units of the value, one
+order for all of these. They can be put in order (``Inner`` of one part), never be separate. Where they meet positions
+they keep theirs.
+
+A convolution whose kernel runs over the dimension of the units (``along``) reads neighbours: all of them are one part,
+in the order that they have. Neither map has entries of its own for each unit: in a merged network every owner of units
+has a copy of it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,13 +19,13 @@ from torch import Tensor
 
 from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import COPIED, Node
 from stages.core.runtime.errors import InputError
 
 
 def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
-    """The node as ``mix``, where it is a linear map over a dimension beside that of the units; else the node."""
-    if not node.linear or node.operation.startswith("conv_transpose") or not inputs[0].dims:
+    """The node as ``mix`` or ``along``, where its linear map reads another dimension than the units'; else the node."""
+    if not node.linear or node.transposed or not inputs[0].dims:
         return node
     value, weight = inputs[0], shapes["weight"]
     dim = len(value.shape) - 1 if node.operation == "linear" else 1
@@ -29,10 +35,13 @@ def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
     if node.operation != "linear" and not (
         all(n == 1 for n in (*weight[2:], *a["stride"])) and not any(a["padding"])
     ):
-        raise InputError(
-            f"{node.name}: a convolution over positions with kernel {tuple(weight[2:])}, its units lie on "
-            f"{list(value.dims)}; allowed: kernels of one position"
-        )
+        if len(value.dims) > 1 or value.across is not None:
+            raise InputError(
+                f"{node.name}: a convolution over positions with kernel {tuple(weight[2:])}, its units lie on "
+                f"{list(value.dims)}; allowed: on one dimension"
+            )
+        taps = math.prod(weight[1:])
+        return dataclasses.replace(node, operation="along", attributes={**a, "taps": taps})
     return dataclasses.replace(node, operation="mix", attributes={"dim": dim})
 
 
@@ -59,6 +68,20 @@ def mixed(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sh
     return Value(value.labels, value.dims, out, across=line)
 
 
+def along(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: rules.Shapes) -> Value:
+    """Units that are read by their neighbours: they are one part, in their order, as what it gives is."""
+    value = inputs[0]
+    if len(value.dims) != 1 or value.dims[0] < 2 or out[value.dims[0]] != value.shape[value.dims[0]]:
+        raise InputError(
+            f"{node.name}: a convolution along units that gives {out[value.dims[-1]] if value.dims else 'none'} of "
+            f"them; allowed: as many as it reads, on one dimension"
+        )
+    rows = value.along(value.dims[0])[None]
+    units.put_inside(node.name, rows, units.new(1, f"{node.name}.parts"))
+    units.pinned.append(rows)
+    return Value(value.labels, value.dims, out, value.common)
+
+
 def carried(
     units: Units,
     node: Node,
@@ -70,7 +93,7 @@ def carried(
 ) -> Value:
     """What an operation gives, with the units that lie across its inputs, where it keeps them; else they are fixed."""
     held = [value for value in inputs if value.across is not None]
-    if not held or found.across is not None or node.operation == "mix":
+    if not held or found.across is not None or node.operation in COPIED:
         return found
     across = None
     if node.operation == "rearrange":

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from stages.core.runtime.errors import InputError
 
-FITTED = ("linear", "conv1d", "conv2d", "conv3d")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+COPIED = ("mix", "along")  # linear maps beside the units, with one weight for all of these
+REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "length")  # length: the root of the sum of squares
 BEHIND_HEAD = (  # what may stand between the last linear map and the output, class by class or over all classes
     "softmax", "log_softmax", "sigmoid", "tanh", "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "exp",
     "neg", "softplus", "log_sigmoid", "hardtanh", "multiply_parameter", "divide_parameter", "add_parameter",
@@ -32,16 +35,17 @@ class Node:
     @property
     def linear(self) -> bool:
         """Whether every output of the node reads every input channel: Linear, or a convolution with one group."""
-        return (
-            (self.fitted or self.operation.startswith("conv"))
-            and "weight" in self.parameters
-            and not self.grouped
-        )
+        return self.fitted and "weight" in self.parameters and not self.grouped
 
     @property
     def grouped(self) -> bool:
         """Whether it is a convolution whose outputs read a part of the input channels each."""
-        return self.operation.startswith("conv") and self.attributes.get("groups", 1) > 1
+        return self.fitted and self.attributes.get("groups", 1) > 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution, whose weight is (d_in, d_out, ...)."""
+        return self.operation in TRANSPOSED
 
     @property
     def path(self) -> str:
@@ -52,7 +56,7 @@ class Node:
     @property
     def fitted(self) -> bool:
         """Whether the node is a linear map, which is fitted by least squares."""
-        return self.operation in FITTED
+        return self.operation in ("linear", *CONVOLUTIONS, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Graph:
 
 def oriented(node: Node, weight: Tensor) -> Tensor:
     """A linear map's weight as (d_out, d_in, ...): a transposed convolution has it the other way round."""
-    return weight.transpose(0, 1) if node.operation.startswith("conv_transpose") else weight
+    return weight.transpose(0, 1) if node.transposed else weight
 
 
 def node_parameters(node: Node, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

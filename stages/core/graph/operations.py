@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph import mixing, rules
-from stages.core.graph.nodes import Graph, Node, node_parameters
+from stages.core.graph.nodes import CONVOLUTIONS, REDUCTIONS, TRANSPOSED, Graph, Node, node_parameters
 from stages.core.runtime.errors import InputError
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
@@ -68,6 +68,13 @@ def _mix(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """A linear map over a dimension that is not the one of the units."""
     y = F.linear(x[0].movedim(a["dim"], -1), p["weight"].flatten(1), p.get("bias"))
     return y.movedim(-1, a["dim"])
+
+
+def _along(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """A convolution that has the units among its positions. taps: multiply-accumulates for each entry of its output."""
+    function = getattr(F, CONVOLUTIONS[len(a["stride"]) - 1])
+    settings = {key: value for key, value in a.items() if key != "taps"}
+    return function(x[0], p["weight"], p.get("bias"), **settings)
 
 
 def _batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
@@ -173,7 +180,20 @@ def _neighbours(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 
 def _reduction(function: Callable[..., Tensor]) -> Operation:
-    return Operation(lambda x, p, a: function(x[0], a["dims"], keepdim=a["keepdim"]), rules.reduced)
+    """spread: the dimension of units along which what is reduced is repeated (stages.core.graph.spread)."""
+
+    def run(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+        settings = {key: value for key, value in a.items() if key not in ("dims", "spread")}
+        found = function(x[0], a["dims"], **settings)
+        if "spread" not in a:
+            return found
+        return found.expand([n if d == a["spread"] else -1 for d, n in enumerate(x[0].shape)])
+
+    return Operation(run, rules.reduced)
+
+
+def _length(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+    return torch.linalg.vector_norm(x, 2, dims, keepdim)
 
 
 BINARY = {
@@ -193,13 +213,12 @@ UNARY = (
 POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
             "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 OPERATIONS: dict[str, Operation] = {
     **{name: _convolution(getattr(F, name)) for name in (*CONVOLUTIONS, *TRANSPOSED)},
     "linear": Operation(lambda x, p, a: F.linear(x[0], p["weight"], p.get("bias")), rules.linear),
     "mix": Operation(_mix, mixing.mixed, lambda shapes, a: shapes[0][a["dim"]]),
+    "along": Operation(_along, mixing.along, lambda shapes, a: a["taps"]),
     "embedding": Operation(lambda x, p, a: F.embedding(x[0].long(), p["weight"]), rules.embedding),
     "batch_norm": Operation(_batch_norm, rules.channels),
     "batch_statistics": Operation(_batch_statistics, rules.channels),
@@ -230,10 +249,8 @@ OPERATIONS: dict[str, Operation] = {
     "roll": _moving(lambda x, p, a: x[0].roll(a["shifts"], a["dims"])),
     "flip": _moving(lambda x, p, a: x[0].flip(a["dims"])),
     "expand": _moving(_expand),
-    "mean": _reduction(torch.mean),
-    "sum": _reduction(torch.sum),
-    "amax": _reduction(torch.amax),
-    "amin": _reduction(torch.amin),
+    **{name: _reduction(getattr(torch, name)) for name in REDUCTIONS if name != "length"},
+    "length": _reduction(_length),
     "local_response_norm": Operation(_neighbours, rules.neighbours),
     **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
     "interpolate": _spatial(F.interpolate),

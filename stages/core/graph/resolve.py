@@ -6,7 +6,7 @@ the group. What may be separate follows: docs/networks.md.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,10 @@ from stages.core.graph.axes import NONE, Units, Value
 from stages.core.graph.layouts import Layout, Segment
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span
+
+
+class SeveralDimensionsError(InputError):
+    """A value has units on more than one dimension."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Resolved:
             known = only and self.spec.groups[only].size == value.shape[dim]
             return Layout(dim, (Segment(only if known else "", value.shape[dim]),))
         if len(varying) > 1:
-            raise InputError(
+            raise SeveralDimensionsError(
                 f"{node}: units of {', '.join(sorted(names))} lie on dimensions {varying}; allowed: on one dimension, "
                 "or in parts (heads, groups)"
             )
@@ -157,21 +161,35 @@ class Resolved:
             for cls in members:
                 for child in children.get(cls, ()):
                     kinds.setdefault(int(colours[child]), [[] for _ in members])[unit[cls]].append(child)
-            for rows in kinds.values():
+            for rows in self._lone_together(kinds.values()):
                 size = len(rows[0])
                 own = _spans(positions, [[child] for row in rows for child in row])
                 spans[names[g]] += [whole for span in own for whole in _of_parts(span, size)]
                 reads = self._kernels(of, rows)
-                if size > 1 and not fixed[rows[0][0]] and reads is not None:
+                ordered = len({int(colours[child]) for child in rows[0]}) == 1
+                if size > 1 and ordered and not fixed[rows[0][0]] and reads is not None:
                     name = self._name(int(first[rows[0][0]]), taken)
                     inner[name] = Inner(name, names[g], len(rows), size, tuple(own), tuple(reads))
-        ordered = {own.outer for own in inner.values()}
+        holding = {own.outer for own in inner.values()}
         groups = {
             name: PermutationGroup(name, sizes[g], tuple(spans[name]), bool(fixed[leaders[g]]))
             for g, name in enumerate(names)
-            if name in ordered or not self.across[leaders[g]]
+            if name in holding or not self.across[leaders[g]]
         }
         return classes, PermutationSpec(groups, inner)
+
+    def _lone_together(self, kinds: Iterable[list[list[int]]]) -> Iterator[list[list[int]]]:
+        """What is inside parts, kind by kind, (parts, size) each; what has a pinned order, one of each kind, as one."""
+        lone: dict[int, list[list[int]]] = {}
+        for rows in kinds:
+            if len(rows[0]) > 1:
+                yield rows
+                continue
+            for row, own in zip(
+                lone.setdefault(int(self.kinds[rows[0][0]]), [[] for _ in rows]), rows, strict=True
+            ):
+                row += own
+        yield from lone.values()
 
     def _kernels(self, of: np.ndarray, rows: list[list[int]]) -> list[str] | None:
         """Kernels of grouped convolutions that read these units, part by part; None where one reads others too."""

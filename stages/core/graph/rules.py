@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph.axes import NONE, Units, Value, compact, join
+from stages.core.graph.crossed import crosses, product
 from stages.core.graph.nodes import Node
 from stages.core.runtime.errors import InputError
 
@@ -81,7 +82,6 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     """A contraction with a weight: it ties nothing, reads the input's units, and its outputs are new ones."""
     value, weight = inputs[0], node.parameters["weight"]
     dim = len(out) - 1 if node.operation == "linear" else 1
-    transposed = node.operation.startswith("conv_transpose")
     if value.dims and value.dims != (dim,):
         raise InputError(
             f"{node.name}: {node.operation} reads dimension {dim}, its units lie on {list(value.dims)}; allowed: units "
@@ -90,9 +90,9 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     if node.grouped:
         return _grouped(units, node, value, out, shapes)
     if value.dims:
-        units.place(node.name, weight, 0 if transposed else 1, value.along(dim))
+        units.place(node.name, weight, 0 if node.transposed else 1, value.along(dim))
     new = units.new(out[dim], node.path)
-    _place_rows(units, node, new, 1 if transposed else 0)
+    _place_rows(units, node, new, 1 if node.transposed else 0)
     return _line(new, dim, out)
 
 
@@ -109,7 +109,7 @@ def _place_rows(units: Units, node: Node, labels: Tensor, dim: int = 0) -> None:
 def _grouped(units: Units, node: Node, value: Value, out: torch.Size, shapes: Shapes) -> Value:
     """Output channels stay with the input channels they read: as one unit, or in a part each."""
     parts, read = node.attributes["groups"], value.along(1)
-    if node.operation.startswith("conv_transpose") and not parts == len(read) == out[1]:
+    if node.transposed and not parts == len(read) == out[1]:
         raise InputError(
             f"{node.name}: a transposed convolution with groups={parts}; allowed: 1, or depthwise"
         )
@@ -201,8 +201,11 @@ def softmax(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
 
 
 def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """Mean, sum, maximum over dimensions without units, or over what is inside parts."""
+    """Mean, sum, maximum over dimensions without units, over what is inside parts, or over all units for each."""
     value, keep = inputs[0], node.attributes.get("keepdim", False)
+    if "spread" in node.attributes:
+        _expect(node, value, node.attributes["spread"])
+        return Value(value.labels, value.dims, out, value.common)
     rank = len(value.shape)
     over = sorted(dim % rank for dim in node.attributes["dims"])
     if set(value.dims) & set(over) and set(value.dims) <= set(over) and not value.common:
@@ -233,6 +236,8 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
 
 def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """(..., m, k) times (..., k, n): what it sums over is tied, and lies inside the parts that both share."""
+    if crosses(*inputs):
+        return product(units, node, *inputs, out)
     a, b = (_batched(value, len(out)) for value in inputs)
     last, before = len(out) - 1, len(out) - 2
     if (
@@ -360,7 +365,9 @@ def moved(
 def _dims_of_ones(
     node: Node, inputs: Sequence[Value], out: torch.Size, run: Callable[..., Tensor]
 ) -> set[int]:
-    """Where a dimension of a single unit goes, which labels do not show."""
+    """Where a dimension of a single unit goes, which labels do not show, or one of which a single unit is left."""
+    if node.operation in ("slice", "pick"):
+        return {d for d in inputs[0].dims if out[d] == 1}
     ones = [d for d in inputs[0].dims if inputs[0].shape[d] == 1]
     if node.operation == "rearrange":
         return _ones_rearranged(node, inputs[0], ones)
@@ -425,8 +432,20 @@ def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     )
     labels = F.pad(held + 1, pad) - 1
     assert labels.shape == shape
+    inside = 2 * (len(out) - 1 - value.dims[-1]) if value.dims else 0
+    if len(value.dims) == 2 and any(pad[inside : inside + 2]):
+        labels = torch.where(labels == NONE, _parts_of(units, node, value), labels)
     found = compact(labels, out, value.dims, value.common)
     return Value(found.labels, found.dims, out, value.common)
+
+
+def _parts_of(units: Units, node: Node, value: Value) -> Tensor:
+    """A unit for each part of a value with units inside parts, as it broadcasts, for what is padded there."""
+    dim = value.dims[0]
+    rows = value.labels.movedim(dim, 0).flatten(1)
+    outer = units.new(len(rows), f"{node.path}.parts")
+    units.put_inside(node.name, rows, outer)
+    return _line(outer, dim, value.shape).labels
 
 
 moving = partial  # moving(moved, run=...) makes a rule

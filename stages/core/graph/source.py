@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stages.core.graph.nodes import Graph, Node, node_parameters
 from stages.core.graph.operations import run_graph, run_node
+from stages.core.graph.places import PlaceOf, nowhere
 from stages.core.graph.trace import Trace, lay_out
 from stages.core.units.groups import State
 
@@ -58,7 +59,8 @@ def trace_among(
     graph: Graph,
     parameters: Mapping[str, tuple[int, ...]],
     example: Sequence[int],
+    place_of: PlaceOf = nowhere,
 ) -> Trace:
     """The trace of one of ``sources`` of the same graph and tensors, or one that is made: as ``lay_out``."""
     found = (s.trace for s in sources if s.trace.graph == graph and s.trace.parameters == parameters)
-    return next(found, None) or lay_out(graph, parameters, example)
+    return next(found, None) or lay_out(graph, parameters, example, place_of)

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
+from stages.core.graph.crossed import kept_beside
 from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
-from stages.core.graph.operations import OPERATIONS, TRANSPOSED, run_node
-from stages.core.graph.resolve import Resolved
+from stages.core.graph.operations import OPERATIONS, run_node
+from stages.core.graph.places import PlaceOf, nowhere, placed
+from stages.core.graph.resolve import Resolved, SeveralDimensionsError
+from stages.core.graph.selected import selected_first
+from stages.core.graph.spread import Spread
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
 
@@ -42,7 +46,7 @@ class Trace:
 
     def positions(self, node: Node) -> int:
         """How often a linear map is applied to one image: its multiply-accumulates are positions * weights."""
-        name = node.inputs[0] if node.operation in TRANSPOSED else node.name
+        name = node.inputs[0] if node.transposed else node.name
         return self.shapes[name].numel() // self.layouts[name].width
 
     def hidden_macs(self, node: Node) -> int:
@@ -101,13 +105,30 @@ class Trace:
         return len(self.shapes[node.name]) - self.layouts[node.name].dim
 
 
-@torch.no_grad()
-def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int]) -> Trace:
+def lay_out(
+    graph: Graph,
+    parameters: Mapping[str, Sequence[int]],
+    example: Sequence[int],
+    place_of: PlaceOf = nowhere,
+) -> Trace:
     """Apply every operation's rule, in order.
 
-    parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...). Raises
-    InputError for what the table does not know, before anything is allocated.
+    parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...). place_of: where
+    each node is in the user's code. Raises InputError for what the table does not know, before anything is allocated.
     """
+    try:
+        return _laid_out(graph, parameters, example, place_of)
+    except SeveralDimensionsError:
+        apart = selected_first(graph)
+        if apart == graph:
+            raise
+    return _laid_out(apart, parameters, example, place_of)
+
+
+@torch.no_grad()
+def _laid_out(
+    graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int], place_of: PlaceOf
+) -> Trace:
     check_graph(graph, parameters, example, OPERATIONS)
     # One zero seen as every parameter: real kernels say each value's shape, and nothing is allocated for weights.
     # (Tensors on the meta device would do too, but their first use imports a second's worth of compiler.)
@@ -117,35 +138,48 @@ def lay_out(graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequ
     seen = {first.name: _input(units, first, tuple(example))}
     shapes = {first.name: torch.Size(example)}
     tensors = {first.name: torch.zeros(tuple(example), device=place_for(math.prod(example)))}
+    spread = Spread(
+        graph,
+        tensors[first.name],
+        lambda node, x: _try_node(node, x, state),
+        lambda node: OPERATIONS[node.operation].rule,
+    )
     settled, waiting = [first], list(reversed(graph.nodes[1:]))
     while waiting:
         node = waiting.pop()
-        own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
-        inputs = [seen[name] for name in node.inputs]
-        node, *rest = with_heads(mixing(node, inputs, own), inputs, own.get("mask", ()))
-        if rest:
-            waiting += [*reversed(rest), node]
-            continue
-        settled.append(node)
-        operation = OPERATIONS[node.operation]
-        out = _try_node(node, [tensors[name] for name in node.inputs], state)
-        check_value(node.name, out)
-        tensors[node.name], shapes[node.name] = out, out.shape
-        found = operation.rule(units, node, inputs, out.shape, own)
-        seen[node.name] = carried(
-            units, node, inputs, found, operation.run, operation.rule is rules.same, own
-        )
+        with placed(node, place_of):
+            own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
+            inputs = [seen[name] for name in node.inputs]
+            node, *rest = with_heads(
+                mixing(spread.of(node, inputs), inputs, own), inputs, own.get("mask", ())
+            )
+            if rest:
+                waiting += [*reversed(rest), node]
+                continue
+            settled.append(node)
+            operation = OPERATIONS[node.operation]
+            out = _try_node(node, [tensors[name] for name in node.inputs], state)
+            check_value(node.name, out)
+            tensors[node.name], shapes[node.name] = out, out.shape
+            found = operation.rule(units, node, inputs, out.shape, own)
+            elementwise = operation.rule is rules.same
+            found = kept_beside(node, inputs, found, elementwise)
+            seen[node.name] = carried(units, node, inputs, found, operation.run, elementwise, own)
         for name in last.get(node.name, ()):
             del tensors[name]
     for end in (first.name, graph.output.name):
         units.fixed += [own for own in (seen[end].labels, seen[end].across) if own is not None]
     resolved = Resolved(units)
-    layouts = {name: resolved.layout(name, value) for name, value in seen.items()}
+    layouts: dict[str, Layout] = {}
+    for node in settled:
+        with placed(node, place_of):
+            layouts[node.name] = resolved.layout(node.name, seen[node.name])
     nodes, moved = [], {}
     for node in settled:
         if node.inputs and OPERATIONS[node.operation].moves:
             read = [layouts[n] for n in node.inputs]
-            node, source = _settled(node, read, layouts[node.name], shapes, set(resolved.spec.free))
+            with placed(node, place_of):
+                node, source = _settled(node, read, layouts[node.name], shapes, set(resolved.spec.free))
             if source is not None:
                 moved[node.name] = source
         nodes.append(node)

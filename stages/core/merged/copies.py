@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
-from stages.core.merged.arrangement import Arrangement, unit_keys
+from stages.core.merged.arrangement import Arrangement, pieces_of, unit_keys
 from stages.core.merged.network import MergedNetwork
 from stages.core.merged.unit_layers import NORMS, Moved, over_units
 
@@ -31,6 +31,10 @@ def exact_entries(network: MergedNetwork) -> dict[str, Tensor]:
             count = network.map_of(node).attributes["groups"]  # each part of the units alone
             whole = exact[node.inputs[0]].view(count, -1).all(1)
             exact[node.name] = (arrangement.owner >= 0) & whole.repeat_interleave(arrangement.width // count)
+        elif node.operation == "along":
+            read, exact[node.name] = exact[node.inputs[0]], arrangement.owner >= 0
+            for piece in pieces_of(arrangement):
+                exact[node.name][piece.start : piece.stop] &= read[piece.start : piece.stop].all()
         elif node.name in network.trace.moved:
             moved: Moved = network.map_of(node)
             every = torch.cat([exact[name] for name in node.inputs])

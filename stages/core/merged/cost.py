@@ -9,7 +9,7 @@ the budget: they are there at any size.
 
 from collections.abc import Mapping
 
-from stages.core.graph.nodes import Node, oriented
+from stages.core.graph.nodes import COPIED, Node, oriented
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import arrange
 from stages.core.merged.mixed import copies_of
@@ -30,7 +30,7 @@ def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
     """
     if kind == "macs" and not node.grouped:
         return trace.hidden_macs(node)
-    if node.operation == "mix":
+    if node.operation in COPIED:
         return 0  # its parameters are copied as a whole: ``copied``
     roles = ["weight"] if kind == "macs" else _alone(node)
     whole = [trace.widened(node, role, state[node.parameters[role]]) for role in roles]
@@ -39,8 +39,8 @@ def entry_cost(trace: Trace, state: State, node: Node, kind: str) -> int:
 
 
 def copied(trace: Trace, state: State, node: Node, kind: str) -> int:
-    """What each copy of a linear map over positions costs, of which every owner of units has one."""
-    if node.operation != "mix" or kind == "macs":
+    """What each copy of a linear map beside units costs, of which every owner of units has one."""
+    if node.operation not in COPIED or kind == "macs":
         return 0
     return sum(state[name].numel() for name in node.parameters.values())
 

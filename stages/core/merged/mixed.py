@@ -1,4 +1,4 @@
-"""A linear map over positions in a merged network: one copy of its weights for the units of each owner.
+"""A linear map beside units (stages.core.graph.mixing) in a merged network: a copy of its weights for every owner.
 
 What it does to a unit is the same for all units of a network, so that separate units are read by their own network's
 weights and shared ones by a copy of their own.

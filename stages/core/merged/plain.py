@@ -23,7 +23,8 @@ from stages.core.merged.blocks import BlockMap
 from stages.core.merged.mixed import MixMap
 from stages.core.merged.plain_layers import as_source, layer_of, picked
 from stages.core.merged.plain_places import Places
-from stages.core.merged.unit_layers import Moved, ViewNorm, reduced_dims
+from stages.core.merged.plain_views import repeated, viewed
+from stages.core.merged.unit_layers import Moved, Viewed
 
 
 @torch.no_grad()
@@ -123,8 +124,8 @@ class _Writer:
             return self._layer(node, copy.deepcopy(module), "running_mean", inputs[0])
         if isinstance(module, MixMap):
             return self._mixed(node, module, inputs[0])
-        if isinstance(module, ViewNorm) and module.view0 is not None:
-            return self._view_norm(node, module, inputs[0])
+        if isinstance(module, Viewed) and module.view0 is not None:
+            return self._viewed(node, module, inputs[0])
         layer = layer_of(node, module.attributes, dict(module.named_parameters()), self._tails(node))
         if layer is not None and self._owns(node):
             x = inputs[0].long() if node.operation == "embedding" else inputs[0]
@@ -200,6 +201,9 @@ class _Writer:
     def _call(self, node: Node, x: list[Proxy], p: Mapping[str, Proxy], a: Mapping[str, Any]) -> Proxy:
         """What the table's operation does, in calls that look at no sizes but those known now."""
         rank = len(self.trace.shapes[node.inputs[0]])
+        if "spread" in a:
+            found = OPERATIONS[node.operation].run(x, p, {key: a[key] for key in a if key != "spread"})
+            return repeated(found, a["spread"], rank, self._shape(node.name)[a["spread"]])
         if node.operation == "rearrange":
             return self._rearrange(node, x[0])
         if node.operation == "pick":
@@ -259,36 +263,18 @@ class _Writer:
                 role: self._tensor(node.parameters[role], tensor)
                 for role, tensor in module.copy(piece.owner).items()
             }
-            parts.append(OPERATIONS["mix"].run([own], found, module.attributes))
+            parts.append(OPERATIONS[node.operation].run([own], found, module.attributes))
         return parts[0] if len(parts) == 1 else torch.cat(parts, module.dim)
 
-    def _view_norm(self, node: Node, module: ViewNorm, x: Proxy) -> Proxy:
-        """The entries of each owner by the mean of their views' statistics, as ViewNorm has it."""
-        dim, rank, eps = module.dim, len(self.trace.shapes[node.name]), module.attributes["eps"]
-        over, arrangement = reduced_dims(node, rank), self.net.arrangement(node.name)
-        views = [picked(x, dim, arrangement.view(m).tolist()) for m in range(module.count)]
-        if node.operation == "normalize":
-            lengths = [view.norm(dim=dim, keepdim=True).clamp(min=eps) for view in views]
-        else:
-            means = [view.mean(over, keepdim=True) for view in views]
-            spreads = [view.var(over, correction=0, keepdim=True) for view in views]
-        parts = []
-        for piece in pieces_of(arrangement):
-            own = x.narrow(dim, piece.start, piece.stop - piece.start)
-            if node.operation == "normalize":
-                parts.append(own / _of(lengths, piece.owner))
-            else:
-                centred = own - _of(means, piece.owner)
-                parts.append(centred * (_of(spreads, piece.owner) + eps).rsqrt())
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-        found = self._parameters(node, module)
+    def _viewed(self, node: Node, module: Viewed, x: Proxy) -> Proxy:
+        rank = len(self.trace.shapes[node.name])
+        y, found = (
+            viewed(node, module, x, rank, self.net.arrangement(node.name)),
+            self._parameters(node, module),
+        )
         for role, join in (("weight", torch.mul), ("bias", torch.add)):
             if role in found:
                 flat = module.get_parameter(role).dim() == 1
-                shape = [-1 if d == dim else 1 for d in range(rank)]
+                shape = [-1 if d == module.dim else 1 for d in range(rank)]
                 y = join(y, found[role].reshape(shape) if flat else found[role])
         return y
-
-
-def _of(values: Sequence[Proxy], owner: int) -> Proxy:
-    return values[owner] if owner >= 0 else sum(values[1:], values[0]) / len(values)

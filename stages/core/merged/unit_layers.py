@@ -5,12 +5,12 @@ over all units are taken over each network's view, so that with everything separ
 was alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import COPIED, Node
 from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
@@ -94,10 +94,10 @@ class GroupedMap(MergedLayer):
         return [self.weight]
 
 
-class ViewNorm(MergedLayer):
-    """Layer norm, or group norm with one group, of a merged value.
+class Viewed(MergedLayer):
+    """What looks at all units of a value: in a merged value at each network's view alone.
 
-    The mean and variance of an entry are those of its network's view; a shared entry is in all views and takes the
+    What it finds for an entry is what it finds in its network's view; a shared entry is in all views and takes the
     mean of theirs. Where nothing is separate the views are one, and where nothing is shared they are the sources'.
     """
 
@@ -114,19 +114,38 @@ class ViewNorm(MergedLayer):
             share[m, arrangement.owner == m] = 1.0
         self.register_buffer("share", share, persistent=False)
 
+    def views(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each network's entries of a value, and what each entry takes of what is found there, as it broadcasts."""
+        shape = [-1 if d == self.dim else 1 for d in range(x.dim())]
+        for m in range(self.count):
+            yield x.index_select(self.dim, getattr(self, f"view{m}")), self.share[m].view(shape)
+
+
+class ViewReduction(Viewed):
+    """A mean, sum, maximum, variance or length over units that is spread over them (stages.core.graph.spread)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.view0 is None:
+            return super().forward(x)
+        settings, found = {key: value for key, value in self.attributes.items() if key != "spread"}, 0.0
+        for own, share in self.views(x):
+            found = found + share * OPERATIONS[self.node.operation].run([own], {}, settings)
+        return found
+
+
+class ViewNorm(Viewed):
+    """Layer norm, or group norm with one group, of a merged value: by the mean and variance of the views."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.view0 is None:
             return super().forward(x)
         dim, over = self.dim, reduced_dims(self.node, x.dim())
-        shape = [-1 if d == dim else 1 for d in range(x.dim())]
         if self.node.operation == "normalize":
-            return self._unit_length(x, dim, shape)
+            return self._unit_length(x)
+        shape = [-1 if d == dim else 1 for d in range(x.dim())]
         mean = variance = 0.0
-        for m in range(self.count):
-            share = self.share[m].view(shape)
-            var, centre = torch.var_mean(
-                x.index_select(dim, getattr(self, f"view{m}")), over, correction=0, keepdim=True
-            )
+        for own, share in self.views(x):
+            var, centre = torch.var_mean(own, over, correction=0, keepdim=True)
             mean, variance = mean + share * centre, variance + share * var
         x = (x - mean) * (variance + self.attributes["eps"]).rsqrt()
         if "weight" in self.node.parameters:
@@ -135,11 +154,10 @@ class ViewNorm(MergedLayer):
             x = x + (self.bias.view(shape) if self.bias.dim() == 1 else self.bias)
         return x
 
-    def _unit_length(self, x: Tensor, dim: int, shape: list[int]) -> Tensor:
+    def _unit_length(self, x: Tensor) -> Tensor:
         length = 0.0
-        for m in range(self.count):
-            own = x.index_select(dim, getattr(self, f"view{m}")).norm(dim=dim, keepdim=True)
-            length = length + self.share[m].view(shape) * own.clamp(min=self.attributes["eps"])
+        for own, share in self.views(x):
+            length = length + share * own.norm(dim=self.dim, keepdim=True).clamp(min=self.attributes["eps"])
         return x / length
 
 
@@ -156,7 +174,9 @@ def reduced_dims(node: Node, rank: int) -> list[int]:
 
 
 def over_units(node: Node, trace: Trace) -> bool:
-    """Whether a node is a norm over all units of a value, which each network's view then has for itself."""
+    """Whether a node looks at all units of a value, as a norm does, which each network's view then has for itself."""
+    if "spread" in node.attributes:
+        return True
     if node.operation not in NORMS or node.attributes.get("groups", 1) > 1:
         return False
     return trace.layouts[node.name].dim in reduced_dims(node, len(trace.shapes[node.name]))
@@ -164,12 +184,12 @@ def over_units(node: Node, trace: Trace) -> bool:
 
 def merged_layer(node: Node, trace: Trace, inputs: Arrangement, outputs: Arrangement) -> nn.Module | None:
     """The module of a node that is neither a dense linear map nor a batch norm; None where there is nothing to keep."""
-    if node.operation == "mix":
+    if node.operation in COPIED:
         return MixMap(node, trace, outputs)
     if node.grouped:
         return GroupedMap(node, trace, inputs, outputs)
     if over_units(node, trace):
-        return ViewNorm(node, trace, outputs)
+        return (ViewReduction if "spread" in node.attributes else ViewNorm)(node, trace, outputs)
     if node.parameters or node.operation in NORMS:
         return MergedLayer(node, trace, outputs)
     return None

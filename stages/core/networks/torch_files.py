@@ -19,7 +19,7 @@ ALLOWED = "allowed: a file as torch.save(network.state_dict(), ...) writes it"
 
 
 class _Number:
-    """Stands for NumPy's scalars, arrays and dtypes, which training scripts keep beside the weights: left unread.
+    """Stands for NumPy's scalars, arrays and dtypes, and for paths, which scripts keep beside weights: left unread.
 
     NumPy itself is not called: the state of a dtype from a file could make it read memory it must not.
     """
@@ -32,6 +32,7 @@ class _Number:
 _IGNORED = [
     (_Number, name)
     for name in (
+        *(f"pathlib.{kind}{name}" for kind in ("", "Pure") for name in ("Path", "PosixPath", "WindowsPath")),
         *("numpy.ndarray", "numpy.dtype", "numpy.random._pickle.__randomstate_ctor"),
         *(
             f"numpy.{core}.multiarray.{name}"

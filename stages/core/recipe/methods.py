@@ -52,19 +52,20 @@ class Refine(Section):
     """How a fitted network is refined end to end, without labels (stages.fit.refine).
 
     images: at most so many calibration images of each task; all: all of them and the sources' training images, without
-    their labels. batch_size: images of each task in a step. warmup: share of the steps. features: where the sources'
-    values are imitated beside their outputs. joint: weight of telling separate label spaces apart. every: steps
-    between two looks at the images held out; patience: how many looks in a row may bring nothing better. shift, flip:
-    null, as the sources are trained.
+    their labels. batch_size: images of each task in a step. optimizer: see stages.fit.optimizers; adamw is used with a
+    learning rate of about 3e-3. warmup: share of the steps. features: where the sources' values are imitated beside
+    their outputs. joint: weight of telling separate label spaces apart. every: steps between two looks at the images
+    held out; patience: how many looks in a row may bring nothing better. shift, flip: null, as the sources are trained.
     """
 
     steps: Count = 400
     images: Count | Literal["all"] = 2500
     batch_size: Count = 64
-    learning_rate: Positive = 3e-3
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: Positive = 5e-3
     warmup: Fraction = 0.1
     weight_decay: NonNegative = 0.01
-    features: Literal["none", "last", "stages"] = "last"
+    features: Literal["none", "last", "stages"] = "stages"
     joint: NonNegative = 1.0
     every: Count = 25
     patience: Count = 8

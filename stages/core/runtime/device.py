@@ -3,6 +3,8 @@
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -21,7 +23,6 @@ def prepare(device: str, threads: int) -> torch.device:
     ``device``: auto (a GPU where there is one), cpu, cuda or cuda:N; ranks of one machine take one GPU after the
     other. Raises InputError when it is not there.
     """
-    return_freed_memory()
     torch.set_num_threads(bounded_threads(threads))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,18 +49,26 @@ def bounded_threads(threads: int) -> int:
     return min(threads, most)
 
 
-@cache
-def return_freed_memory() -> None:
-    """Have glibc give every freed tensor of some size back to the system, for the rest of the process.
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within it glibc gives every freed tensor of some size back to the system: what runs holds no more than it says.
 
-    Left alone it learns from the first large tensors it frees to keep those below 32 MiB for others like them. At 224
-    pixels the first layers leave hundreds of MiB so, which what the last layers need does not fit into. Other C
-    libraries have no such setting.
+    Elsewhere it keeps those below 32 MiB for others like them. At 224 pixels the first layers leave hundreds of MiB so,
+    which what the last layers need does not fit into. But to ask the system for them again takes a third of the time
+    of a training step of a small network. Other C libraries have no such setting.
     """
+    _keep_freed_below(4 * 2**20)
+    try:
+        yield
+    finally:
+        _keep_freed_below(32 * 2**20)
+
+
+def _keep_freed_below(size: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 4 * 2**20)
+        mallopt(M_MMAP_THRESHOLD, size)
+        mallopt(M_TRIM_THRESHOLD, 2 * size)
 
 
 def generator(*seeds: int) -> torch.Generator:

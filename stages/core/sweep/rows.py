@@ -4,6 +4,8 @@
 - Conv2d: x (n, c, h, w) -> rows (n * positions, c * kh * kw), one per place the kernel is put (im2col);
   W is the weight (d_out, c, kh, kw) flattened from dimension 1. Entry ``channel * kh * kw + offset`` of a row
   belongs to ``channel``, so the columns that a channel owns are ``taps`` entries side by side.
+- ConvTranspose2d: the same, one row per place of the output: what each tap reads there, zero where it reads nothing.
+  W is the weight as (d_out, c, kh, kw).
 """
 
 from collections.abc import Sequence
@@ -33,19 +35,36 @@ def input_rows(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
 
 
 def _unfolded(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The same for convolutions over one or three dimensions, one dimension after the other."""
-    a, spatial = node.attributes, len(kernel)
-    padding = _each_side(a["padding"], kernel, a["dilation"])
-    x = F.pad(x, [n for pair in reversed(padding) for n in pair])
-    for i, (k, stride, dilation) in enumerate(zip(kernel, a["stride"], a["dilation"], strict=True)):
-        count = (x.shape[2 + i] - dilation * (k - 1) - 1) // stride + 1
-        at = (
-            torch.arange(count, device=x.device)[:, None] * stride
-            + torch.arange(k, device=x.device) * dilation
-        )
-        x = x.index_select(2 + i, at.flatten()).unflatten(2 + i, (count, k)).movedim(3 + i, -1)
+    """The same for convolutions of any kind, one dimension after the other."""
+    spatial, size = len(kernel), x.shape[2:]
+    x = F.pad(x, [0, 1] * spatial)  # behind each dimension what is read where there is nothing
+    for i in range(spatial):
+        at = _read_by(node, kernel, size[i], i).to(x.device)  # (places, k)
+        x = x.index_select(2 + i, at.flatten()).unflatten(2 + i, at.shape).movedim(3 + i, -1)
     x = x.movedim(1, 1 + spatial)  # (n, *places, c, *kernel)
     return x.reshape(-1, x.shape[1 + spatial :].numel())
+
+
+def _read_by(node: Node, kernel: Sequence[int], size: int, i: int) -> Tensor:
+    """Which of ``size`` entries of spatial dimension i each tap reads, at each place: (places, k), ``size`` for none.
+
+    A convolution reads stride * place - padding + dilation * tap. Its transpose reads the entry that this takes to the
+    place: (place + padding - dilation * tap) / stride, where that is a whole number.
+    """
+    a, k = node.attributes, kernel[i]
+    stride, dilation = a["stride"][i], a["dilation"][i]
+    before, behind = _each_side(a["padding"], kernel, a["dilation"])[i]
+    span, taps = dilation * (k - 1), torch.arange(k) * dilation
+    if node.transposed:
+        extra = a.get("output_padding", [0] * len(kernel))[i]
+        places = (size - 1) * stride - before - behind + span + extra + 1
+        at = torch.arange(places)[:, None] + before - taps
+        whole, at = at % stride == 0, at // stride
+    else:
+        places = (size + before + behind - span - 1) // stride + 1
+        at = torch.arange(places)[:, None] * stride - before + taps
+        whole = torch.ones_like(at, dtype=torch.bool)
+    return torch.where(whole & (at >= 0) & (at < size), at, size)
 
 
 def output_rows(node: Node, y: Tensor) -> Tensor:

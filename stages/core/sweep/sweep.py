@@ -11,6 +11,7 @@ stages.core.sweep.memory says before anything runs.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
-from stages.core.runtime.device import return_freed_memory
+from stages.core.runtime.device import freed_memory_returned
 from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import Batch, bounded, task_counts, task_weights
 from stages.core.sweep.values import InMemory, Keeper, Kept
@@ -58,6 +59,7 @@ class Sweep:
     has at that moment.
 
     precision: type in which values are kept, by default that of the images. ``keeper`` decides where they are.
+    sparing: whether it holds no more memory than is predicted, to the last few percent (stages.core.sweep.memory).
     """
 
     def __init__(
@@ -70,7 +72,6 @@ class Sweep:
         self.trace = trace = sources[0].trace if sources else merged.trace
         self.sources, self.merged, self.graph = sources, merged, trace.graph
         self.batches = batches = bounded(batches, trace)
-        return_freed_memory()
         example = batches[0].images
         self.dtype, self.device = example.dtype, example.device
         if not self.dtype.is_floating_point:  # integers go in, what follows has the weights' type
@@ -80,7 +81,7 @@ class Sweep:
         self.precision = precision or self.dtype
         self.counts = task_counts(batches)
         self.weights = task_weights(self.counts)
-        self.keeper = Keeper()
+        self.keeper, self.sparing = Keeper(), True
         self._actors = [*sources, *([] if merged is None else [merged])]
         self._values: list[dict[str, Kept]] = []
 
@@ -95,7 +96,7 @@ class Sweep:
     def run(self, visitor: Visitor, progress: str | None = None) -> None:
         """Pass all batches through all nodes. ``progress``: the title of a progress bar."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), freed_memory_returned() if self.sparing else nullcontext():
                 self._pass(visitor, progress)
         finally:
             self.keeper.close()

@@ -10,17 +10,25 @@ import inspect
 import io
 import logging
 import operator
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.surroundings import place_of
 
 INPUT = 10007  # a prime
+MOST_IMAGES = 100  # that a forward may look at one by one
+TORCH = str(Path(torch.__file__).parent)
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel")
 VIEW_CALLS = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze",
@@ -53,11 +61,46 @@ def _(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """What a wrapper of torch holds."""
+    """What a wrapper of torch holds. Raises InputError where the wrapper does something of its own."""
     while type(module).__name__ in WRAPPERS:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise InputError(
+                f"{type(module).__name__}: a hook on the wrapper; allowed: hooks on the module that it wraps"
+            )
         log.info("%s: read as the module it wraps", type(module).__name__)
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
     return module
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, without what it remembers of its last run (tables made from its weights).
+
+    Results of an operation among a module's attributes (a pruned weight, what a hook has recorded) are copied as values,
+    which torch does not do. Raises InputError where something else cannot be copied.
+    """
+    known: dict[int, Any] = {}
+    seen: set[int] = set()
+    for part in module.modules():
+        stack: list[Any] = [vars(part)]
+        while stack:
+            found = stack.pop()
+            if id(found) in seen:
+                continue
+            seen.add(id(found))
+            if isinstance(found, FakeTensor):  # what a hook has recorded of an export
+                known[id(found)] = found
+            elif isinstance(found, Tensor) and found.grad_fn is not None:
+                known[id(found)] = found.detach().clone()
+            elif isinstance(found, Mapping):
+                stack += found.values()
+            elif isinstance(found, list | tuple):
+                stack += found
+    try:
+        return copy.deepcopy(module, known).train().eval()
+    except Exception as error:  # locks, files, generators: whatever a user's module holds
+        raise InputError(
+            f"{type(module).__name__}: cannot be copied ({_first_line(error)}); allowed: tensors and settings"
+        ) from error
 
 
 def export(module: nn.Module, example: Tensor) -> Exported:
@@ -74,24 +117,30 @@ def export(module: nn.Module, example: Tensor) -> Exported:
     ]
     if len(required) > 1:
         raise InputError(f"{required[1]}: a second input; allowed: networks of one input")
-    kept = copy.deepcopy(module).eval()
+    kept = copied(module)
     for part in kept.modules():
         if isinstance(part, nn.SyncBatchNorm):
             part.forward = nn.BatchNorm2d._check_input_dim and _batch_norm_forward(part)
-    mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         images = torch.empty(INPUT, *example.shape[1:], dtype=_dtype(kept, example))
     with torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(kept.cpu(), (images,), strict=False)
+            with _Images():
+                program = torch.export.export(kept.cpu(), (images,), strict=False)
             if not _functional(program.graph_module.graph):
                 program = program.run_decompositions({})
+            program.graph_module.graph.eliminate_dead_code()  # what only a shape was asked of
+        except InputError as error:
+            raise InputError(
+                f"{type(module).__name__}: {error}{place_of(error)}; allowed: operations on all images at once"
+            ) from error
         except (
             Exception
         ) as error:  # whatever torch or a forward raises is about the user's module: said in one line
             said = _first_line(error).replace(str(INPUT), "n")  # the number that stands for the batch
             raise InputError(
-                f"{type(module).__name__}: torch.export cannot read it ({said}); "
+                f"{type(module).__name__}: torch.export cannot read it ({said}{place_of(error)}); "
                 "allowed: a forward of one tensor without branches on its values"
             ) from error
     signature = program.graph_signature
@@ -131,12 +180,53 @@ def _dtype(module: nn.Module, example: Tensor) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), example.dtype)
 
 
+class _Images(TorchFunctionMode):
+    """A loop over images would make a graph of ``INPUT`` networks: InputError says so at its start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (INPUT,):
+            one = _takes_one(func, args[1:])
+            self.taken += one
+            unbound = func in (Tensor.unbind, torch.unbind) and args[1:] in ((), (0,))
+            if unbound or (one and self.taken > MOST_IMAGES):
+                raise InputError("no rule for one of the images after the other")
+        return func(*args, **(kwargs or {}))
+
+
+def _takes_one(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a call takes one entry of the first dimension."""
+    if func is Tensor.__getitem__:
+        first = args[0][0] if isinstance(args[0], tuple) and args[0] else args[0]
+        return type(first) is int
+    return func in (Tensor.select, torch.select) and args[:1] == (0,)
+
+
+def _users_frames(_: Any, found: traceback.StackSummary) -> traceback.StackSummary:
+    """Of the calls that lead to an operation those in the user's files: torch itself keeps those named forward."""
+    start = max(
+        (i for i, f in enumerate(found) if (f.filename, f.name) == (__file__, export.__name__)), default=-1
+    )
+    inside = [f for f in found[start + 1 :] if f.filename != __file__ and not f.filename.startswith(TORCH)]
+    return traceback.StackSummary.from_list(inside)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Attention runs as its parts, and torch keeps its notes to itself."""
     import warnings
 
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
+    frames, said = torch.fx.proxy.TracerBase._filter_traceback_frames, io.StringIO()
+    torch.fx.proxy.TracerBase._filter_traceback_frames = _users_frames
+    autocast = (
+        torch.autocast.__enter__,
+        torch.autocast.__exit__,
+    )  # a region of its own, which would be another graph
+    torch.autocast.__enter__, torch.autocast.__exit__ = (lambda own: own), (lambda *_: None)
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
     notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
@@ -144,19 +234,21 @@ def _quiet() -> Iterator[None]:
     for own in notes:
         own.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
         F.local_response_norm = plain
+        torch.autocast.__enter__, torch.autocast.__exit__ = autocast
+        torch.fx.proxy.TracerBase._filter_traceback_frames = frames
         for own, level in zip(notes, levels, strict=True):
             own.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def opname(node: torch.fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.fx
 from torch import nn
 
 from stages.core.graph.nodes import Node
+from stages.core.graph.places import Place
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.export import opname
 from stages.core.tracing.folding import Folding, made_like
@@ -49,6 +51,7 @@ class Reader:
         self.module, self.graph, self.folding, self.calls = module, graph, folding, calls
         self.nodes: list[Node] = []
         self.names: dict[torch.fx.Node, str] = {}
+        self.made_of: dict[str, torch.fx.Node] = {}
         self.taken: set[str] = set()
         self.factors: dict[torch.fx.Node, tuple[torch.fx.Node, Factors]] = {}
         self.same: dict[torch.fx.Node, torch.fx.Node] = {}  # passes on what another call gives
@@ -58,6 +61,7 @@ class Reader:
 
     def read(self) -> list[Node]:
         for fx in self.graph.nodes:
+            self.at = fx
             if fx.op == "placeholder":
                 if fx.name in self.folding.tensors:
                     self.known.add(fx)
@@ -92,10 +96,11 @@ class Reader:
             raise InputError("the network's output does not depend on its input; allowed: networks")
         return _upto(self.nodes, self.value(flat[0]))
 
-    def add(self, node: Node) -> None:
-        """One more node, of a name of its own."""
+    def add(self, node: Node, fx: torch.fx.Node | None = None) -> None:
+        """One more node, of a name of its own. fx: the call it comes from, by default that which is read now."""
         self.nodes.append(node)
         self.taken.add(node.name)
+        self.made_of[node.name] = fx or self.at
 
     def node(
         self,
@@ -109,7 +114,7 @@ class Reader:
         """One more node, which stands for a call. parameters: state names by role."""
         values = tuple(self.value(i) for i in inputs)
         name = name or self.name(fx, parameters or {})
-        self.add(Node(name, operation, values, dict(attributes or {}), dict(parameters or {})))
+        self.add(Node(name, operation, values, dict(attributes or {}), dict(parameters or {})), fx)
         self.names[fx] = name
 
     def name(self, fx: torch.fx.Node, parameters: Mapping[str, str]) -> str:
@@ -143,14 +148,19 @@ class Reader:
         return fx
 
     def shape(self, fx: torch.fx.Node) -> list[int]:
-        """Of what a call gives, for ``INPUT`` images."""
-        return list(fx.meta["val"].shape)
+        """Of what a call gives, for ``INPUT`` images; of the first where it gives several."""
+        found = fx.meta["val"]
+        return list((found[0] if isinstance(found, tuple | list) else found).shape)
 
     def _read(self, fx: torch.fx.Node) -> None:
         name = opname(fx)
         call = self.calls.get(name, self.calls.get(name.strip("_")))
         if name in SKIPPED:
             if fx.users:
+                kinds = [own.meta["val"].is_floating_point() for own in (fx.args[0], fx)]
+                if kinds == [False, True]:
+                    where = place_of(fx, type(self.module).__name__)
+                    raise where.refusal("whole numbers made floats", "floats, scaled before they are given")
                 self.same[fx] = fx.args[0]
         elif call is not None:
             call(self, fx, self._arguments(fx))
@@ -245,20 +255,20 @@ class Reader:
 
     def unknown(self, fx: torch.fx.Node, what: str) -> InputError:
         """The refusal: what has no rule, in which module, at which line of the user's."""
-        stack = list((fx.meta.get("nn_module_stack") or {}).values())
-        path = stack[-1][0] if stack else ""
-        lines = [line.strip() for line in (fx.meta.get("stack_trace") or "").splitlines() if line.strip()]
-        places = [i for i, line in enumerate(lines) if line.startswith("File ")]
-        own = [i for i in places if "site-packages/torch/" not in lines[i]] or places
-        where = ""
-        if own:
-            file, line = lines[own[-1]].split('"')[1], lines[own[-1]].split("line ")[1].split(",")[0]
-            code = lines[own[-1] + 1] if own[-1] + 1 < len(lines) else ""
-            where = f" at {file}:{line} ({code})"
-        return InputError(
-            f"{path or type(self.module).__name__}: no rule for {what}{where}; "
-            "allowed: another way to write it, or a rule of your own (docs/adding.md)"
-        )
+        return place_of(fx, type(self.module).__name__).refusal(f"no rule for {what}")
+
+
+def place_of(fx: torch.fx.Node, kind: str) -> Place:
+    """The module's path, or the network's ``kind``, and the last line of a call that is not torch's."""
+    stack = list((fx.meta.get("nn_module_stack") or {}).values())
+    lines = [line.strip() for line in (fx.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    where = ""
+    if len(lines) > 1:  # `File "net.py", line 12, in forward` and the code
+        file, line = lines[-2].split('"')[1], lines[-2].split("line ")[1].split(",")[0]
+        if Path(file).is_relative_to(here := Path.cwd()):
+            file = Path(file).relative_to(here)
+        where = f" at {file}:{line} ({lines[-1]})"
+    return Place((stack[-1][0] if stack else "") or kind, where)
 
 
 def _reshape(factors: Factors, shape: Sequence[int]) -> None:

@@ -5,27 +5,40 @@ one node (stages.core.tracing.rearranging); dropout, identities and aliases vani
 not told here is an error that names it, the module it is in and the user's line.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch.fx
 from torch import Tensor, nn
 
 from stages.core.graph.nodes import Graph
+from stages.core.graph.places import Place
 from stages.core.tracing.calls import joins, linear, moving, norms, places, reductions
 from stages.core.tracing.export import export, unwrap
 from stages.core.tracing.folding import Folding
-from stages.core.tracing.reader import Reader
+from stages.core.tracing.reader import Reader, place_of
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A network as a graph. folding: what of its state is computed from other tensors."""
+    """A network as a graph.
+
+    folding: what of its state is computed from other tensors. made_of: the call that each node was read from. kind: the
+    network's type.
+    """
 
     graph: Graph
     folding: Folding
+    made_of: Mapping[str, torch.fx.Node]
+    kind: str
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """A network's tensors, on its device: its state dict and what is folded."""
         return self.folding.state(unwrap(module))
+
+    def place_of(self, node: str) -> Place | None:
+        """Where in the user's code a node was read."""
+        return place_of(self.made_of[node], self.kind) if node in self.made_of else None
 
 
 def read(module: nn.Module, example: Tensor) -> Reading:
@@ -37,8 +50,11 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     module = unwrap(module)
     exported = export(module, example)
     folding = Folding(exported.graph, exported.tensors)
-    return Reading(Graph(tuple(Reader(module, exported.graph, folding, CALLS).read())), folding)
+    reader = Reader(module, exported.graph, folding, CALLS)
+    return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)
 
 
-CALLS = joins.JOINS | linear.MAPS | norms.NORM_CALLS | reductions.REDUCTIONS | moving.MOVING | places.PLACES
+CALLS = (
+    joins.JOINS | linear.MAPS | norms.NORM_CALLS | reductions.REDUCTION_CALLS | moving.MOVING | places.PLACES
+)
 """ATen name -> what makes nodes of a call, from its arguments by name."""

@@ -1,6 +1,6 @@
 """Plain networks -> sources: traced, compared with each other and verified."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -13,10 +13,22 @@ from stages.core.tracing.verify import verify
 def make_sources(
     networks: Sequence[nn.Module], tasks: Sequence[Task], example: Tensor, labels: str
 ) -> list[Source]:
-    """Trace and verify networks of one architecture.
+    """Trace and verify networks of one architecture, as ``traced_sources``.
 
-    example: (n, ...) images, on whose device the sources will be. labels: shared or separate. Raises InputError naming
-    the first thing that differs.
+    labels: shared or separate. Raises InputError naming the first thing that differs.
+    """
+    return traced_sources(networks, tasks, example, lambda sources: check_alike(sources, labels))
+
+
+def traced_sources(
+    networks: Sequence[nn.Module],
+    tasks: Sequence[Task],
+    example: Tensor,
+    check: Callable[[Sequence[Source]], None] = lambda _: None,
+) -> list[Source]:
+    """Trace networks of one task each, check them, and verify the first one's trace.
+
+    example: (n, ...) images, on whose device the sources will be.
     """
     sources: list[Source] = []
     readings = []
@@ -24,8 +36,8 @@ def make_sources(
         readings.append(reading := read_known(network, example))
         state = {name: tensor.detach().to(example.device) for name, tensor in reading.state(network).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        trace = trace_among(sources, reading.graph, shapes, example[:1].shape)
+        trace = trace_among(sources, reading.graph, shapes, example[:1].shape, reading.place_of)
         sources.append(Source(trace, state, task))
-    check_alike(sources, labels)
+    check(sources)
     verify(networks[0], sources[0].trace, example[:2].cpu(), state_of=readings[0].state)
     return sources

@@ -14,4 +14,4 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     """
     reading = read_known(module, example)
     shapes = {name: tuple(tensor.shape) for name, tensor in reading.state(module).items()}
-    return lay_out(reading.graph, shapes, example[:1].shape)
+    return lay_out(reading.graph, shapes, example[:1].shape, reading.place_of)

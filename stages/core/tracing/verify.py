@@ -1,6 +1,5 @@
 """A trace is verified before it is used: it computes what the module does, and its groups are groups."""
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,8 @@ from stages.core.graph.nodes import Graph
 from stages.core.graph.operations import run_graph
 from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
-from stages.core.tracing.export import unwrap
+from stages.core.runtime.surroundings import users_code
+from stages.core.tracing.export import copied, unwrap
 from stages.core.tracing.reading import Reading, read
 from stages.core.units.groups import permute
 
@@ -68,12 +68,15 @@ def _perturbed_run(
     generator: torch.Generator,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Tensors, images and what the module makes of them."""
-    module = copy.deepcopy(unwrap(module)).cpu().double().eval()
+    module = copied(unwrap(module)).cpu().double()
     x = _images(example, graph, generator)
     for name, tensor in _distinct(module):
         tensor.copy_(_perturbed(name, tensor, generator))
     state = {name: tensor.detach().clone() for name, tensor in state_of(module).items()}
-    return state, x, module(x)
+    with users_code(
+        f"{type(module).__name__}, verified in double precision,", "a forward that takes its weights' type"
+    ):
+        return state, x, module(x)
 
 
 def _images(example: Tensor, graph: Graph, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ import random
 import time
 import warnings
 import zipfile
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -63,6 +64,11 @@ WRAPS = {
         for key in ("model", "net", "state_dict", "model_state_dict")
     },
     **{key: lambda s, key=key: {key: s, "epoch": 3} for key in ("model_ema", "ema", "params", "weights")},
+    "paths": lambda s: {
+        "model": s,
+        "args": argparse.Namespace(folder=Path("runs/1")),
+        "at": PurePosixPath("b"),
+    },
     "arguments": lambda s: {"model": s, "model_ema": {}, "args": argparse.Namespace(lr=0.1, device="cuda")},
     "a name of the model beside it": lambda s: {"model": "resnet20", "state_dict": s},
     "average": lambda s: {"model_ema": {"n_averaged": torch.tensor(5), **prefixed(s, "module.")}},

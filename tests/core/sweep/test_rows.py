@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import Node, oriented
 from stages.core.sweep.rows import input_rows, kernel_of, output_rows, tap_columns, unit_rows, weight_matrix
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -42,6 +42,28 @@ def test_rows_times_the_matrix_are_the_convolution(kernel, stride, padding, dila
     by_position = [y[n, :, i, j] for n in range(2) for i in range(y.shape[2]) for j in range(y.shape[3])]
     torch.testing.assert_close(rows, torch.stack(by_position))
     assert torch.equal(output_rows(node, y), torch.stack(by_position))
+
+
+@given(
+    rank=st.integers(1, 3),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    extra=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_rows_times_the_matrix_are_the_transposed_convolution(rank, kernel, stride, padding, extra, dilation):
+    assume(extra < max(stride, dilation))
+    side = [2, 4, 3][:rank]
+    assume(all((n - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra >= 0 for n in side))
+    x, weight = random(2, 3, *side), random(3, 5, *[kernel] * rank)
+    settings = {"stride": stride, "padding": padding, "output_padding": extra, "dilation": dilation}
+    attributes = {name: [value] * rank for name, value in settings.items()}
+    node = Node("up", f"conv_transpose{rank}d", ("x",), attributes)
+    y = getattr(F, node.operation)(x, weight, **settings)
+    rows = input_rows(node, x, kernel_of(weight)) @ weight_matrix(oriented(node, weight)).T
+    torch.testing.assert_close(rows, output_rows(node, y))
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (3, 5, 4)])

@@ -208,6 +208,14 @@ def test_auto_takes_the_memory_there_is_and_says_so(pair, images, caplog):
         place_values(sweep, visitor, "auto", 0.99 * beside / 2**30, "statistics")
 
 
+def test_freed_memory_is_returned_where_there_is_not_plenty(pair, images):
+    sweep, visitor = Sweep(pair, batches_of(images, 40, 10)), MomentsVisitor(pair[0].trace, 2, 2, 1.0, None)
+    needed = peak_bytes(sweep, visitor) / 2**30
+    for storage, there, sparing in [("memory", 4.1, False), ("memory", 3.9, True), ("disk", 40, True)]:
+        place_values(sweep, visitor, storage, there * needed, "statistics")
+        assert sweep.sparing == sparing
+
+
 def test_a_disk_that_is_too_small_is_refused_before(pair, images, monkeypatch):
     sweep, visitor = Sweep(pair, batches_of(images, 40, 10)), MomentsVisitor(pair[0].trace, 2, 2, 1.0, None)
     monkeypatch.setattr("stages.core.sweep.memory.free_disk", lambda: disk_bytes(sweep, visitor) - 1)

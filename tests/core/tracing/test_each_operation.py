@@ -109,6 +109,8 @@ MADE = {  # operation: constructor
         lambda m, x: m.after(m.norm(x))),
     "normalize": body()(lambda m, x: F.normalize(x, dim=1)),
     "mix": lambda: Tokens(lambda m, x: x + m.over(x.mT).mT, over=nn.Linear(4, 4)),
+    "along": body(over=lambda: nn.Conv1d(1, 1, 3, padding=1))(
+        lambda m, x: x * m.over(x.mean((2, 3))[:, None]).mT[..., None].sigmoid()),
     "attention": lambda: Tokens(attend, qkv=nn.Linear(8, 24)),
     "matmul": lambda: Tokens(attend_by_hand, qkv=nn.Linear(8, 24)),
     "softmax": body()(lambda m, x: x.flatten(2).softmax(-1).view_as(x)),
@@ -131,6 +133,8 @@ MADE = {  # operation: constructor
     "expand": body()(lambda m, x: x * x.mean((2, 3), keepdim=True).sigmoid().expand(-1, -1, 8, 8)),
     "mean": body()(lambda m, x: x - x.mean((2, 3), keepdim=True)),
     "sum": body()(lambda m, x: x * x.sum((2, 3), keepdim=True)),
+    "var": body()(lambda m, x: x / x.var(1, keepdim=True)),
+    "length": body()(lambda m, x: x / (1 + x.norm(dim=(2, 3), keepdim=True))),
     "amax": body()(lambda m, x: x - x.amax((2, 3), keepdim=True)),
     "amin": body()(lambda m, x: x - x.amin((2, 3), keepdim=True)),
     "interpolate": body()(lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear")),

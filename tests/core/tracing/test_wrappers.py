@@ -1,15 +1,20 @@
 import copy
 import logging
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
+from stages import inspect
 from stages.core.graph.nodes import graph_from_json, graph_to_json
+from stages.core.graph.source import Task
 from stages.core.graph.trace import lay_out
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.known import read_known
+from stages.core.tracing.sources import traced_sources
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 
@@ -28,6 +33,74 @@ def test_a_synchronised_batch_norm_is_a_batch_norm(small, images):
     network = small()
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
     assert trace(synchronised, images()).graph == trace(network, images()).graph
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapper_that_does_something_of_its_own_is_refused(small, images, wrap):
+    wrapped = wrap(small())
+    wrapped.register_forward_hook(lambda module, given, found: found / 2)
+    with pytest.raises(InputError, match="a hook on the wrapper; allowed: hooks on the module that it wraps"):
+        trace(wrapped, images())
+
+
+def recording(network):
+    kept = network.kept = []
+    network.conv1.register_forward_hook(lambda module, given, found: kept.append(found))
+    return network
+
+
+def changing(network):
+    network.conv1.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    network.register_forward_hook(lambda module, given, found: found / 2)
+    return network
+
+
+def pruned(network):
+    prune.l1_unstructured(network.conv1, "weight", 0.5)
+    prune.ln_structured(network.fc, "weight", 0.25, n=2, dim=1)
+    return network
+
+
+def on(name, change):
+    def changed(network):
+        change(network.get_submodule(name))
+        return network
+
+    return changed
+
+
+ATTACHED = {
+    "a hook that records": recording,
+    "hooks that change values": changing,
+    "masks": pruned,
+    "weight norm": on("conv1", parametrizations.weight_norm),
+    "weight norm of old": on("conv1", nn.utils.weight_norm),
+    "spectral norm": on("conv1", parametrizations.spectral_norm),
+    "spectral norm of old": on("conv1", nn.utils.spectral_norm),
+    "orthogonal": on("fc", parametrizations.orthogonal),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ATTACHED)
+def test_what_is_attached_to_layers_is_read_and_inspected_and_left(small, images, what):
+    """Also after a run with gradients, whose results such networks keep among their attributes."""
+    network = ATTACHED[what](small()).eval()
+    network(images())
+    expected = network(images()).detach()
+    (source,) = traced_sources([network], [Task("a", ("0", "1", "2"))], images())
+    assert torch.allclose(source(images()), expected, atol=1e-10)
+    assert inspect(network, images()).groups
+    assert torch.equal(network(images()), expected)
+
+
+def test_what_cannot_be_copied_is_said_in_one_line(small, images):
+    network = small()
+    network.lock = threading.Lock()
+    with pytest.raises(
+        InputError, match=r"cannot be copied \(cannot pickle '_thread.lock' object\); allowed"
+    ):
+        inspect(network, images())
 
 
 def test_a_scripted_module_is_refused(small, images):
@@ -95,3 +168,37 @@ def test_a_network_that_differs_in_what_images_seldom_show_is_read_anew():
     assert len({str(graph) for graph in graphs}) == 3
     assert graphs[0] == graphs[3]
     assert "relu6" in [node.operation for node in graphs[1].nodes]
+
+
+class Remembers(nn.Module):
+    """Keeps what it makes of a weight until it is trained again, as LeViT and TinyViT keep their attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.table, self.kept = (
+            nn.Conv2d(3, 4, 1),
+            nn.Linear(4, 3),
+            nn.Parameter(torch.rand(4)),
+            {},
+        )
+
+    def train(self, mode=True):
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if "table" not in self.kept:
+            self.kept["table"] = self.table[torch.tensor([3, 1, 2, 0])]
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)) * self.kept["table"])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_network_that_ran_before_is_read_as_one_that_did_not(gradient):
+    module, x = Remembers().eval(), torch.randn(2, 3, 4, 4)
+    with torch.set_grad_enabled(gradient):
+        module(x)
+    traced = trace(module, x)
+    verify(module, traced, x)
+    kept = module.kept["table"]
+    assert traced.graph == trace(Remembers().eval(), x).graph
+    assert module.kept["table"] is kept

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch.fx
 
-from stages.core.graph.nodes import Node
-from stages.core.graph.operations import CONVOLUTIONS, TRANSPOSED
+from stages.core.graph.nodes import CONVOLUTIONS, TRANSPOSED, Node
 from stages.core.tracing.einsum import read_einsum
 from stages.core.tracing.reader import Reader
 

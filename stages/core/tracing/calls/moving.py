@@ -132,7 +132,29 @@ def _stack(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.names[fx] = name
 
 
+def _repeat_interleave(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Each entry of a dimension several times, one after the other: one more dimension, expanded, then joined."""
+    shape, repeats, dim = reader.shape(given["self"]), given["repeats"], given["dim"]
+    if not isinstance(repeats, int) or dim is None:
+        raise reader.unknown(fx, "repeat_interleave by other than one number and one dimension")
+    if repeats == 1:
+        reader.same[fx] = given["self"]
+        return
+    dim, name = dim % len(shape), reader.name(fx, {})
+    behind = [*shape[: dim + 1], 1, *shape[dim + 1 :]]
+    wide = [repeats if d == dim + 1 else n for d, n in enumerate(behind)]
+    apart, joined = Factors.of(shape), Factors.of(wide)
+    apart.reshape(behind)
+    joined.reshape(reader.shape(fx))
+    sizes = [repeats if d == dim + 1 else -1 for d in range(len(wide))]
+    reader.add(Node(f"{name}_apart", "rearrange", (reader.value(given["self"]),), apart.attributes()))
+    reader.add(Node(f"{name}_wide", "expand", (f"{name}_apart",), {"sizes": sizes}))
+    reader.add(Node(name, "rearrange", (f"{name}_wide",), joined.attributes()))
+    reader.names[fx] = name
+
+
 MOVING = {
+    "repeat_interleave": _repeat_interleave,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     "channel_shuffle": _channel_shuffle,

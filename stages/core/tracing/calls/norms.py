@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.fx
 
+from stages.core.tracing.calls.reductions import reduce
 from stages.core.tracing.export import opname
 from stages.core.tracing.reader import Reader
 
@@ -59,7 +60,7 @@ def _first(reader: Reader, fx: torch.fx.Node, *node: Any) -> None:
 
 
 def _linalg_vector_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    """F.normalize: x / max(|x|, eps), as one operation."""
+    """F.normalize: x / max(|x|, eps), as one operation. Any other length is a reduction."""
     dims, low = given.get("dim"), next(iter(fx.users), None)
     at = low.users if low is not None and opname(low) in ("clamp_min", "clamp") else {}
     wide = next(iter(at), None)
@@ -71,10 +72,24 @@ def _linalg_vector_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, A
         and len(fx.users) == 1 and len(at) == 1 and quotient is not None and opname(quotient) == "div"
         and reader.through(quotient.args[0]) is reader.through(given["self"])
     )  # fmt: skip
-    if not fits:
-        raise reader.unknown(fx, "a length that is not F.normalize's")
-    reader.node(quotient, "normalize", [given["self"]], {"dim": dims[0], "eps": float(low.args[1])})
-    reader.skipped |= {low, wide, quotient}
+    if fits:
+        reader.node(quotient, "normalize", [given["self"]], {"dim": dims[0], "eps": float(low.args[1])})
+        reader.skipped |= {low, wide, quotient}
+    else:
+        _length(reader, fx, given, given["ord"])
+
+
+def _length(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], order: Any) -> None:
+    if order != 2:
+        raise reader.unknown(fx, f"a norm of order {order}")
+    reduce(reader, fx, "length", given)
+
+
+def _linalg_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    dims, order = given.get("dim"), given.get("ord", given.get("p"))
+    lone = isinstance(dims, int) or (dims is not None and len(dims) == 1)
+    squares = order in (None, "fro") or (order == 2 and lone)
+    _length(reader, fx, given, 2 if squares else f"{order}, of matrices")
 
 
 NORM_CALLS = {
@@ -89,4 +104,5 @@ NORM_CALLS = {
     "layer_norm": _layer_norm,
     "native_layer_norm": _layer_norm,
     "linalg_vector_norm": _linalg_vector_norm,
+    "linalg_norm": _linalg_norm,
 }

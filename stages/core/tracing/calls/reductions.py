@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.fx
 
+from stages.core.graph.nodes import Node
 from stages.core.graph.operations import ADAPTIVE, POOLS
 from stages.core.tracing.calls.joins import binary
 from stages.core.tracing.export import INPUT
@@ -37,37 +38,69 @@ def _log_softmax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
     reader.node(fx, "log_softmax", [given["self"]], {"dim": given["dim"]})
 
 
-def _reduce(reader: Reader, fx: torch.fx.Node, operation: str, given: Mapping[str, Any]) -> None:
+def reduce(
+    reader: Reader,
+    fx: torch.fx.Node,
+    operation: str,
+    given: Mapping[str, Any],
+    name: str | None = None,
+    **more: Any,
+) -> None:
+    """A reduction over some dimensions. name: of the node, by default that of the call. more: settings besides."""
     dims = given.get("dim")
     if dims is None or dims == []:
         raise reader.unknown(fx, f"{operation} over everything")
     dims = list(dims) if isinstance(dims, tuple | list) else [dims]
     if any(reader.shape(given["self"])[d] % INPUT == 0 for d in dims):
         raise reader.unknown(fx, f"{operation} over the images")
-    reader.node(fx, operation, [given["self"]], {"dims": dims, "keepdim": bool(given.get("keepdim", False))})
+    settings = {"dims": dims, "keepdim": bool(given.get("keepdim", False)), **more}
+    reader.node(fx, operation, [given["self"]], settings, name=name)
+
+
+def _correction(given: Mapping[str, Any]) -> int | float:
+    """What is taken from the number of values that a variance is over."""
+    if "unbiased" in given:
+        return int(given["unbiased"])
+    return 1 if given.get("correction") is None else given["correction"]
+
+
+def _var(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    reduce(reader, fx, "var", given, correction=_correction(given))
+
+
+def _std(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    name = reader.name(fx, {})
+    reduce(reader, fx, "var", given, f"{name}_squared", correction=_correction(given))
+    reader.add(Node(name, "sqrt", (f"{name}_squared",)))
+    reader.names[fx] = name
+
+
+def _var_mean(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    reader.parts[fx, 0] = lambda user: reduce(reader, user, "var", given, correction=_correction(given))
+    reader.parts[fx, 1] = lambda user: reduce(reader, user, "mean", given)
 
 
 def _mean(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    _reduce(reader, fx, "mean", given)
+    reduce(reader, fx, "mean", given)
 
 
 def _sum(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    _reduce(reader, fx, "sum", given)
+    reduce(reader, fx, "sum", given)
 
 
 def _amax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    _reduce(reader, fx, "amax", given)
+    reduce(reader, fx, "amax", given)
 
 
 def _amin(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    _reduce(reader, fx, "amin", given)
+    reduce(reader, fx, "amin", given)
 
 
 def _max(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if "other" in given:
         binary(reader, fx, "maximum", given)
     elif "dim" in given:
-        _reduce(reader, fx, "amax", given)
+        reduce(reader, fx, "amax", given)
         reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
     else:
         raise reader.unknown(fx, "max over everything")
@@ -76,7 +109,7 @@ def _max(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
 def _min(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if "dim" not in given:
         raise reader.unknown(fx, "min over everything")
-    _reduce(reader, fx, "amin", given)
+    reduce(reader, fx, "amin", given)
     reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
 
 
@@ -113,10 +146,13 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-REDUCTIONS = {
+REDUCTION_CALLS = {
     "scaled_dot_product_attention": _scaled_dot_product_attention,
     "softmax": _softmax,
     "log_softmax": _log_softmax,
+    "var": _var,
+    "std": _std,
+    "var_mean": _var_mean,
     "mean": _mean,
     "sum": _sum,
     "amax": _amax,
