@@ -11,7 +11,7 @@ REFUSED = "another way to write it, or a rule of your own (docs/adding.md)"
 
 
 @dataclass(frozen=True)
-class Place:
+class CodePlace:
     """path: of the module. line: ` at net.py:12 (code)`, or empty where it is not known."""
 
     path: str
@@ -21,7 +21,7 @@ class Place:
         return InputError(f"{self.path}: {found}{self.line}; allowed: {allowed}")
 
 
-PlaceOf = Callable[[str], Place | None]  # of a node, by its name
+PlaceOf = Callable[[str], CodePlace | None]  # of a node, by its name
 
 
 def nowhere(_: str) -> None:

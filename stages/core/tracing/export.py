@@ -27,7 +27,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import place_of
 
 INPUT = 10007  # a prime
-MOST_IMAGES = 100  # that a forward may look at one by one
+MOST_ALONE = 100  # that a forward may look at one by one
 TORCH = str(Path(torch.__file__).parent)
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel")
 VIEW_CALLS = {
@@ -192,7 +192,7 @@ class _Images(TorchFunctionMode):
             one = _takes_one(func, args[1:])
             self.taken += one
             unbound = func in (Tensor.unbind, torch.unbind) and args[1:] in ((), (0,))
-            if unbound or (one and self.taken > MOST_IMAGES):
+            if unbound or (one and self.taken > MOST_ALONE):
                 raise InputError("no rule for one of the images after the other")
         return func(*args, **(kwargs or {}))
 

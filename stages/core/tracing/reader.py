@@ -10,7 +10,7 @@ import torch.fx
 from torch import nn
 
 from stages.core.graph.nodes import Node
-from stages.core.graph.places import Place
+from stages.core.graph.places import CodePlace
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.export import opname
 from stages.core.tracing.folding import Folding, made_like
@@ -258,7 +258,7 @@ class Reader:
         return place_of(fx, type(self.module).__name__).refusal(f"no rule for {what}")
 
 
-def place_of(fx: torch.fx.Node, kind: str) -> Place:
+def place_of(fx: torch.fx.Node, kind: str) -> CodePlace:
     """The module's path, or the network's ``kind``, and the last line of a call that is not torch's."""
     stack = list((fx.meta.get("nn_module_stack") or {}).values())
     lines = [line.strip() for line in (fx.meta.get("stack_trace") or "").splitlines() if line.strip()]
@@ -268,7 +268,7 @@ def place_of(fx: torch.fx.Node, kind: str) -> Place:
         if Path(file).is_relative_to(here := Path.cwd()):
             file = Path(file).relative_to(here)
         where = f" at {file}:{line} ({lines[-1]})"
-    return Place((stack[-1][0] if stack else "") or kind, where)
+    return CodePlace((stack[-1][0] if stack else "") or kind, where)
 
 
 def _reshape(factors: Factors, shape: Sequence[int]) -> None:

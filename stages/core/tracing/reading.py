@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from stages.core.graph.nodes import Graph
-from stages.core.graph.places import Place
+from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, moving, norms, places, reductions
 from stages.core.tracing.export import export, unwrap
 from stages.core.tracing.folding import Folding
@@ -36,7 +36,7 @@ class Reading:
         """A network's tensors, on its device: its state dict and what is folded."""
         return self.folding.state(unwrap(module))
 
-    def place_of(self, node: str) -> Place | None:
+    def place_of(self, node: str) -> CodePlace | None:
         """Where in the user's code a node was read."""
         return place_of(self.made_of[node], self.kind) if node in self.made_of else None
 
