@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.networks.architectures import ARCHITECTURES, build
-from stages.core.networks.checkpoints import COUNTER
+from stages.core.networks.checkpoints import COUNTER, unprefixed
 from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Architecture
 
@@ -18,12 +18,21 @@ Tensors = Mapping[str, Tensor]
 def recognise(
     state: Tensors, where: str, network: str | None = None, given: Mapping[str, Any] = {}
 ) -> Architecture:
-    """The architecture that has exactly the keys and shapes of ``state``.
+    """The architecture that has exactly the keys and shapes of ``state``, but for prefixes that all keys have.
 
     network: a name, or package.module:function, to try instead of all the known ones; given: arguments for it. The
     number of classes is that of the last matrix. ``where`` says in an error which file it is.
     Raises InputError that names the nearest architecture and the first tensor in which it differs.
     """
+    for names in unprefixed(state):
+        try:
+            return _recognised(names, where, network, given)
+        except InputError as error:
+            last = error  # the last has the shortest names
+    raise last
+
+
+def _recognised(state: Tensors, where: str, network: str | None, given: Mapping[str, Any]) -> Architecture:
     classes = classes_of(state, where)
     if network is not None and ":" in network:
         tried = list(_imported(network, given, classes))

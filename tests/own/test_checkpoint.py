@@ -30,6 +30,17 @@ def test_every_known_architecture_is_found_with_its_arguments(name):
     assert (found.name, found.arguments) == (name, {**ARGUMENTS.get(name, {}), "classes": 7})
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module._orig_mod."])
+def test_prefixes_of_all_keys_are_no_matter(prefix):
+    arguments = {"depth": 8, "width": 4, "channels": 1, "classes": 3}
+    state = {f"{prefix}{name}": own for name, own in build("resnet", arguments).state_dict().items()}
+    assert recognise(state, "a.pth").arguments == arguments
+    assert recognise(state, "a.pth", "resnet").name == "resnet"
+    del state[f"{prefix}conv1.weight"]
+    with pytest.raises(InputError, match=r"first conv1\.weight: not in the file"):
+        recognise(state, "a.pth", "resnet", arguments)
+
+
 def test_counters_may_be_missing():
     old = {key: tensor for key, tensor in state("resnet18").items() if "num_batches" not in key}
     assert recognise(old, "x.pth").name == "resnet18"

@@ -124,14 +124,15 @@ def _unusual(tensor: Tensor) -> str | None:
 
 def _fitted(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """``state`` by the names without the prefixes that all of them have, as many as fit ``own`` best."""
-    return max(_unprefixed(state), key=lambda found: len(found.keys() & own.keys()))
+    return max(unprefixed(state), key=lambda found: len(found.keys() & own.keys()))
 
 
-def _unprefixed(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+def unprefixed(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """The same tensors by their names, and by those without each prefix that all have (`module.`, `model.`, ...)."""
     yield state
     for prefix in _PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
-            yield from _unprefixed({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+            yield from unprefixed({key.removeprefix(prefix): tensor for key, tensor in state.items()})
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
