@@ -17,6 +17,7 @@ from stages.fit.teachers import Lesson, Teacher, values_at
 ONE_IN, MOST = 10, 512  # images held out: one in so many, at most so many of each task
 MEASURED_ON = 400  # images of each task that batch-norm statistics are computed on
 AT_A_TIME = 100  # images, where nothing is learnt
+KEPT_LESSONS = 2**29  # bytes of what teachers say about the images held out: of more, they are asked again
 
 Images = Pool | Tensor
 
@@ -64,8 +65,8 @@ class Look:
 class Examiner:
     """Looks at states of ``network`` as they are used: with batch-norm statistics recomputed on unlabelled images.
 
-    exact: entries whose statistics stay. images, teachers: of each task, or of a proxy alone. What the teachers say is
-    asked for once.
+    exact: entries whose statistics stay. images, teachers: of each task, or of a proxy alone. watched: values that are
+    imitated. What the teachers say is asked for once, as long as it is no more than ``KEPT_LESSONS``.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Examiner:
         exact: Mapping[str, Tensor],
         images: Sequence[Images],
         owned: bool,
+        watched: Sequence[str] = (),
     ) -> None:
         self.network, self.exact, self.images = network, exact, images
         self.apart = [take_apart(len(own)) for own in images]
@@ -84,7 +86,11 @@ class Examiner:
             for x in read(own, _shared(apart.learnt[:count]).split(AT_A_TIME))
         ]
         self.norms = any(node.operation == "batch_norm" for node in network.trace.graph.nodes)
-        self.lessons: list[list[Lesson]] = []
+        one = sum(network.entries(name) for name in watched) * next(network.parameters()).element_size()
+        held = sum(len(own.held) for own in self.apart)
+        self.keeps = one * held <= KEPT_LESSONS
+        self.lesson_bytes = one * (held if self.keeps else min(AT_A_TIME, held))
+        self.lessons: dict[tuple[int, int], Lesson] = {}
 
     def statistics_of(self, task: int) -> list[Tensor]:
         """Images of one task that are not held out."""
@@ -96,17 +102,16 @@ class Examiner:
         self.network.eval()
         if self.norms:
             set_statistics(self.network, self.exact, self.statistics, what="refine")
-        graph, losses, first = self.network.trace.graph, [], not self.lessons
+        graph, losses = self.network.trace.graph, []
         for task, teacher in enumerate(teachers):
             found = []
-            if first:
-                self.lessons.append([])
             batches = _shared(self.apart[task].held).split(AT_A_TIME)
             for index, x in enumerate(read(self.images[task], batches)):
-                if first:
-                    self.lessons[task].append(teacher(x))
+                lesson = self.lessons.get((task, index)) or teacher(x)
+                if self.keeps:
+                    self.lessons[task, index] = lesson
                 values = values_at(self.network, graph, x, teacher.names)
-                found.append(teacher.losses(values, self.lessons[task][index]).double())
+                found.append(teacher.losses(values, lesson).double())
             losses.append(torch.cat(ranks.said_by_all(torch.cat(found).cpu())))
         return Look(step, tuple(losses))
 

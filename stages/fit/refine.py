@@ -110,9 +110,9 @@ class _Run:
         self.names = [task.name for task in network.tasks] if owned else ["proxy"]
         exact = exact_entries(network)
         self.kept = KeptEntries(network, exact)
-        self.examiner = Examiner(network, exact, images, owned)
         names = watched_values(network.trace, settings.features)
-        check_memory(self._bytes(names, len(sources)), memory, self.device, "refine")
+        self.examiner = Examiner(network, exact, images, owned, names)
+        check_memory(self._bytes(len(sources)), memory, self.device, "refine")
         sources = [_channels_last(source) for source in sources]
         members = [[m] for m in range(len(sources))] if owned else [list(range(len(sources)))]
         self.teachers = [Teacher(network, sources, alignment, own, names, settings.joint) for own in members]
@@ -224,7 +224,7 @@ class _Run:
             counts[name]["held_out"] = len(apart.held)
         return counts
 
-    def _bytes(self, names: Sequence[str], networks: int) -> int:
+    def _bytes(self, networks: int) -> int:
         """What it holds at most: a step forward and back, or a look; and the weights in all their copies."""
         network, examiner, graph = self.network, self.examiner, self.network.trace.graph
         size = next(network.parameters()).element_size()
@@ -237,12 +237,11 @@ class _Run:
         own = max(shape.numel() for shape in network.trace.shapes.values())
         images = self.settings.batch_size * len(self.images)
         step = images * (sum(values) + read_again + 2 * max(values)) + 3 * images * networks * own
-        lessons = sum(len(apart.held) for apart in examiner.apart) * sum(network.entries(n) for n in names)
         look = statistics_bytes(network, examiner.exact, examiner.statistics) if examiner.norms else 0
         weights = 8 * sum(
             p.numel() for p in network.parameters()
         )  # gradient, Adam's two, three states, copies
-        return size * (weights + lessons) + max(size * step, look)
+        return size * weights + examiner.lesson_bytes + max(size * step, look)
 
 
 def _check(network: MergedNetwork, images: Sequence[Images], settings: Refine, owned: bool) -> None:

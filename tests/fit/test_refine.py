@@ -16,6 +16,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.settings.profiles import Data
 from stages.core.sweep.batches import NO_TASK, Batch
 from stages.core.units.matching import Matching, full_split
+from stages.fit import held_out
 from stages.fit import refine as refining
 from stages.fit.held_out import Look, take_apart
 from stages.fit.network import fit_network
@@ -231,6 +232,16 @@ def test_twice_the_same_bytes(fitted):
         found.append((tensors(network), record))
     assert equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+def test_what_teachers_say_of_many_images_is_asked_again(fitted, monkeypatch):
+    found = []
+    for most in (2**29, 0):
+        network, made, pools = fitted()
+        monkeypatch.setattr(held_out, "KEPT_LESSONS", most)
+        found.append((refine(network, made, pools, FAST)["curve"], tensors(network)))
+    assert found[0][0] == found[1][0]
+    assert equal(found[0][1], found[1][1])
 
 
 def test_labels_of_training_images_are_never_used(fitted, monkeypatch):
