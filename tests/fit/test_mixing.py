@@ -149,9 +149,10 @@ class Over(nn.Module):
             setattr(self, name, module)
 
 
-class Wide(Over):
+class Halved(Over):
     def forward(self, x):
-        return self.fc(self.one(self.stem(x).transpose(1, 2)).mean(1))
+        x = self.stem(x)
+        return self.fc(self.one(torch.cat([x, x], 1).transpose(1, 2)).mean(1))
 
 
 class OnImages(Over):
@@ -161,9 +162,7 @@ class OnImages(Over):
 
 def test_what_cannot_be_mixed_is_refused():
     x = torch.randn(2, 3, 12)
-    with pytest.raises(
-        InputError, match=r"a convolution over positions with kernel \(3,\).*allowed: kernels of one"
-    ):
-        trace(Wide(one=nn.Conv1d(12, 12, 3, padding=1)), x)
+    with pytest.raises(InputError, match="a convolution along units that gives 4 of them"):
+        trace(Halved(one=nn.Conv1d(12, 12, 2, stride=2)), x)
     with pytest.raises(InputError, match="reads dimension 2, its units lie on"):
         trace(OnImages(one=nn.Linear(12, 12)), x)

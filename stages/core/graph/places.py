@@ -39,4 +39,5 @@ def placed(node: Node, place_of: PlaceOf) -> Iterator[None]:
             raise
         found, _, allowed = str(error).removeprefix(f"{node.name}: ").partition("; allowed: ")
         operation = "" if node.operation in found else f"{node.operation}: "
-        raise place.refusal(f"{operation}{found}", allowed or REFUSED) from error
+        line = str(place.refusal(f"{operation}{found}", allowed or REFUSED))
+        raise type(error)(line) from error  # of its own kind: some are answered

@@ -1,6 +1,5 @@
 import argparse
 import os
-import pathlib
 import pickle
 import random
 import time
@@ -199,10 +198,9 @@ def test_saved_arguments_do_not_let_code_in(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("value", [nn.Linear(2, 2), pathlib.PurePosixPath("a")])
-def test_python_objects_beside_the_tensors_are_refused_by_name(tmp_path, value):
-    path = _saved(tmp_path, {"model": dict(network().state_dict()), "args": value})
-    with pytest.raises(InputError, match=f"refused.*{type(value).__name__}"):
+def test_python_objects_beside_the_tensors_are_refused_by_name(tmp_path):
+    path = _saved(tmp_path, {"model": dict(network().state_dict()), "args": nn.Linear(2, 2)})
+    with pytest.raises(InputError, match=r"refused.*Linear"):
         read_state(path)
 
 
