@@ -426,6 +426,8 @@ def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
             pad[2 * i : 2 * i + 2] = 0, 0
     if any(pad) and node.attributes.get("mode", "constant") != "constant":
         raise InputError(f"{node.name}: pads units with units; allowed: with zeros")
+    if any(pad) and not value.common and node.attributes.get("value"):
+        raise InputError(f"{node.name}: pads units with {node.attributes['value']}; allowed: with zeros")
     shape = torch.Size([out[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)])
     held = value.labels.expand(
         [value.shape[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)]

@@ -51,6 +51,8 @@ BODIES = {  # what is in the middle, words of the refusal, and where it is: path
         "no rule for lstm", "block.many", "m.many(x"),
     "a mean that drops channels": (
         lambda m, x: x - x.mean(1).unsqueeze(1), "mean over the units", "block", "x.mean(1)"),
+    "units beside ones": (
+        lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 2), value=1.0)[:, :8], "pads units with 1.0", "block", "value=1.0"),
     "units with units": (
         lambda m, x: (x @ x.transpose(1, 2)), "matmul", "block", "x.transpose(1, 2)"),
     "resized channels": (
