@@ -53,6 +53,7 @@ def test_a_fit_at_224_pixels_takes_the_memory_that_was_predicted(storage):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     if storage == "memory":
-        assert found["used"] == pytest.approx(found["predicted"], rel=0.05), found
+        # memory that the process has kept from before is used again, and does not show
+        assert 0.9 * found["predicted"] < found["used"] < 1.05 * found["predicted"], found
     else:  # the system counts pages of mapped files too, which it takes back when it needs them
-        assert 0.95 * found["predicted"] < found["used"] < 1.5 * found["predicted"], found
+        assert 0.9 * found["predicted"] < found["used"] < 1.5 * found["predicted"], found
