@@ -1,6 +1,6 @@
 """Simple ways to spend a budget: the same fraction everywhere, the last layers, or one threshold of the benefit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -12,15 +12,8 @@ def uniform(model: CostModel, limit: int) -> dict[str, int]:
     levels = sorted(
         {(s, d) for d in model.sizes.values() for s in range(1, d + 1)}, key=lambda pair: pair[0] / pair[1]
     )
-    low, high = 0, len(levels)  # the first ``low`` fractions are known to fit
     at = lambda n: {g: d * levels[n - 1][0] // levels[n - 1][1] if n else 0 for g, d in model.sizes.items()}  # noqa: E731
-    while low < high:
-        middle = (low + high + 1) // 2
-        if model.cost(at(middle)) <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return at(low)
+    return _dearest(model, limit, at, len(levels))
 
 
 def prefix(model: CostModel, limit: int) -> dict[str, int]:
@@ -46,7 +39,12 @@ def threshold(model: CostModel, limit: int, benefits: Mapping[str, np.ndarray]) 
     """
     steps = np.unique(np.concatenate([*benefits.values()]))[::-1]  # nothing is above the first
     at = lambda n: {g: int((own > steps[n]).sum()) for g, own in benefits.items()}  # noqa: E731
-    low, high = 0, len(steps) - 1
+    return _dearest(model, limit, at, len(steps) - 1)
+
+
+def _dearest(model: CostModel, limit: int, at: Callable[[int], dict[str, int]], last: int) -> dict[str, int]:
+    """The last within ``limit`` of ``at(0)``, which is, to ``at(last)``, each dearer than the one before."""
+    low, high = 0, last
     while low < high:
         middle = (low + high + 1) // 2
         if model.cost(at(middle)) <= limit:

@@ -36,7 +36,7 @@ from stages.fit.held_out import ONE_IN, Examiner, Images, Look, read
 from stages.fit.kept import KeptEntries
 from stages.fit.optimizers import Optimizers
 from stages.fit.shared_norms import SharedNorms
-from stages.fit.teachers import Teacher, values_at, watched_values
+from stages.fit.teachers import Teacher, step_entries, values_at, watched_values
 
 logger = logging.getLogger(__name__)
 
@@ -226,17 +226,11 @@ class _Run:
 
     def _bytes(self, networks: int) -> int:
         """What it holds at most: a step forward and back, or a look; and the weights in all their copies."""
-        network, examiner, graph = self.network, self.examiner, self.network.trace.graph
+        network, examiner = self.network, self.examiner
         size = next(network.parameters()).element_size()
-        values = [network.entries(node.name) for node in graph.nodes]
-        read_again = sum(  # a block that reads some of its inputs keeps them
-            network.entries(node.inputs[0]) * (len(network.map_of(node).blocks) - 1)
-            for node in graph.nodes
-            if node.linear
-        )
         own = max(shape.numel() for shape in network.trace.shapes.values())
         images = self.settings.batch_size * len(self.images)
-        step = images * (sum(values) + read_again + 2 * max(values)) + 3 * images * networks * own
+        step = images * (step_entries(network) + 3 * networks * own)
         look = statistics_bytes(network, examiner.exact, examiner.statistics) if examiner.norms else 0
         weights = 8 * sum(
             p.numel() for p in network.parameters()

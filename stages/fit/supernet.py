@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.graph.folding import norm_scale
-from stages.core.graph.nodes import Node, node_parameters, oriented
+from stages.core.graph.nodes import COPIED, Node, node_parameters, oriented
 from stages.core.merged.network import MergedNetwork
 from stages.core.units.groups import State
 from stages.fit.average import average_block, average_vector
@@ -108,14 +108,14 @@ class Supernet(nn.Module):
     def _start_units(self, node: Node) -> None:
         if node.operation == "batch_norm":
             self._still(node)
-        if node.name not in self._norms and (node.operation == "mix" or bool(self._mixed(node, 0).any())):
+        if node.name not in self._norms and (node.operation in COPIED or bool(self._mixed(node, 0).any())):
             for role, size in self._unit_roles(node):
                 self.scales[f"{_key(node)}{role}"] = nn.Parameter(self._first(size))
 
     def _unit_roles(self, node: Node) -> list[tuple[str, int]]:
         """Trained roles of a node whose parameters work unit by unit, and their entries."""
         roles = [role for role in node.parameters if not role.startswith("running")]
-        if node.operation == "mix":
+        if node.operation in COPIED:
             return [(role, self._states(node)[0][role].shape[0]) for role in roles]
         return [(role, self.network.trace.layouts[node.name].width) for role in roles]
 
@@ -146,8 +146,8 @@ class Supernet(nn.Module):
             elif node.operation == "batch_norm":
                 if node.name not in self._norms:
                     found |= self._norm(node, *self._apart(node))
-            elif node.operation == "mix":
-                found |= self._positions(node)
+            elif node.operation in COPIED:
+                found |= self._copies(node)
             elif node.parameters:
                 module = self.network.map_of(node)
                 for role, _ in self._unit_roles(node):
@@ -244,8 +244,8 @@ class Supernet(nn.Module):
             shares.append(one if scales is None else torch.where(rows, scales[m], one))
         return average_vector([v.detach() for v in values], self.network.arrangement(node.name), shares, dim)
 
-    def _positions(self, node: Node) -> dict[str, Tensor]:
-        """A linear map over positions: the copy of shared units is the sum, each row times its scale."""
+    def _copies(self, node: Node) -> dict[str, Tensor]:
+        """A linear map beside the units: the copy of shared ones is the sum, each row times its scale."""
         module, states, found = self.network.map_of(node), self._states(node), dict[str, Tensor]()
         for role, _ in self._unit_roles(node):
             parameter, scales = getattr(module, role), self.scales[f"{_key(node)}{role}"]

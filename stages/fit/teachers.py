@@ -68,6 +68,18 @@ def values_at(
     return found
 
 
+def step_entries(network: MergedNetwork) -> int:
+    """How many numbers one image holds at most in a step forward and back."""
+    graph = network.trace.graph
+    values = [network.entries(node.name) for node in graph.nodes]
+    read_again = sum(  # a block that reads some of its inputs keeps them
+        network.entries(node.inputs[0]) * (len(network.map_of(node).blocks) - 1)
+        for node in graph.nodes
+        if node.linear
+    )
+    return sum(values) + read_again + 2 * max(values)
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a teacher says about some images. values: those it imitates, in the entries it knows of; logits: by task,

@@ -98,21 +98,26 @@ def test_an_image_counts_for_its_own_head_where_it_has_a_task(small, images, sou
     assert all(all(map(all, own)) for own in found.values())
 
 
+def held_and_promised(made, x, *ridge, rows=None):
+    """Bytes of the only layer's fit to a batch of each task, and what was predicted. rows: as it is solved on them."""
+    found, batch = [], len(x[0])
+
+    def see(problem):
+        assert rows is None or problem.layer.few_rows(problem.images()) == rows
+        with Live() as live:
+            Dense().fit(problem)
+        found.append((live.peak, Dense().bytes(problem.layer, len(x) * batch, batch)))
+
+    each_problem(Setup(merged(made), made, Fit(targets="own"), *ridge), images_to_batches(x, batch), see)
+    [pair] = found
+    return pair
+
+
 @torch.no_grad()
 def test_a_layer_that_is_solved_on_its_rows_holds_what_was_predicted(randomise, sources):
     x = [torch.randn(40, 300, dtype=torch.float64) for _ in range(2)]
     networks = [randomise(torch.nn.Sequential(torch.nn.Linear(300, 250)), seed) for seed in (0, 1)]
-    made, found = sources(networks, x[0][:2]), []
-    setup = Setup(merged(made), made, Fit(targets="own"))
-
-    def see(problem):
-        assert problem.layer.few_rows(problem.images()) == 80
-        with Live() as live:
-            Dense().fit(problem)
-        found.append((live.peak, Dense().bytes(problem.layer, 80, 40)))
-
-    each_problem(setup, images_to_batches(x, 40), see)
-    [(held, promised)] = found
+    held, promised = held_and_promised(sources(networks, x[0][:2]), x, rows=80)
     assert 0.8 * promised <= held <= 1.02 * promised
 
 
@@ -121,14 +126,5 @@ def test_a_layer_that_is_solved_on_its_rows_holds_what_was_predicted(randomise, 
 def test_a_transposed_convolution_holds_what_was_predicted(randomise, sources, ridge):
     x = [torch.randn(24, 12, 10, 10, dtype=torch.float64) for _ in range(2)]
     networks = [randomise(torch.nn.ConvTranspose2d(12, 9, 4, 2, 1), seed) for seed in (0, 1)]
-    made, found = sources(networks, x[0][:2]), []
-    setup = Setup(merged(made), made, Fit(targets="own"), ridge)
-
-    def see(problem):
-        with Live() as live:
-            Dense().fit(problem)
-        found.append((live.peak, Dense().bytes(problem.layer, 48, 24)))
-
-    each_problem(setup, images_to_batches(x, 24), see)
-    [(held, promised)] = found
+    held, promised = held_and_promised(sources(networks, x[0][:2]), x, ridge)
     assert 0.5 * promised <= held <= 1.02 * promised

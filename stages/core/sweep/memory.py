@@ -15,9 +15,8 @@ from stages.core.sweep.sweep import Sweep, Visitor
 from stages.core.sweep.values import free_disk, scratch
 
 GIB = 2**30
-ROOMY = (
-    4  # times what is needed: freed memory need not be returned then, which takes up to a third of the time
-)
+# Times what is needed that is plenty: freed memory need not be returned then, which takes up to a third of the time.
+ROOMY = 4
 SMALLER = "fewer images, storage: disk, precision: bfloat16"
 
 log = logging.getLogger(__name__)
@@ -33,12 +32,11 @@ def place_values(
     """
     needed = peak_bytes(sweep, visitor)
     there = available(memory, sweep.device)
-    sweep.sparing = ROOMY * needed > there
     sweep.keeper.on_disk = storage == "disk" or (storage == "auto" and needed > there)
+    sweep.sparing = sweep.keeper.on_disk or ROOMY * needed > there
     if not sweep.keeper.on_disk:
         check_memory(needed, memory, sweep.device, what)
         return
-    sweep.sparing = True
     check_memory(
         disk_peak_bytes(sweep, visitor),
         memory,

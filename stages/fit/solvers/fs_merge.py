@@ -22,7 +22,7 @@ from stages.fit.problem import LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solver import LayerSolvers
 from stages.fit.supernet import Supernet
-from stages.fit.teachers import logits_of, values_at
+from stages.fit.teachers import logits_of, step_entries, values_at
 
 
 class Training(Section):
@@ -51,12 +51,7 @@ class FsMerge:
         """What it holds at most: a step forward and back, weights in their steps, images and what is imitated."""
         network, graph = self.setup.network, self.setup.network.trace.graph
         values = [network.entries(node.name) for node in graph.nodes]
-        read_again = sum(
-            network.entries(node.inputs[0]) * (len(network.map_of(node).blocks) - 1)
-            for node in graph.nodes
-            if node.linear
-        )
-        step = self.setup.fit.batch_size * (sum(values) + read_again + 2 * max(values))
+        step = self.setup.fit.batch_size * step_entries(network)
         of_sources = sum(tensor.numel() for tensor in self.setup.sources[0].state.values())
         weights = 5 * network.networks * of_sources + 3 * sum(own.numel() for own in network.parameters())
         images = 2 * self.training.images * network.networks * (values[0] + max(values[-2:]))

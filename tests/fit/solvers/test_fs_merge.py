@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from styles import STYLES
 from torch import nn
 
 from stages.core.graph.source import Task
@@ -119,6 +120,17 @@ def test_all_kinds_of_parameters_start_as_the_first_networks(randomise, images, 
         made, identity_matching(spec, 2), full_split(spec), tasks, FIT, labels="shared", precision=torch.float64
     )  # fmt: skip
     assert torch.isfinite(found(images(3))).all()
+
+
+@pytest.mark.parametrize("style", ["eca", "mlp-mixer"])
+@torch.no_grad()
+def test_maps_beside_the_units_start_as_the_first_networks(style):
+    make, shape = STYLES[style]
+    networks, x = [make().double().eval() for _ in range(2)], torch.randn(6, *shape).double()
+    tasks = [Task(n, tuple(map(str, range(networks[0](x).shape[1])))) for n in "ab"]
+    made = make_sources(networks, tasks, x[:1], "shared")
+    setup = setup_of(made)
+    torch.testing.assert_close(install(setup, Supernet(setup, 12))(x), made[0](x))
 
 
 @pytest.mark.parametrize("labels", ["shared", "separate"])
