@@ -70,11 +70,8 @@ def _whole(node: Node, value: Value) -> list[Node]:
         return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
     if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
         return [node]
-    attributes = {
-        **node.attributes,
-        "dims": [dim + 1],
-        "keepdim": False,
-    }  # the part stays in the place of its units
+    # the part stays in the place of its units
+    attributes = {**node.attributes, "dims": [dim + 1], "keepdim": False}
     return [apart, dataclasses.replace(node, inputs=(name,), attributes=attributes)]
 
 

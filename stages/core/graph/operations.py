@@ -179,11 +179,16 @@ def _neighbours(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return F.local_response_norm(x[0].flatten(0, 1), **settings).reshape_as(x[0])
 
 
+def unspread(attributes: Attributes) -> dict[str, Any]:
+    """Those of a reduction that gives one entry for all units."""
+    return {key: value for key, value in attributes.items() if key != "spread"}
+
+
 def _reduction(function: Callable[..., Tensor]) -> Operation:
     """spread: the dimension of units along which what is reduced is repeated (stages.core.graph.spread)."""
 
     def run(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
-        settings = {key: value for key, value in a.items() if key not in ("dims", "spread")}
+        settings = {key: value for key, value in unspread(a).items() if key != "dims"}
         found = function(x[0], a["dims"], **settings)
         if "spread" not in a:
             return found

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from stages.core.graph.folding import exclusive_norms
 from stages.core.graph.nodes import Node, oriented
-from stages.core.graph.operations import OPERATIONS
+from stages.core.graph.operations import OPERATIONS, unspread
 from stages.core.merged.arrangement import pieces_of
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.mixed import MixMap
@@ -202,7 +202,7 @@ class _Writer:
         """What the table's operation does, in calls that look at no sizes but those known now."""
         rank = len(self.trace.shapes[node.inputs[0]])
         if "spread" in a:
-            found = OPERATIONS[node.operation].run(x, p, {key: a[key] for key in a if key != "spread"})
+            found = OPERATIONS[node.operation].run(x, p, unspread(a))
             return repeated(found, a["spread"], rank, self._shape(node.name)[a["spread"]])
         if node.operation == "rearrange":
             return self._rearrange(node, x[0])
@@ -268,10 +268,8 @@ class _Writer:
 
     def _viewed(self, node: Node, module: Viewed, x: Proxy) -> Proxy:
         rank = len(self.trace.shapes[node.name])
-        y, found = (
-            viewed(node, module, x, rank, self.net.arrangement(node.name)),
-            self._parameters(node, module),
-        )
+        y = viewed(node, module, x, rank, self.net.arrangement(node.name))
+        found = self._parameters(node, module)
         for role, join in (("weight", torch.mul), ("bias", torch.add)):
             if role in found:
                 flat = module.get_parameter(role).dim() == 1

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Proxy
 
 from stages.core.graph.nodes import Node
-from stages.core.graph.operations import OPERATIONS
+from stages.core.graph.operations import OPERATIONS, unspread
 from stages.core.merged.arrangement import Arrangement, pieces_of
 from stages.core.merged.plain_layers import picked
 from stages.core.merged.unit_layers import Viewed, reduced_dims
@@ -18,8 +18,7 @@ def viewed(node: Node, module: Viewed, x: Proxy, rank: int, arrangement: Arrange
     views = [picked(x, dim, arrangement.view(m).tolist()) for m in range(module.count)]
     pieces, parts = pieces_of(arrangement), []
     if "spread" in a:
-        settings = {key: value for key, value in a.items() if key != "spread"}
-        found = [OPERATIONS[node.operation].run([view], {}, settings) for view in views]
+        found = [OPERATIONS[node.operation].run([view], {}, unspread(a)) for view in views]
         parts = [repeated(_of(found, p.owner), dim, rank, p.stop - p.start) for p in pieces]
         return torch.cat(parts, dim)
     if node.operation == "normalize":

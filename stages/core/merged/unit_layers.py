@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.graph.nodes import COPIED, Node
-from stages.core.graph.operations import OPERATIONS
+from stages.core.graph.operations import OPERATIONS, unspread
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import Block
@@ -127,7 +127,7 @@ class ViewReduction(Viewed):
     def forward(self, x: Tensor) -> Tensor:
         if self.view0 is None:
             return super().forward(x)
-        settings, found = {key: value for key, value in self.attributes.items() if key != "spread"}, 0.0
+        settings, found = unspread(self.attributes), 0.0
         for own, share in self.views(x):
             found = found + share * OPERATIONS[self.node.operation].run([own], {}, settings)
         return found
