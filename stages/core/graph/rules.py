@@ -426,8 +426,6 @@ def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
             pad[2 * i : 2 * i + 2] = 0, 0
     if any(pad) and node.attributes.get("mode", "constant") != "constant":
         raise InputError(f"{node.name}: pads units with units; allowed: with zeros")
-    if any(pad) and not value.common and node.attributes.get("value"):
-        raise InputError(f"{node.name}: pads units with {node.attributes['value']}; allowed: with zeros")
     shape = torch.Size([out[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)])
     held = value.labels.expand(
         [value.shape[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)]
@@ -435,7 +433,10 @@ def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     labels = F.pad(held + 1, pad) - 1
     assert labels.shape == shape
     inside = 2 * (len(out) - 1 - value.dims[-1]) if value.dims else 0
-    if len(value.dims) == 2 and any(pad[inside : inside + 2]):
+    within = len(value.dims) == 2 and any(pad[inside : inside + 2])
+    if any(pad) and not within and not value.common and node.attributes.get("value"):
+        raise InputError(f"{node.name}: pads units with {node.attributes['value']}; allowed: with zeros")
+    if within:
         labels = torch.where(labels == NONE, _parts_of(units, node, value), labels)
     found = compact(labels, out, value.dims, value.common)
     return Value(found.labels, found.dims, out, value.common)
