@@ -78,7 +78,7 @@ def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node]
     rank = len(reader.shape(fx))
     if reader.shape(tensors[0])[dim] % INPUT == 0:
         raise reader.unknown(fx, "images side by side")
-    values = [i for i, t in enumerate(tensors) if reader.is_value(t)]
+    values = [i for i, t in enumerate(tensors) if reader.is_value(t) or _is_table(reader, t)]
     if len(values) == len(tensors):
         reader.node(fx, "concatenate", tensors, {"dim": dim % rank})
         return
@@ -99,6 +99,12 @@ def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node]
         reader.nodes.append(Node(name, operation, (before,), attributes, parameters))
         reader.taken.add(name)
         reader.names[fx] = name
+
+
+def _is_table(reader: Reader, part: torch.fx.Node) -> bool:
+    """Whether a constant is of numbers that are no parameters (coordinates), and not zero."""
+    part = reader.through(part)
+    return not reader.from_parameters(part) and bool(reader.folding.value(part, reader.module).any())
 
 
 def _beside(
