@@ -243,7 +243,32 @@ class SingleHead(nn.Module):
         return self.fc((x + self.proj(F.relu(torch.cat([some, rest], dim=1)))).mean((2, 3)))
 
 
+class Outlook(nn.Module):
+    """VOLO: each place says with which weights the places of its window see each other; windows are added up."""
+
+    def __init__(self, heads=2, stride=1):
+        super().__init__()
+        self.heads, self.stem, self.v = heads, nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 8)
+        self.attn, self.proj, self.fc = nn.Linear(6, 81 * heads), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.unfold, self.pool = nn.Unfold(3, padding=1, stride=stride), nn.AvgPool2d(stride, stride)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, _, h, w = x.shape
+        seen = self.pool(x).permute(0, 2, 3, 1)
+        places = seen.shape[1] * seen.shape[2]
+        x = x.permute(0, 2, 3, 1)
+        v = self.unfold(self.v(x).permute(0, 3, 1, 2))
+        v = v.reshape(n, self.heads, 8 // self.heads, 9, places).permute(0, 1, 4, 3, 2)
+        attn = self.attn(seen).reshape(n, places, self.heads, 9, 9).permute(0, 2, 1, 3, 4)
+        y = ((attn * 0.5).softmax(dim=-1) @ v).permute(0, 1, 4, 3, 2).reshape(n, 72, places)
+        y = F.fold(y, (h, w), 3, padding=1, stride=self.unfold.stride)
+        return self.fc((x + self.proj(y.permute(0, 2, 3, 1))).mean((1, 2)))
+
+
 CHANNELS = {
+    "outlook": (Outlook, IMAGE),
+    "outlook with strides": (lambda: Outlook(4, 2), IMAGE),
     "single head, places last": (SingleHead, IMAGE),
     "talking heads": (TalkingHeads, IMAGE),
     "cross covariance": (CrossCovariance, IMAGE),

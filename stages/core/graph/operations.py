@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import mixing, rules
+from stages.core.graph import mixing, rules, windows
 from stages.core.graph.nodes import CONVOLUTIONS, REDUCTIONS, TRANSPOSED, Graph, Node, node_parameters
 from stages.core.runtime.errors import InputError
 
@@ -259,6 +259,8 @@ OPERATIONS: dict[str, Operation] = {
     "local_response_norm": Operation(_neighbours, rules.neighbours),
     **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
     "interpolate": _spatial(F.interpolate),
+    "unfold": Operation(lambda x, p, a: F.unfold(x[0], **a), windows.unfolded),
+    "fold": Operation(lambda x, p, a: F.fold(x[0], **a), windows.folded),
     **{name: _aten(name) for name in UNARY},
 }  # fmt: skip
 

@@ -137,6 +137,8 @@ MADE = {  # operation: constructor
     "length": body()(lambda m, x: x / (1 + x.norm(dim=(2, 3), keepdim=True))),
     "amax": body()(lambda m, x: x - x.amax((2, 3), keepdim=True)),
     "amin": body()(lambda m, x: x - x.amin((2, 3), keepdim=True)),
+    "unfold": body(width=16)(lambda m, x: F.unfold(x, 2, stride=2).unflatten(2, (4, 4))),
+    "fold": body()(lambda m, x: F.fold(F.unfold(x, 3, padding=1).relu(), (8, 8), 3, padding=1)),
     "interpolate": body()(lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear")),
 }  # fmt: skip
 
