@@ -266,7 +266,55 @@ class Outlook(nn.Module):
         return self.fc((x + self.proj(y.permute(0, 2, 3, 1))).mean((1, 2)))
 
 
+class Factorised(nn.Module):
+    """CoaT: keys with values first, and positions told by convolutions of other widths for some of the heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 18), nn.Linear(6, 6)
+        self.token, self.fc = nn.Parameter(torch.zeros(1, 1, 6)), nn.Linear(6, 3)
+        self.convs = nn.ModuleList(nn.Conv2d(c, c, k, padding=k // 2, groups=c) for c, k in ((2, 3), (4, 5)))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 3, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = q @ (k.softmax(2).transpose(-1, -2) @ v)
+        seen = v[:, :, 1:].transpose(-1, -2).reshape(n, 6, 4, 4).split([2, 4], 1)
+        seen = torch.cat([conv(own) for conv, own in zip(self.convs, seen, strict=True)], 1)
+        seen = q[:, :, 1:] * seen.reshape(n, 3, 2, 16).transpose(-1, -2)
+        y = 0.5 * y + F.pad(seen, (0, 0, 1, 0, 0, 0))
+        return self.fc((x + self.proj(y.transpose(1, 2).reshape(n, t, 6)))[:, 0])
+
+
+class MultiScale(nn.Module):
+    """EfficientViT: heads of queries, keys and values as they are beside heads that have seen their neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 24, 1), nn.Conv2d(16, 6, 1)
+        self.near = nn.Sequential(
+            nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False),
+            nn.Conv2d(24, 24, 1, groups=6, bias=False),
+        )
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, _, h, w = x.shape
+        qkv = self.qkv(x)
+        qkv = torch.cat([qkv, self.near(qkv)], 1).reshape(n, -1, 12, h * w).transpose(-1, -2)
+        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0)
+        y = q @ (k.transpose(-1, -2) @ v)
+        y = y[..., :-1] / (y[..., -1:] + 1e-3)
+        return self.fc((x + self.proj(y.transpose(-1, -2).reshape(n, -1, h, w))).mean((2, 3)))
+
+
 CHANNELS = {
+    "factorised": (Factorised, IMAGE),
+    "multi-scale": (MultiScale, IMAGE),
     "outlook": (Outlook, IMAGE),
     "outlook with strides": (lambda: Outlook(4, 2), IMAGE),
     "single head, places last": (SingleHead, IMAGE),

@@ -160,7 +160,9 @@ class Reader:
                 kinds = [own.meta["val"].is_floating_point() for own in (fx.args[0], fx)]
                 if kinds == [False, True]:
                     where = place_of(fx, type(self.module).__name__)
-                    raise where.refusal("whole numbers made floats", "floats, scaled before they are given")
+                    raise where.refusal(
+                        "whole numbers made floats", "the same images as floats, images.float()"
+                    )
                 self.same[fx] = fx.args[0]
         elif call is not None:
             call(self, fx, self._arguments(fx))

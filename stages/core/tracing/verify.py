@@ -1,9 +1,11 @@
 """A trace is verified before it is used: it computes what the module does, and its groups are groups."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.core.graph.nodes import Graph
 from stages.core.graph.operations import run_graph
@@ -73,10 +75,20 @@ def _perturbed_run(
     for name, tensor in _distinct(module):
         tensor.copy_(_perturbed(name, tensor, generator))
     state = {name: tensor.detach().clone() for name, tensor in state_of(module).items()}
-    with users_code(
-        f"{type(module).__name__}, verified in double precision,", "a forward that takes its weights' type"
-    ):
+    what = f"{type(module).__name__}, verified in double precision,"
+    with users_code(what, "a forward that takes its weights' type"), _Doubles():
         return state, x, module(x)
+
+
+class _Doubles(TorchDispatchMode):
+    """What a forward turns into floats of its own choice (x.float()) is double, as all else is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = kwargs.get("dtype")
+        if func is torch.ops.aten._to_copy.default and kind is not None and kind.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def _images(example: Tensor, graph: Graph, generator: torch.Generator) -> Tensor:
