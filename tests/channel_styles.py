@@ -312,7 +312,41 @@ class MultiScale(nn.Module):
         return self.fc((x + self.proj(y.transpose(-1, -2).reshape(n, -1, h, w))).mean((2, 3)))
 
 
+class PooledHeads(nn.Module):
+    """MViT v2: one convolution and one norm for all heads, which stand beside the images, and tables of distances."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.heads, self.stem, self.qkv = heads, nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 24)
+        self.pool = nn.Conv2d(8 // heads, 8 // heads, 3, 2, 1, groups=8 // heads, bias=False)
+        self.norm, self.proj, self.fc = nn.LayerNorm(8 // heads), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.rows, self.columns = (nn.Parameter(torch.randn(7, 8 // heads)) for _ in range(2))
+
+    def pooled(self, x):
+        h, c = x.shape[1], x.shape[3]
+        x = self.pool(x.reshape(-1, 4, 4, c).permute(0, 3, 1, 2))
+        return self.norm(x.reshape(-1, h, c, 4).transpose(2, 3))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.pooled(k), self.pooled(v)
+        attn = (q * 0.5) @ k.transpose(-2, -1)
+        far = torch.arange(4)[:, None] - 2 * torch.arange(2)[None] + 3
+        seen = q.reshape(n, self.heads, 4, 4, -1)
+        rows = torch.einsum("byhwc,hkc->byhwk", seen, self.rows[far])
+        columns = torch.einsum("byhwc,wkc->byhwk", seen, self.columns[far])
+        attn[:, :, 0:, 0:] = (
+            attn[:, :, 0:, 0:].view(n, -1, 4, 4, 2, 2) + rows.unsqueeze(-1) + columns.unsqueeze(-2)
+        ).view(n, -1, 16, 4)
+        y = attn.softmax(dim=-1) @ v + q
+        return self.fc((x + self.proj(y.transpose(1, 2).reshape(n, t, 8))).mean(1))
+
+
 CHANNELS = {
+    "pooled heads": (PooledHeads, IMAGE),
+    "one pooled head": (lambda: PooledHeads(1), IMAGE),
     "factorised": (Factorised, IMAGE),
     "multi-scale": (MultiScale, IMAGE),
     "outlook": (Outlook, IMAGE),

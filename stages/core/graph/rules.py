@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph.axes import NONE, Units, Value, compact, join
+from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value, compact, join
 from stages.core.graph.crossed import crosses, product
 from stages.core.graph.nodes import Node
 from stages.core.runtime.errors import InputError
@@ -36,11 +36,11 @@ def same(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sha
         value = join(units, node.name, value, other, out)
     for role, name in node.parameters.items():
         shape = node.attributes.get("view", shapes[role])
-        _place_parameter(units, node, name, shape, shapes[role], value)
+        place_parameter(units, node, name, shape, shapes[role], value)
     return value
 
 
-def _place_parameter(
+def place_parameter(
     units: Units, node: Node, name: str, seen: Sequence[int], own: Sequence[int], value: Value
 ) -> None:
     """A parameter that broadcasts to a value, as ``seen``; ``own``: its shape in the state dict."""
@@ -83,7 +83,7 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     value, weight = inputs[0], node.parameters["weight"]
     dim = len(out) - 1 if node.operation == "linear" else 1
     if value.dims and value.dims != (dim,):
-        raise InputError(
+        raise SeveralDimensionsError(
             f"{node.name}: {node.operation} reads dimension {dim}, its units lie on {list(value.dims)}; allowed: units "
             "that it reads"
         )
@@ -156,7 +156,7 @@ def layer_norm(units: Units, node: Node, inputs: Sequence[Value], out: torch.Siz
     over = range(len(out) - node.attributes.get("rank", 1), len(out))
     _check_reduced(node, value, over)
     for role, name in node.parameters.items():
-        _place_parameter(units, node, name, shapes[role], shapes[role], value)
+        place_parameter(units, node, name, shapes[role], shapes[role], value)
     return Value(value.labels, value.dims, out)
 
 
@@ -315,7 +315,7 @@ def attention(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size
     for mask in masks:
         found = join(units, node.name, found, _batched(mask, len(out)), scores)
     for role, name in node.parameters.items():
-        _place_parameter(units, node, name, shapes[role], shapes[role], found)
+        place_parameter(units, node, name, shapes[role], shapes[role], found)
     return matmul(units, node, [found, value], out, shapes)
 
 
@@ -407,7 +407,7 @@ def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.S
     for other in inputs[1:]:
         found = join(units, node.name, found, Value(other.labels, other.dims, out, other.common), out)
     for role, name in node.parameters.items():
-        _place_parameter(units, node, name, shapes[role], shapes[role], found)
+        place_parameter(units, node, name, shapes[role], shapes[role], found)
     return found
 
 

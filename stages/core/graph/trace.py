@@ -3,6 +3,7 @@
 Nothing is guessed: an operation without a rule is an error that names it.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.core.graph import rules
-from stages.core.graph.axes import Units, Value
+from stages.core.graph.apart import heads_apart
+from stages.core.graph.axes import SeveralDimensionsError, Units, Value
 from stages.core.graph.crossed import kept_beside
 from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
@@ -21,7 +23,7 @@ from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.places import PlaceOf, nowhere, placed
-from stages.core.graph.resolve import Resolved, SeveralDimensionsError
+from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
 from stages.core.graph.spread import Spread
 from stages.core.runtime.errors import InputError
@@ -118,11 +120,15 @@ def lay_out(
     """
     try:
         return _laid_out(graph, parameters, example, place_of)
-    except SeveralDimensionsError:
-        apart = selected_first(graph)
-        if apart == graph:
-            raise
-    return _laid_out(apart, parameters, example, place_of)
+    except SeveralDimensionsError as error:
+        first, tried = error, [graph]
+    for change in (selected_first, lambda own: heads_apart(own, parameters)):
+        for own in [change(own) for own in tried]:
+            if own not in tried:
+                with contextlib.suppress(SeveralDimensionsError):
+                    return _laid_out(own, parameters, example, place_of)
+                tried.append(own)
+    raise first
 
 
 @torch.no_grad()

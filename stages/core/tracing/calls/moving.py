@@ -133,6 +133,13 @@ def _stack(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.names[fx] = name
 
 
+def _copy(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """One value in the place of another, all of it."""
+    if not reader.is_value(given["src"]) or reader.shape(given["src"]) != reader.shape(fx):
+        raise reader.unknown(fx, "a copy of another shape, or of a constant")
+    reader.same[fx] = given["src"]
+
+
 def _windows(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     """Windows taken apart, or added up again (``output_size``)."""
     settings = {key: list(value) for key, value in given.items() if key != "self"}
@@ -169,6 +176,7 @@ MOVING = {
     "channel_shuffle": _channel_shuffle,
     "native_channel_shuffle": _channel_shuffle,
     "cat": _cat,
+    "copy": _copy,
     "concat": _cat,
     "concatenate": _cat,
     "stack": _stack,
