@@ -243,7 +243,114 @@ class SingleHead(nn.Module):
         return self.fc((x + self.proj(F.relu(torch.cat([some, rest], dim=1)))).mean((2, 3)))
 
 
+class Outlook(nn.Module):
+    """VOLO: each place says with which weights the places of its window see each other; windows are added up."""
+
+    def __init__(self, heads=2, stride=1):
+        super().__init__()
+        self.heads, self.stem, self.v = heads, nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 8)
+        self.attn, self.proj, self.fc = nn.Linear(6, 81 * heads), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.unfold, self.pool = nn.Unfold(3, padding=1, stride=stride), nn.AvgPool2d(stride, stride)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, _, h, w = x.shape
+        seen = self.pool(x).permute(0, 2, 3, 1)
+        places = seen.shape[1] * seen.shape[2]
+        x = x.permute(0, 2, 3, 1)
+        v = self.unfold(self.v(x).permute(0, 3, 1, 2))
+        v = v.reshape(n, self.heads, 8 // self.heads, 9, places).permute(0, 1, 4, 3, 2)
+        attn = self.attn(seen).reshape(n, places, self.heads, 9, 9).permute(0, 2, 1, 3, 4)
+        y = ((attn * 0.5).softmax(dim=-1) @ v).permute(0, 1, 4, 3, 2).reshape(n, 72, places)
+        y = F.fold(y, (h, w), 3, padding=1, stride=self.unfold.stride)
+        return self.fc((x + self.proj(y.permute(0, 2, 3, 1))).mean((1, 2)))
+
+
+class Factorised(nn.Module):
+    """CoaT: keys with values first, and positions told by convolutions of other widths for some of the heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 18), nn.Linear(6, 6)
+        self.token, self.fc = nn.Parameter(torch.zeros(1, 1, 6)), nn.Linear(6, 3)
+        self.convs = nn.ModuleList(nn.Conv2d(c, c, k, padding=k // 2, groups=c) for c, k in ((2, 3), (4, 5)))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 3, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = q @ (k.softmax(2).transpose(-1, -2) @ v)
+        seen = v[:, :, 1:].transpose(-1, -2).reshape(n, 6, 4, 4).split([2, 4], 1)
+        seen = torch.cat([conv(own) for conv, own in zip(self.convs, seen, strict=True)], 1)
+        seen = q[:, :, 1:] * seen.reshape(n, 3, 2, 16).transpose(-1, -2)
+        y = 0.5 * y + F.pad(seen, (0, 0, 1, 0, 0, 0))
+        return self.fc((x + self.proj(y.transpose(1, 2).reshape(n, t, 6)))[:, 0])
+
+
+class MultiScale(nn.Module):
+    """EfficientViT: heads of queries, keys and values as they are beside heads that have seen their neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 24, 1), nn.Conv2d(16, 6, 1)
+        self.near = nn.Sequential(
+            nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False),
+            nn.Conv2d(24, 24, 1, groups=6, bias=False),
+        )
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, _, h, w = x.shape
+        qkv = self.qkv(x)
+        qkv = torch.cat([qkv, self.near(qkv)], 1).reshape(n, -1, 12, h * w).transpose(-1, -2)
+        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0)
+        y = q @ (k.transpose(-1, -2) @ v)
+        y = y[..., :-1] / (y[..., -1:] + 1e-3)
+        return self.fc((x + self.proj(y.transpose(-1, -2).reshape(n, -1, h, w))).mean((2, 3)))
+
+
+class PooledHeads(nn.Module):
+    """MViT v2: one convolution and one norm for all heads, which stand beside the images, and tables of distances."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.heads, self.stem, self.qkv = heads, nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 24)
+        self.pool = nn.Conv2d(8 // heads, 8 // heads, 3, 2, 1, groups=8 // heads, bias=False)
+        self.norm, self.proj, self.fc = nn.LayerNorm(8 // heads), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.rows, self.columns = (nn.Parameter(torch.randn(7, 8 // heads)) for _ in range(2))
+
+    def pooled(self, x):
+        h, c = x.shape[1], x.shape[3]
+        x = self.pool(x.reshape(-1, 4, 4, c).permute(0, 3, 1, 2))
+        return self.norm(x.reshape(-1, h, c, 4).transpose(2, 3))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.pooled(k), self.pooled(v)
+        attn = (q * 0.5) @ k.transpose(-2, -1)
+        far = torch.arange(4)[:, None] - 2 * torch.arange(2)[None] + 3
+        seen = q.reshape(n, self.heads, 4, 4, -1)
+        rows = torch.einsum("byhwc,hkc->byhwk", seen, self.rows[far])
+        columns = torch.einsum("byhwc,wkc->byhwk", seen, self.columns[far])
+        attn[:, :, 0:, 0:] = (
+            attn[:, :, 0:, 0:].view(n, -1, 4, 4, 2, 2) + rows.unsqueeze(-1) + columns.unsqueeze(-2)
+        ).view(n, -1, 16, 4)
+        y = attn.softmax(dim=-1) @ v + q
+        return self.fc((x + self.proj(y.transpose(1, 2).reshape(n, t, 8))).mean(1))
+
+
 CHANNELS = {
+    "pooled heads": (PooledHeads, IMAGE),
+    "one pooled head": (lambda: PooledHeads(1), IMAGE),
+    "factorised": (Factorised, IMAGE),
+    "multi-scale": (MultiScale, IMAGE),
+    "outlook": (Outlook, IMAGE),
+    "outlook with strides": (lambda: Outlook(4, 2), IMAGE),
     "single head, places last": (SingleHead, IMAGE),
     "talking heads": (TalkingHeads, IMAGE),
     "cross covariance": (CrossCovariance, IMAGE),

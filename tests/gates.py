@@ -75,7 +75,8 @@ def check(make: Callable[[], nn.Module], shape: Shape) -> Row:
     clock = [time.process_time()]
     reading = read_known(first, x)
     state = reading.state(first)
-    traced = lay_out(reading.graph, {n: tuple(t.shape) for n, t in state.items()}, x[:1].shape)
+    shapes = {n: tuple(t.shape) for n, t in state.items()}
+    traced = lay_out(reading.graph, shapes, x[:1].shape, reading.place_of)
     clock.append(time.process_time())
     verify(first, traced, x, state_of=reading.state)
     millions = sum(p.numel() for p in first.parameters()) / 1e6

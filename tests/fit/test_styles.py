@@ -50,7 +50,8 @@ def style(request):
 def source(network, x, name):
     reading = read_known(network, x)
     state = reading.state(network)
-    traced = lay_out(reading.graph, {n: tuple(t.shape) for n, t in state.items()}, x[:1].shape)
+    shapes = {n: tuple(t.shape) for n, t in state.items()}
+    traced = lay_out(reading.graph, shapes, x[:1].shape, reading.place_of)
     return Source(traced, state, Task(name, ("0", "1", "2")))
 
 

@@ -23,6 +23,10 @@ from stages.core.runtime.errors import InputError
 NONE = -1
 
 
+class SeveralDimensionsError(InputError):
+    """A value has units on more than one dimension, or on others than are read."""
+
+
 @dataclass(frozen=True)
 class Value:
     """labels: int64, broadcasts to ``shape``. dims: the dimensions units lie on, ascending.

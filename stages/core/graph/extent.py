@@ -34,6 +34,11 @@ def most_entries(node: Node, inputs: Sequence[Tensor], own: Mapping[str, Tensor]
         entries = max(entries, _broadcast([first[:-1], [*last[:-2], 1]]) * of)
     elif node.operation.endswith("_parameter") or len(inputs) > 1:
         entries = max(entries, _broadcast([first, last, *_seen(node, own)]))
+    window = math.prod(_numbers(a.get("kernel_size")))
+    if node.operation == "unfold":
+        entries *= window
+    elif node.operation == "fold":
+        entries = max(entries, math.prod(_numbers(a["output_size"])) * first[1] / max(window, 1))
     for key in ("sizes", "size", "output_size"):
         sizes = _numbers(a.get(key))
         entries = max(entries, math.prod(sizes) * math.prod(first[: max(len(first) - len(sizes), 0)]))

@@ -20,6 +20,10 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
         return _whole(node, inputs[0])
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
+    if node.operation == "matmul_parameter" and _on_last(inputs[0]) and inputs[0].shape[1:2] == (1,):
+        name = f"{node.name}_head"
+        apart = _to_heads(name, node.inputs[0], inputs[0].shape, len(inputs[0].shape) - 1, True, 1)
+        return [apart, dataclasses.replace(node, inputs=(name,))]
     if node.operation == "rearrange":
         return [_lifted(node, inputs[0])]
     if node.operation != "matmul":

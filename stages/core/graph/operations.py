@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import mixing, rules
+from stages.core.graph import apart, mixing, rules, windows
 from stages.core.graph.nodes import CONVOLUTIONS, REDUCTIONS, TRANSPOSED, Graph, Node, node_parameters
 from stages.core.runtime.errors import InputError
 
@@ -255,6 +255,14 @@ OPERATIONS: dict[str, Operation] = {
         _attention, rules.attention, lambda shapes, a: 2 * shapes[1][-2]
     ),
     "matmul": Operation(lambda x, p, a: torch.matmul(*x), rules.matmul, lambda shapes, a: shapes[0][-1]),
+    "matmul_parameter": Operation(
+        lambda x, p, a: x[0] @ p["value"], apart.looked_up, lambda shapes, a: shapes[0][-1]
+    ),
+    "convolve_parameter": Operation(
+        lambda x, p, a: apart.convolve(x[0], p["value"], a, *x[0].shape[1:3]),
+        apart.convolved,
+        lambda shapes, a: math.prod(a["view"][1:]),
+    ),
     "softmax": Operation(_softmax, rules.softmax),
     "log_softmax": Operation(_log_softmax, rules.softmax),
     **{name: _binary(run)[0] for name, run in BINARY.items()},
@@ -285,6 +293,8 @@ OPERATIONS: dict[str, Operation] = {
     "local_response_norm": Operation(_neighbours, rules.neighbours),
     **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
     "interpolate": _spatial(F.interpolate),
+    "unfold": Operation(lambda x, p, a: F.unfold(x[0], **a), windows.unfolded),
+    "fold": Operation(lambda x, p, a: F.fold(x[0], **a), windows.folded),
     **{name: _aten(name) for name in UNARY},
 }  # fmt: skip
 

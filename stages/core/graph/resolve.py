@@ -13,14 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.core.graph.axes import NONE, Units, Value
+from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value
 from stages.core.graph.layouts import Layout, Segment
-from stages.core.runtime.errors import InputError
 from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span
-
-
-class SeveralDimensionsError(InputError):
-    """A value has units on more than one dimension."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph.axes import NONE, Units, Value, compact, join
+from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value, compact, join
 from stages.core.graph.crossed import crosses, product
 from stages.core.graph.nodes import Node
 from stages.core.runtime.errors import InputError
@@ -37,11 +37,11 @@ def same(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sha
         value = join(units, node.name, value, other, out)
     for role, name in node.parameters.items():
         shape = node.attributes.get("view", shapes[role])
-        _place_parameter(units, node, name, shape, shapes[role], value)
+        place_parameter(units, node, name, shape, shapes[role], value)
     return value
 
 
-def _place_parameter(
+def place_parameter(
     units: Units, node: Node, name: str, seen: Sequence[int], own: Sequence[int], value: Value
 ) -> None:
     """A parameter that broadcasts to a value, as ``seen``; ``own``: its shape in the state dict."""
@@ -95,7 +95,7 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     value, weight = inputs[0], node.parameters["weight"]
     dim = len(out) - 1 if node.operation == "linear" else 1
     if value.dims and value.dims != (dim,):
-        raise InputError(
+        raise SeveralDimensionsError(
             f"{node.name}: {node.operation} reads dimension {dim}, its units lie on {list(value.dims)}; allowed: units "
             "that it reads"
         )
@@ -105,10 +105,10 @@ def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
         units.place(node.name, weight, 0 if node.transposed else 1, value.along(dim))
     new = units.new(out[dim], node.path)
     _place_rows(units, node, new, 1 if node.transposed else 0)
-    return _line(new, dim, out)
+    return on_dim(new, dim, out)
 
 
-def _line(labels: Tensor, dim: int, shape: torch.Size) -> Value:
+def on_dim(labels: Tensor, dim: int, shape: torch.Size) -> Value:
     return Value(labels.view([-1 if d == dim else 1 for d in range(len(shape))]), (dim,), shape)
 
 
@@ -139,14 +139,14 @@ def _grouped(units: Units, node: Node, value: Value, out: torch.Size, shapes: Sh
             )
         units.kernels[node.parameters["weight"]] = read.view(parts, -1)
     _place_rows(units, node, new)
-    return _line(new, 1, out)
+    return on_dim(new, 1, out)
 
 
 def embedding(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """A table with one row for each integer: its columns are units."""
     new = units.new(out[-1], node.path)
     units.place(node.name, node.parameters["weight"], 1, new)
-    return _line(new, len(out) - 1, out)
+    return on_dim(new, len(out) - 1, out)
 
 
 # -- norms and other reductions -------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def channels(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size,
     value = inputs[0]
     for role, name in node.parameters.items():
         if math.prod(shapes[role]) > 1 or (value.dims == (1,) and value.shape[1] == 1):
-            _expect(node, value, 1)
+            expect(node, value, 1)
             units.place(node.name, name, 0, value.along(1))
     return Value(value.labels, value.dims, out, value.common and not node.parameters)
 
@@ -168,14 +168,14 @@ def layer_norm(units: Units, node: Node, inputs: Sequence[Value], out: torch.Siz
     over = range(len(out) - node.attributes.get("rank", 1), len(out))
     _check_reduced(node, value, over)
     for role, name in node.parameters.items():
-        _place_parameter(units, node, name, shapes[role], shapes[role], value)
+        place_parameter(units, node, name, shapes[role], shapes[role], value)
     return Value(value.labels, value.dims, out)
 
 
 def group_norm(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """Statistics over all units, or over each of several parts, in which the units stay."""
     value, parts = inputs[0], node.attributes["groups"]
-    _expect(node, value, 1)
+    expect(node, value, 1)
     if parts > 1:
         outer = units.new(parts, f"{node.path}.groups")
         units.put_inside(node.name, value.along(1).view(parts, -1), outer)
@@ -203,12 +203,12 @@ def softmax(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
         units.fixed.append(value.labels)
     elif dim in value.dims:
         left = [d for d in value.dims if d != dim]
-        if len(left) > 1:
-            raise InputError(
-                f"{node.name}: softmax over a part of the units; allowed: over what is inside parts"
-            )
         rows = value.labels.movedim(left[0], 0).flatten(1)
-        units.put_inside(node.name, rows, units.new(len(rows), f"{node.name}.parts"))
+        parts = units.new(len(rows), f"{node.name}.parts")
+        units.put_inside(node.name, rows, parts)
+        if len(left) > 1:  # a table in each part (outlook attention): its rows and columns are places
+            units.pinned.append(rows)
+            return on_dim(parts, left[0], out)
     return Value(value.labels, value.dims, out, value.common)
 
 
@@ -216,7 +216,7 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
     """Mean, sum, maximum over dimensions without units, over what is inside parts, or over all units for each."""
     value, keep = inputs[0], node.attributes.get("keepdim", False)
     if "spread" in node.attributes:
-        _expect(node, value, node.attributes["spread"])
+        expect(node, value, node.attributes["spread"])
         return Value(value.labels, value.dims, out, value.common)
     rank = len(value.shape)
     over = sorted(dim % rank for dim in node.attributes["dims"])
@@ -233,7 +233,7 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
         rows = labels.movedim(left[0], 0).flatten(1)
         outer = units.new(len(rows), f"{node.name}.parts")
         units.put_inside(node.name, rows, outer)
-        labels, dims = _line(outer, left[0], value.shape).labels, tuple(left)
+        labels, dims = on_dim(outer, left[0], value.shape).labels, tuple(left)
     for dim in over:
         labels = labels.narrow(dim, 0, 1)
     dims = tuple(d for d in dims if d not in over)
@@ -310,7 +310,7 @@ def _heads(units: Units, node: Node, x: Tensor, parts: Sequence[int], out: torch
     heads = units.new(len(rows), f"{_origin(units, x)}.heads")
     if (len(rows) == 1 and len(rows[0].unique()) > 1) or len(rows) > 1:
         units.put_inside(node.name, rows, heads)
-    return _line(heads, dim, out)
+    return on_dim(heads, dim, out)
 
 
 def _origin(units: Units, x: Tensor) -> str:
@@ -327,7 +327,7 @@ def attention(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size
     for mask in masks:
         found = join(units, node.name, found, _batched(mask, len(out)), scores)
     for role, name in node.parameters.items():
-        _place_parameter(units, node, name, shapes[role], shapes[role], found)
+        place_parameter(units, node, name, shapes[role], shapes[role], found)
     return matmul(units, node, [found, value], out, shapes)
 
 
@@ -431,11 +431,11 @@ def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.S
     for other in inputs[1:]:
         found = join(units, node.name, found, Value(other.labels, other.dims, out, other.common), out)
     for role, name in node.parameters.items():
-        _place_parameter(units, node, name, shapes[role], shapes[role], found)
+        place_parameter(units, node, name, shapes[role], shapes[role], found)
     return found
 
 
-def _expect(node: Node, value: Value, dim: int) -> None:
+def expect(node: Node, value: Value, dim: int) -> None:
     if value.dims and value.dims != (dim,):
         raise InputError(
             f"{node.name}: {node.operation} reads dimension {dim}, its units lie on {list(value.dims)}"
@@ -472,7 +472,7 @@ def _parts_of(units: Units, node: Node, value: Value) -> Tensor:
     rows = value.labels.movedim(dim, 0).flatten(1)
     outer = units.new(len(rows), f"{node.path}.parts")
     units.put_inside(node.name, rows, outer)
-    return _line(outer, dim, value.shape).labels
+    return on_dim(outer, dim, value.shape).labels
 
 
 moving = partial  # moving(moved, run=...) makes a rule

@@ -3,6 +3,7 @@
 Nothing is guessed: an operation without a rule is an error that names it.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 from stages.core.graph import rules
-from stages.core.graph.axes import Units, Value
+from stages.core.graph.apart import heads_apart
+from stages.core.graph.axes import SeveralDimensionsError, Units, Value
 from stages.core.graph.crossed import kept_beside
 from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
-from stages.core.graph.layouts import Layout
+from stages.core.graph.layouts import Layout, Segment
 from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.places import PlaceOf, nowhere, placed
-from stages.core.graph.resolve import Resolved, SeveralDimensionsError
+from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
 from stages.core.graph.spread import Spread
 from stages.core.runtime.errors import InputError
@@ -130,11 +132,15 @@ def lay_out(
     """
     try:
         return _laid_out(graph, parameters, example, place_of)
-    except SeveralDimensionsError:
-        apart = selected_first(graph)
-        if apart == graph:
-            raise
-    return _laid_out(apart, parameters, example, place_of)
+    except SeveralDimensionsError as error:
+        first, tried = error, [graph]
+    for change in (selected_first, lambda own: heads_apart(own, parameters)):
+        for own in [change(own) for own in tried]:
+            if own not in tried:
+                with contextlib.suppress(SeveralDimensionsError):
+                    return _laid_out(own, parameters, example, place_of)
+                tried.append(own)
+    raise first
 
 
 @torch.no_grad()
@@ -257,47 +263,42 @@ def _touched(node: Node, rank: int) -> set[int]:
 
 
 def _free_atom(node: Node, layout: Layout, output: Layout) -> int | None:
-    """The factor of the units' dimension that counts them, if groups stay whole; None where it is not so simple."""
+    """The factor of the units' dimension that counts them, if groups stay whole; None where it is not so simple.
+
+    What lies behind it are entries of one unit; what stands ahead of it counts copies of the same segments.
+    """
     atoms, segments = node.attributes["atoms"][layout.dim], layout.segments
-    kinds = {(s.size, s.block) for s in segments}
-    if len(atoms) == 1:
-        found, inner = 0, None
-    elif len(kinds) == 1:
-        size, block = next(iter(kinds))
-        behind = [math.prod(atoms[i + 1 :]) for i in range(len(atoms))]
-        fits = [
-            i
-            for i, atom in enumerate(atoms)
-            if block % behind[i] == 0 and atom == size * (block // behind[i])
-        ]
-        if not fits:
-            return None
-        found, inner = fits[0], block // behind[fits[0]]
-    else:
-        return None
-    # The same factor counts the units of the output: what stands behind it there widens a unit.
-    number = sum(len(own) for own in node.attributes["atoms"][: layout.dim]) + found
-    sizes = [atom for own in node.attributes["atoms"] for atom in own]
-    at = 0
-    for dim, count in enumerate(node.attributes["groups"]):
-        own = node.attributes["order"][at : at + count]
-        at += count
-        if number not in own:
-            continue
-        place = own.index(number)
-        wider = math.prod(sizes[i] for i in own[place + 1 :])
-        times = math.prod(sizes[i] for i in own[:place])
-        if dim != output.dim:
-            return None
-        if inner is None:
-            expected = [(s.group, s.size, s.first, s.block * wider) for s in segments] * times
-            good = times == 1 or len(segments) == 1
-        else:
-            expected = [(s.group, s.size, s.first, inner * wider) for s in segments[:1]] * times
-            good = True
-        same = [(s.group, s.size, s.first, s.block) for s in output.segments] == expected
-        return found if good and same else None
+    ahead = sum(len(own) for own in node.attributes["atoms"][: layout.dim])
+    for found, atom in enumerate(atoms):
+        copies, behind = math.prod(atoms[:found]), math.prod(atoms[found + 1 :])
+        own = segments[: len(segments) // copies]
+        if (
+            own * copies == segments
+            and all(s.block % behind == 0 for s in own)
+            and sum(s.entries for s in own) == atom * behind
+            and _counts(node, ahead + found, [(s, s.block // behind) for s in own], output)
+        ):
+            return found
     return None
+
+
+def _counts(node: Node, number: int, own: Sequence[tuple[Segment, int]], output: Layout) -> bool:
+    """Whether a factor counts the units of the output too: what stands behind it there widens a unit.
+
+    own: the segments that the factor counts, and how many of its entries a unit of each takes.
+    """
+    sizes, at = [atom for atoms in node.attributes["atoms"] for atom in atoms], 0
+    for dim, count in enumerate(node.attributes["groups"]):
+        order = node.attributes["order"][at : at + count]
+        at += count
+        if number in order:
+            place = order.index(number)
+            times, wider = (math.prod(sizes[i] for i in o) for o in (order[:place], order[place + 1 :]))
+            expected = [(s.group, s.size, s.first, block * wider) for s, block in own] * times
+            return dim == output.dim and expected == [
+                (s.group, s.size, s.first, s.block) for s in output.segments
+            ]
+    return False
 
 
 def _with_free(node: Node, dim: int, free: int) -> Node:

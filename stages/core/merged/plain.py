@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from stages.core.graph.apart import convolve
 from stages.core.graph.folding import exclusive_norms
 from stages.core.graph.nodes import Node, oriented
 from stages.core.graph.operations import OPERATIONS, unspread
@@ -206,6 +207,8 @@ class _Writer:
             return repeated(found, a["spread"], rank, self._shape(node.name)[a["spread"]])
         if node.operation == "rearrange":
             return self._rearrange(node, x[0])
+        if node.operation == "convolve_parameter":
+            return convolve(x[0], p["value"], node.attributes, *self._shape(node.inputs[0])[1:3])
         if node.operation == "pick":
             return picked(x[0], a["dim"] % rank, a["index"])
         if node.operation == "slice":

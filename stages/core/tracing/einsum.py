@@ -60,10 +60,12 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     value, weight = letters[at], letters[1 - at]
     summed = [c for c in value if c in weight and c not in out]
     both = [c for c in value if c in weight and c in out]
-    if summed and both:
-        raise refused
     product = replace(product, tensors=[tensors[at], tensors[1 - at]], letters=[value, weight])
-    if summed:
+    if summed and both:
+        if len(value) < len(both) + len(summed) + 2:
+            raise refused
+        product.looked_up()
+    elif summed:
         product.linear()
     elif set(weight) <= set(value) and sorted(out) == sorted(value):
         product.scaled()
@@ -119,6 +121,22 @@ class _Product:
         given = self.reader.value(self.tensors[0])
         read = self.reader.arranged(f"{own}_input", given, value, [*kept, summed], self.sizes)
         self._add(own, f"{own}_map", "linear", [read], {"weight": state}, [*kept, new])
+
+    def looked_up(self) -> None:
+        """The parameter as one matrix for each entry of the letters that all three have."""
+        value, weight = self.letters
+        both = [c for c in value if c in weight and c in self.out]
+        summed = "".join(c for c in value if c in weight and c not in self.out)
+        new = [c for c in weight if c not in value]
+        *kept, rows = [c for c in value if c not in weight]
+        order = [weight.index(c) for c in (*both, *summed, *new)]
+        shape = [self.sizes[c] for c in both]
+        shape += [math.prod(self.sizes[c] for c in letters) for letters in (summed, new)]
+        state, own = self._state(order, shape), self.reader.name(self.fx, {})
+        given = self.reader.value(self.tensors[0])
+        read = self.reader.arranged(f"{own}_input", given, value, [*kept, *both, rows, summed], self.sizes)
+        made = [*kept, *both, rows, "".join(new)]
+        self._add(own, f"{own}_product", "matmul_parameter", [read], {"value": state}, made)
 
     def scaled(self) -> None:
         """The parameter multiplies entry by entry."""

@@ -188,7 +188,9 @@ class Reader:
                 whole = not before.is_floating_point() and before.dtype != torch.bool
                 if whole and fx.meta["val"].is_floating_point():
                     where = place_of(fx, type(self.module).__name__)
-                    raise where.refusal("whole numbers made floats", "floats, scaled before they are given")
+                    raise where.refusal(
+                        "whole numbers made floats", "the same images as floats, images.float()"
+                    )
                 self.same[fx] = fx.args[0]
         elif call is not None:
             call(self, fx, self._arguments(fx))

@@ -68,6 +68,17 @@ def attend_by_hand(m, x):
     return x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
+def look_up(m, x):
+    q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in m.qkv(x).chunk(3, -1))
+    seen = torch.einsum("bhxyc,ykc->bhxyk", q.unflatten(2, (2, 2)), m.table[0])
+    return x + ((q @ k.mT + seen.flatten(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def pool_heads(m, x):
+    y = m.qkv(x).unflatten(-1, (2, 4)).transpose(1, 2).reshape(-1, 2, 2, 4).permute(0, 3, 1, 2)
+    return x + m.pool(y).reshape(len(x), 2, 1, 4).transpose(1, 2).flatten(2)
+
+
 def shifted(m, x):
     return m.norm(x) * 0.9
 
@@ -137,6 +148,10 @@ MADE = {  # operation: constructor
     "length": body()(lambda m, x: x / (1 + x.norm(dim=(2, 3), keepdim=True))),
     "amax": body()(lambda m, x: x - x.amax((2, 3), keepdim=True)),
     "amin": body()(lambda m, x: x - x.amin((2, 3), keepdim=True)),
+    "matmul_parameter": lambda: Tokens(look_up, qkv=nn.Linear(8, 24), table=parameter(2, 4, 4)),
+    "convolve_parameter": lambda: Tokens(pool_heads, qkv=nn.Linear(8, 8), pool=nn.Conv2d(4, 4, 2, 1, 0, 1, 4, False)),
+    "unfold": body(width=16)(lambda m, x: F.unfold(x, 2, stride=2).unflatten(2, (4, 4))),
+    "fold": body()(lambda m, x: F.fold(F.unfold(x, 3, padding=1).relu(), (8, 8), 3, padding=1)),
     "interpolate": body()(lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear")),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages import inspect
+from stages import inspect, merge
 from stages.core.graph.trace import lay_out
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.reading import read
@@ -126,13 +126,29 @@ class Single(Odd):
         return super().forward(torch.tanh(x).to(torch.float32))
 
 
-@pytest.mark.parametrize("kind", [Bytes, Divided, Single])
-def test_types_that_a_forward_fixes_are_refused_in_one_line(kind):
-    images = torch.rand(4, 3, 8, 8)
-    images = images if kind is Single else (255 * images).to(torch.uint8)
+def square(m, x):
+    return x * x
+
+
+@pytest.mark.parametrize("kind", [Bytes, Divided])
+def test_bytes_are_refused_in_one_line_which_says_what_to_give(kind):
+    images = (255 * torch.rand(4, 3, 8, 8)).to(torch.uint8)
     with pytest.raises(InputError, match=rf"^{kind.__name__}.* at \S*{HERE.name}:\d+.*; allowed: ") as error:
-        inspect(kind(lambda m, x: x), images)
+        inspect(kind(square), images)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [Bytes, Divided, Single])
+def test_floats_of_a_forwards_own_choice_are_read(kind):
+    """As the refusal of bytes says: the same images as floats."""
+    networks = {name: kind(square).eval() for name in "ab"}
+    networks["b"].load_state_dict(networks["a"].state_dict())
+    images = (255 * torch.rand(4, 3, 8, 8)).to(torch.uint8).float()
+    merged = merge(
+        networks, {name: [images] for name in "ab"}, 1.0, {"match": {"by": "weights"}}, progress=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(merged(images), networks["a"](images))
 
 
 def test_a_value_that_is_only_printed_is_no_part_of_the_network(capsys):

@@ -1,6 +1,7 @@
 """What moves whole entries about, puts values side by side, or passes them on."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,6 +139,12 @@ def _stack(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.names[fx] = name
 
 
+def _windows(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    """Windows taken apart, or added up again (``output_size``)."""
+    settings = {key: list(value) for key, value in given.items() if key != "self"}
+    reader.node(fx, name, [given["self"]], settings)
+
+
 def _repeat_interleave(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """Each entry of a dimension several times, one after the other: one more dimension, expanded, then joined."""
     shape, repeats, dim = reader.shape(given["self"]), given["repeats"], given["dim"]
@@ -161,6 +168,8 @@ def _repeat_interleave(reader: Reader, fx: torch.fx.Node, given: Mapping[str, An
 
 MOVING = {
     "repeat_interleave": _repeat_interleave,
+    "im2col": partial(_windows, name="unfold"),
+    "col2im": partial(_windows, name="fold"),
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     "channel_shuffle": _channel_shuffle,
