@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value
 from stages.core.graph.layouts import Layout, Segment
+from stages.core.runtime.errors import InputError
 from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span
 
 

@@ -87,7 +87,7 @@ def as_read(units: Units, node: Node, value: Value) -> Value:
         return value
     new = units.new(value.shape[dim], "input")
     units.fixed.append(new)
-    return replace(_line(new, dim, value.shape), common=True)
+    return replace(on_dim(new, dim, value.shape), common=True)
 
 
 def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
@@ -410,7 +410,7 @@ def constant(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size,
     dim = 1 if len(out) > 3 else len(out) - 1
     new = units.new(out[dim], node.path)
     units.place(node.name, node.parameters["value"], dim, new)
-    return _line(new, dim, out)
+    return on_dim(new, dim, out)
 
 
 def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
