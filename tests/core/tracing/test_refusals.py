@@ -24,7 +24,7 @@ def helped(x):
 class Block(nn.Module):
     def __init__(self, body):
         super().__init__()
-        self.body, self.many = body, nn.LSTM(8, 8)
+        self.body, self.many = body, nn.Bilinear(8, 8, 8)
 
     def forward(self, x):
         return self._forward_impl(x)
@@ -47,8 +47,8 @@ class Odd(nn.Module):
 BODIES = {  # what is in the middle, words of the refusal, and where it is: path, code
     "in a function": (lambda m, x: helped(x), "no rule for cumsum", "block", "return x.cumsum(1)"),
     "in a layer of torch": (
-        lambda m, x: m.many(x.flatten(2).permute(2, 0, 1))[0].permute(1, 2, 0).unflatten(2, (8, 8)),
-        "no rule for lstm", "block.many", "m.many(x"),
+        lambda m, x: m.many(x.permute(0, 2, 3, 1).relu(), x.permute(0, 2, 3, 1).sin()).permute(0, 3, 1, 2),
+        "no rule for bilinear", "block.many", "m.many(x"),
     "a mean that drops channels": (
         lambda m, x: x - x.mean(1).unsqueeze(1), "mean over the units", "block", "x.mean(1)"),
     "units beside ones": (
