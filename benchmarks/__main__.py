@@ -1,6 +1,7 @@
 """A table of where the time of a merge goes: python -m benchmarks [NAME ...] [--images N]
 
 Of latency, of merged networks against their sources: python -m benchmarks latency --help
+Of refining, by what it starts from: python -m benchmarks refining --help
 
 Each pair is merged at 1x by the default method, in a process of its own, with one thread.
 """
@@ -22,6 +23,11 @@ def main() -> None:
         from benchmarks import latency
 
         latency.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["refining"]:
+        from benchmarks import refining
+
+        refining.main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(

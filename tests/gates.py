@@ -212,7 +212,9 @@ def stays_whole(traced: Trace) -> str:
     ends = {
         s.group for n in (traced.graph.nodes[0], traced.graph.output) for s in traced.layouts[n.name].segments
     }
-    shared = [g for g in spec.groups.values() if g.fixed and g.name not in ends]
+    shared = [
+        g for g in spec.groups.values() if g.fixed and g.name not in ends and g.name.rstrip("'") != "input"
+    ]
     if shared:
         said.append(f"always shared: {', '.join(f'{g.name} ({g.size})' for g in shared)}")
     return "; ".join(said)

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from channel_styles import CHANNELS
+from input_styles import INPUTS
 from torch import nn
 
 
@@ -508,4 +509,5 @@ STYLES = {
     "padded": (lambda: Spelled(lambda m, x: m.one(F.pad(x, (0, 1, 0, 1))), one=nn.Conv2d(4, 4, 3, 2)), IMAGE),
     "pixel shuffle": (lambda: Spelled(lambda m, x: F.pixel_unshuffle(x, 2), head=16), IMAGE),
     **CHANNELS,
+    **INPUTS,
 }  # fmt: skip

@@ -116,6 +116,9 @@ def tracked() -> set[Path]:
 TRACKED = tracked()
 
 
+SHORT = ("+methods.pleas_adam.fit.steps=20", "methods.progressive_refined.fit.refine.steps=20")
+
+
 def stages_run(output: str) -> set[str]:
     return set(re.findall(r"Running stage '([^'@]+)", output))
 
@@ -178,7 +181,9 @@ def test_a_second_run_gives_the_same_bytes(default):
 def test_another_budget_runs_only_what_depends_on_it(default):
     default.run("git", "add", "-A")
     default.run("git", "commit", "-q", "--allow-empty", "-m", "run")
-    output = default.run("dvc", "exp", "run", "-S", "budget=1.46")
+    output = default.run(
+        "dvc", "exp", "run", "-S", "budget=1.46", *(word for s in SHORT for word in ("-S", s))
+    )
     assert stages_run(output) == AFTER_ALLOCATE
     for method in ("average", "git_rebasin", "activation_matching", "pleas", "pleas_adam", "progressive"):
         assert default.metrics()[method]["average"]["macs"] <= 1.46
@@ -311,6 +316,9 @@ def test_adding_a_method_as_the_page_says(default):
     """docs/adding_methods.md, followed as it stands."""
     default.run("git", "checkout", "-q", "--", ".")
     default.run("dvc", "checkout", "--force")
+    path = default.folder / "params.yaml"  # the rows that take long, shorter
+    text = re.sub(r"solver: adam,", "solver: adam, steps: 20,", path.read_text())
+    path.write_text(re.sub(r"refine: {steps: 400,", "refine: {steps: 20,", text))
     outputs = []
     follow(default.folder, lambda block: outputs.append(default.run("bash", "-ec", block)))
     solver, matching = (set(re.findall(r"Running stage '([^']+)", own)) for own in outputs if own)

@@ -58,7 +58,7 @@ def allocate(
     if limit >= (model.whole if dense else networks * model.base):
         separate = dict(model.sizes)
         bound = sum(t[-1] for t in totals.values())
-    elif limit <= model.base:
+    elif limit <= model.base or not model.sizes:
         separate, bound = dict.fromkeys(model.sizes, 0), 0.0
     elif by != "measured":
         ways = {"uniform": uniform, "prefix": prefix, "threshold": partial(threshold, benefits=benefits)}

@@ -121,7 +121,8 @@ def build(
         {**about, "sources": hashes},
         dense,
     )
-    example = next(iter(aligned[0].state.values()))
+    tensors = aligned[0].state.values()
+    example = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
     return network.to(device=example.device, dtype=example.dtype)
 
 
@@ -154,8 +155,12 @@ def fit_layers(
 
 @torch.no_grad()
 def check_separate(network: MergedNetwork, aligned: Sequence[Source], images: Tensor) -> None:
-    """Gate: everything separate gives exactly the sources' features side by side."""
-    if any(network.shared.values()) or network.head is None:
+    """Gate: everything separate gives exactly the sources' features side by side.
+
+    A layer whose outputs meet features of the input one by one has the same outputs for all at every budget; what is
+    behind it is no source's own then.
+    """
+    if any(network.shared.values()) or network.head is None or network.trace.held:
         return
     merged = network.features(images)
     name = network.head.inputs[0]

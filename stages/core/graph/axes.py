@@ -33,7 +33,8 @@ class Value:
 
     common: whether it is computed from the input alone, and so is the same in every network. across: labels of units
     that lie on one more dimension, the same for all of the others (stages.core.graph.mixing); extent 1 elsewhere.
-    beside: of a product of units with units, labels of those on its last dimension (stages.core.graph.crossed).
+    beside: of a product of units with units, labels of those on its last dimension (stages.core.graph.crossed). even:
+    whether all its entries are one number, as those of a state of zeros.
     """
 
     labels: Tensor
@@ -42,6 +43,7 @@ class Value:
     common: bool = False
     across: Tensor | None = None
     beside: Tensor | None = None
+    even: bool = False
 
     @property
     def full(self) -> Tensor:
@@ -78,6 +80,7 @@ class Units:
     kernels: dict[str, Tensor] = field(
         default_factory=dict
     )  # grouped weight -> (parts, size) units its rows read
+    beside: list[list[Tensor]] = field(default_factory=list)  # labels of the values that are put side by side
     fixed: list[Tensor] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)  # (parts, size): the order inside is one for all parts
     across: list[Tensor] = field(default_factory=list)  # (1,): the whole of what lies across other units
@@ -119,10 +122,12 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Valu
     """What is elementwise of two values: units are tied, or inside one another where one value is coarser."""
     a, b = _ranked(a, shape), _ranked(b, shape)
     dims, common = tuple(sorted({*a.dims, *b.dims})), a.common and b.common
-    if not a.dims or (a.common and not b.common and not _varies(a, b.dims)):
-        return Value(b.labels, b.dims, shape, common)
-    if not b.dims or (b.common and not a.common and not _varies(b, a.dims)):
-        return Value(a.labels, a.dims, shape, common)
+    for one, other in ((a, b), (b, a)):
+        if not one.dims or (one.common and not other.common and not _varies(one, other.dims)):
+            meets = one.common and not one.even and not other.common
+            if meets and any(one.shape[d] > 1 for d in other.dims):
+                units.fixed.append(other.labels)  # each meets a feature of the input of its own
+            return Value(other.labels, other.dims, shape, common)
     extent = [shape[d] if max(a.labels.shape[d], b.labels.shape[d]) > 1 else 1 for d in range(len(shape))]
     x, y = a.labels.expand(extent), b.labels.expand(extent)
     if a.dims != b.dims:
@@ -142,8 +147,10 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Valu
 
 def _ranked(value: Value, shape: torch.Size) -> Value:
     missing = len(shape) - value.labels.dim()
-    labels = value.labels.reshape([1] * missing + list(value.labels.shape))
-    return Value(labels, tuple(d + missing for d in value.dims), shape, value.common)
+    ahead = [1] * missing
+    labels = value.labels.reshape(ahead + list(value.labels.shape))
+    own = torch.Size([*ahead, *value.shape])
+    return Value(labels, tuple(d + missing for d in value.dims), own, value.common, even=value.even)
 
 
 def _varies(value: Value, dims: Sequence[int]) -> bool:

@@ -139,6 +139,11 @@ def _concatenate(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return torch.cat(both if a["first"] else both[::-1], a["dim"])
 
 
+def _constant(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """The same for each image. images: which of ``rank`` dimensions counts them. common, even: see rules."""
+    return p["value"].expand([x[0].size(0) if d == a["images"] else -1 for d in range(a["rank"])])
+
+
 def _select(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """A copy: a view would hold on to all that was left behind."""
     return x[0].select(a["dim"], a["index"]).clone()
@@ -201,6 +206,19 @@ def _length(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
     return torch.linalg.vector_norm(x, 2, dims, keepdim)
 
 
+def _compared(name: str) -> Callable[..., Tensor]:
+    """A comparison as one and zero of the value's type, which can be kept and multiplied as any value."""
+    return lambda x, y: getattr(torch, name)(x, y).to(x.dtype)
+
+
+def _where(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """Of two values, or a value and a number (true, false): the first where the condition, given first, is not zero."""
+    rest = iter(x[1:])
+    chosen = [a[role] if role in a else next(rest) for role in ("true", "false")]
+    return torch.where(x[0] != 0, *chosen)
+
+
+COMPARED = ("gt", "ge", "lt", "le", "eq", "ne")
 BINARY = {
     "add": torch.add,
     "subtract": torch.sub,
@@ -208,6 +226,8 @@ BINARY = {
     "divide": torch.div,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
+    "raise": torch.pow,
+    **{name: _compared(name) for name in COMPARED},
 }
 UNARY = (
     "relu", "relu6", "gelu", "silu", "leaky_relu", "elu", "hardswish", "hardsigmoid", "mish", "sigmoid", "tanh",
@@ -252,8 +272,14 @@ OPERATIONS: dict[str, Operation] = {
     "divide_by": _unary(lambda x, value: x / value),
     "subtract_from": _unary(lambda x, value: value - x),
     "power": _unary(lambda x, value: x**value),
+    **{f"{name}_number": _unary(lambda x, value, name=name: _compared(name)(x, value)) for name in COMPARED},
+    "where": Operation(_where, rules.same),
+    "fill_parameter": Operation(  # value: one where it is filled with a number, zero elsewhere
+        lambda x, p, a: torch.where(p["value"] != 0, a["fill"], x[0]), rules.same
+    ),
     "concatenate": Operation(_concatenate, rules.concatenated, moves=True),
     "concatenate_parameter": Operation(_concatenate, rules.concatenated),
+    "constant_parameter": Operation(_constant, rules.constant),
     "rearrange": _moving(_rearrange),
     "select": _moving(_select),
     "slice": _moving(_slice),

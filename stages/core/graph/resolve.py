@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value
 from stages.core.graph.layouts import Layout, Segment
+from stages.core.runtime.errors import InputError
 from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span
 
 
@@ -72,6 +73,8 @@ class Resolved:
                 f"{node}: units of {', '.join(sorted(names))} lie on dimensions {varying}; allowed: on one dimension, "
                 "or in parts (heads, groups)"
             )
+        if not value.dims:
+            raise InputError(f"{node}: takes one of several units for itself; allowed: units side by side")
         dim = varying[0] if varying else self._only_dim(value, top)
         size = value.shape[dim]
         line, own = (
@@ -303,6 +306,12 @@ def _colours(
         for column, line in enumerate(own.T):
             for cls in np.unique(of[line[line != NONE].numpy()]):
                 seen[cls].append((-2, number, column))
+    for number, own in enumerate(
+        units.beside
+    ):  # units of one layer that were cut, and came here on several ways
+        for way, labels in enumerate(own):
+            for cls in np.unique(of[labels[labels != NONE].numpy()]):
+                seen[cls].append((-3, number, way))
     keys: list[tuple] = [(bool(fixed[cls]), *own) for cls, own in enumerate(seen)]
     below: dict[int, list[tuple]] = {}
     for cls in np.flatnonzero(outer >= 0).tolist():

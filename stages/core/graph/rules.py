@@ -6,6 +6,7 @@ one image, (1, ...). A rule that does not apply is an InputError that names the 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -76,6 +77,17 @@ def _place_part(units: Units, node: Node, name: str, where: int, value: Value, d
 
 
 # -- linear maps ----------------------------------------------------------------------------------------------------
+
+
+def as_read(units: Units, node: Node, value: Value) -> Value:
+    """What a layer or a norm reads. What is computed from the input alone is alike in every network, wherever features
+    lie in it (images with their channels last, time series): its units are then what is read."""
+    dim = len(value.shape) - 1 if node.operation == "linear" else 1
+    if not value.common or value.dims == (dim,):
+        return value
+    new = units.new(value.shape[dim], "input")
+    units.fixed.append(new)
+    return replace(on_dim(new, dim, value.shape), common=True)
 
 
 def linear(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
@@ -365,9 +377,9 @@ def moved(
 def _dims_of_ones(
     node: Node, inputs: Sequence[Value], out: torch.Size, run: Callable[..., Tensor]
 ) -> set[int]:
-    """Where a dimension of a single unit goes, which labels do not show, or one of which a single unit is left."""
+    """Where a dimension of a single unit goes, which labels do not show; of what is cut out, where units were."""
     if node.operation in ("slice", "pick"):
-        return {d for d in inputs[0].dims if out[d] == 1}
+        return set(inputs[0].dims)
     ones = [d for d in inputs[0].dims if inputs[0].shape[d] == 1]
     if node.operation == "rearrange":
         return _ones_rearranged(node, inputs[0], ones)
@@ -390,6 +402,17 @@ def _ones_rearranged(node: Node, value: Value, ones: Sequence[int]) -> set[int]:
     }
 
 
+def constant(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
+    """The same for each image: a table, or a parameter with units on its last dimension (of maps, the channels)."""
+    if node.attributes.get("common"):
+        even = node.attributes.get("even", False)
+        return Value(torch.full([1] * len(out), NONE), (), out, True, even=even)
+    dim = 1 if len(out) > 3 else len(out) - 1
+    new = units.new(out[dim], node.path)
+    units.place(node.name, node.parameters["value"], dim, new)
+    return on_dim(new, dim, out)
+
+
 def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """Units side by side, or places side by side of the same units. A parameter (a class token) is such a place."""
     dim = node.attributes["dim"] % len(out)
@@ -399,6 +422,7 @@ def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.S
             raise InputError(
                 f"{node.name}: a parameter beside the units of a value; allowed: another dimension"
             )
+        units.beside.append([value.labels for value in inputs])
         labels = torch.cat([value.full for value in inputs], dim)
         return compact(labels, out, {dim, *(held - {dim})}, all(value.common for value in inputs))
     found = Value(

@@ -51,6 +51,18 @@ class Trace:
         name = node.inputs[0] if node.transposed else node.name
         return self.shapes[name].numel() // self.layouts[name].width
 
+    @property
+    def held(self) -> list[str]:
+        """Layers before the head whose outputs are in a fixed order, and so are shared at every budget."""
+        free, head = self.spec.free.keys(), self.graph.head
+        return [
+            node.name
+            for node in self.graph.nodes
+            if node.fitted
+            and node not in (head, self.graph.output)
+            and not {segment.group for segment in self.layouts[node.name].segments} & free
+        ]
+
     def hidden_macs(self, node: Node) -> int:
         """Multiply-accumulates of a node without weights (attention) per entry of its output's units."""
         each = (
@@ -164,6 +176,8 @@ def _laid_out(
                 continue
             settled.append(node)
             operation = OPERATIONS[node.operation]
+            if operation.rule in (rules.linear, rules.channels, rules.group_norm):
+                inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
             out = _try_node(node, [tensors[name] for name in node.inputs], state)
             check_value(node.name, out)
             tensors[node.name], shapes[node.name] = out, out.shape
@@ -220,7 +234,7 @@ def _settled(
         ):
             return node, None
         return node, tuple(range(output.width))
-    if names <= {"", "input"}:
+    if {name.rstrip("'") for name in names} <= {"", "input"}:
         return node, None
     touched = _touched(node, len(shape))
     if node.operation == "rearrange":

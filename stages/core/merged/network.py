@@ -89,7 +89,7 @@ class MergedNetwork(nn.Module):
                 self.maps[_key(node)] = norm(width, eps=node.attributes["eps"], affine=affine)
             elif node.name in trace.moved:
                 self.maps[_key(node)] = self._moved(node)
-            elif len(node.inputs) > 1 and OPERATIONS[node.operation].rule is rules.same:
+            elif len(node.inputs) > 1 and self._alike(node):
                 self._line_up(node)
             elif node.inputs:
                 layer = merged_layer(
@@ -111,6 +111,13 @@ class MergedNetwork(nn.Module):
         layout = self.trace.layouts[node.name]
         return Moved(self.trace.moved[node.name], layout.dim, side, self.arrangement(node.name))
 
+    def _alike(self, node: Node) -> bool:
+        """Whether a node joins values entry by entry, or puts them side by side along another dimension than units'."""
+        layout = self.trace.layouts[node.name]
+        if node.operation == "concatenate":
+            return node.attributes["dim"] % len(self.trace.shapes[node.name]) != layout.dim
+        return OPERATIONS[node.operation].rule is rules.same
+
     def _line_up(self, node: Node) -> None:
         """Values that are joined have their entries alike, also where one has zeros in the place of units."""
         layout = self.trace.layouts[node.name]
@@ -118,13 +125,13 @@ class MergedNetwork(nn.Module):
             own = self.trace.layouts[name]
             if own.segments == layout.segments or own.width not in (1, layout.width):
                 continue
+            if own.dim + len(self.trace.shapes[node.name]) - len(self.trace.shapes[name]) != layout.dim:
+                continue  # it has no units, or they are inside the other's
             parts = self.arrangement(name), self.arrangement(node.name)
             if own.width == layout.width:
                 self.maps[f"{_key(node)}{i}"] = Moved(range(own.width), own.dim, *parts)
             elif parts[0].width > 1:  # one entry for all of a part
-                dim = own.dim + len(self.trace.shapes[node.name]) - len(self.trace.shapes[name])
-                if dim == layout.dim:
-                    self.maps[f"{_key(node)}{i}"] = Moved([0] * layout.width, own.dim, *parts)
+                self.maps[f"{_key(node)}{i}"] = Moved([0] * layout.width, own.dim, *parts)
 
     def _lined_up(self, node: Node, inputs: Sequence[Tensor]) -> list[Tensor]:
         keys = [f"{_key(node)}{i}" for i in range(len(inputs))]

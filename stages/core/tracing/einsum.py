@@ -9,6 +9,7 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import Node
+from stages.core.tracing.export import INPUT
 from stages.core.tracing.reader import Reader
 
 
@@ -41,10 +42,13 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     shapes = [reader.shape(t) for t in tensors]
     refused = reader.unknown(fx, f"einsum {given['equation']}")
     letters, out = spelled_out(given["equation"], [len(shape) for shape in shapes])
-    if len(tensors) != 2 or any(len({*t}) < len(t) for t in (*letters, out)):
+    if len(tensors) > 2 or any(len({*t}) < len(t) for t in (*letters, out)):
         raise refused
     values = [reader.is_value(t) for t in tensors]
     sizes = {c: n for t, shape in zip(letters, shapes, strict=True) for c, n in zip(t, shape, strict=True)}
+    if len(tensors) == 1:
+        _of_one(reader, fx, tensors[0], letters[0], out, sizes)
+        return
     lone = {c for t, other in (letters, letters[::-1]) for c in t if c not in other and c not in out}
     if lone or not any(values):
         raise refused
@@ -67,6 +71,21 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
         product.scaled()
     else:
         raise refused
+
+
+def _of_one(
+    reader: Reader, fx: torch.fx.Node, tensor: torch.fx.Node, letters: str, out: str, sizes: Mapping[str, int]
+) -> None:
+    """Sums over the letters that are not in the result, the others put in its order."""
+    own, value, left = reader.name(fx, {}), reader.value(tensor), "".join(c for c in letters if c in out)
+    dims = [d for d, c in enumerate(letters) if c not in out]
+    if any(sizes[letters[d]] % INPUT == 0 for d in dims):
+        raise reader.unknown(fx, "a sum over the images")
+    if dims:
+        name = own if left == out else f"{own}_sum"
+        reader.add(Node(name, "sum", (value,), {"dims": dims, "keepdim": False}))
+        value = name
+    reader.names[fx] = reader.arranged(own, value, left, [*out], sizes)
 
 
 @dataclass(frozen=True)

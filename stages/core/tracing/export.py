@@ -6,12 +6,13 @@ tensors of the export are fake, so it costs nothing.
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
 import operator
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import place_of
+from stages.core.tracing.recurrent import written_out
 
 INPUT = 10007  # a prime
 MOST_ALONE = 100  # that a forward may look at one by one
@@ -58,6 +60,23 @@ def _local_response_norm(
 @_local_response_norm.register_fake
 def _(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     return torch.empty_like(x)
+
+
+def _attention(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's multi-head attention; that it gives scores too does not change how its output is computed.
+
+    Where they are asked for, torch has images and heads on one dimension.
+    """
+
+    @functools.wraps(plain)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        found, scores = plain(**{**given, "need_weights": False}), None
+        if given.get("need_weights", True):
+            scores = plain(*args, **kwargs)[1]  # nothing, where nobody reads them
+        return found[0], scores
+
+    return attention
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -128,8 +147,9 @@ def export(module: nn.Module, example: Tensor) -> Exported:
         try:
             with _Images():
                 program = torch.export.export(kept.cpu(), (images,), strict=False)
-            if not _functional(program.graph_module.graph):
-                program = program.run_decompositions({})
+            steps = written_out(program.graph_module.graph, opname)
+            if steps or not _functional(program.graph_module.graph):
+                program = program.run_decompositions(steps)
             program.graph_module.graph.eliminate_dead_code()  # what only a shape was asked of
         except InputError as error:
             raise InputError(
@@ -220,6 +240,7 @@ def _quiet() -> Iterator[None]:
     import warnings
 
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
+    attention = F.multi_head_attention_forward
     frames, said = torch.fx.proxy.TracerBase._filter_traceback_frames, io.StringIO()
     torch.fx.proxy.TracerBase._filter_traceback_frames = _users_frames
     autocast = (
@@ -229,6 +250,7 @@ def _quiet() -> Iterator[None]:
     torch.autocast.__enter__, torch.autocast.__exit__ = (lambda own: own), (lambda *_: None)
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
+    F.multi_head_attention_forward = _attention(attention)
     notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
     levels = [own.level for own in notes]
     for own in notes:
@@ -239,7 +261,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-        F.local_response_norm = plain
+        F.local_response_norm, F.multi_head_attention_forward = plain, attention
         torch.autocast.__enter__, torch.autocast.__exit__ = autocast
         torch.fx.proxy.TracerBase._filter_traceback_frames = frames
         for own, level in zip(notes, levels, strict=True):

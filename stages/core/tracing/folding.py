@@ -63,7 +63,7 @@ class Folding:
             value = self._evaluate(fx, own, like, known)
             value = value if order is None else value.permute(order)
             value = value if order is None or shape is None else value.reshape(shape)
-            if value.is_floating_point():
+            if value.is_floating_point() or value.dtype == torch.bool:  # a mask is of ones and zeros
                 value = value.to(like)
             own[name] = value.contiguous().clone()
         return own

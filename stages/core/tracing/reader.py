@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.places import CodePlace
 from stages.core.runtime.errors import InputError
-from stages.core.tracing.export import opname
+from stages.core.tracing.export import INPUT, opname
 from stages.core.tracing.folding import Folding, made_like
 from stages.core.tracing.rearranging import Factors
 
@@ -132,7 +132,8 @@ class Reader:
         if fx in self.names:
             return self.names[fx]
         if fx in self.known:
-            raise self.unknown(fx, "a constant in the place of a value")
+            self._as_value(fx)
+            return self.value(fx)
         if fx not in self.factors:
             raise self.unknown(fx, f"{opname(fx)} of several values")
         source, factors = self.factors[fx]
@@ -140,6 +141,32 @@ class Reader:
             return self.value(source)
         self.node(fx, "rearrange", [source], factors.attributes())
         return self.names[fx]
+
+    def _as_value(self, fx: torch.fx.Node) -> None:
+        """What depends on parameters and constants alone in the place of a value (learned queries, coordinates).
+
+        What was made of a parameter after it was given images is read as of any value; before, it is folded.
+        """
+        of = [n for n in fx.all_input_nodes if n in self.known and images_at(n.meta["val"]) is not None]
+        self.known.discard(fx)
+        if of and self.from_parameters(fx):
+            for inner in of:
+                self._as_value(inner)
+            before, self.at = self.at, fx
+            self._read(fx)
+            self.at = before
+            return
+        value = fx.meta["val"]
+        images = images_at(value)
+        if images is None and not (value.dim() and value.shape[0] == 1):
+            raise self.unknown(fx, "a constant in the place of a value")
+        settings: dict[str, Any] = {"images": images or 0, "rank": value.dim()}
+        if not self.from_parameters(fx):
+            found = self.folding.value(fx, self.module)
+            settings |= {"common": True, "even": bool((found == found.flatten()[:1]).all())}
+        name, parameters = self.name(fx, {}), {"value": self.folding.want(fx)}
+        self.add(Node(name, "constant_parameter", (self.nodes[0].name,), settings, parameters), fx)
+        self.names[fx] = name
 
     def through(self, fx: torch.fx.Node) -> torch.fx.Node:
         """The call that gives what a call passes on."""
@@ -157,8 +184,9 @@ class Reader:
         call = self.calls.get(name, self.calls.get(name.strip("_")))
         if name in SKIPPED:
             if fx.users:
-                kinds = [own.meta["val"].is_floating_point() for own in (fx.args[0], fx)]
-                if kinds == [False, True]:
+                before = fx.args[0].meta["val"]
+                whole = not before.is_floating_point() and before.dtype != torch.bool
+                if whole and fx.meta["val"].is_floating_point():
                     where = place_of(fx, type(self.module).__name__)
                     raise where.refusal(
                         "whole numbers made floats", "the same images as floats, images.float()"
@@ -258,6 +286,12 @@ class Reader:
     def unknown(self, fx: torch.fx.Node, what: str) -> InputError:
         """The refusal: what has no rule, in which module, at which line of the user's."""
         return place_of(fx, type(self.module).__name__).refusal(f"no rule for {what}")
+
+
+def images_at(value: Any) -> int | None:
+    """The dimension that counts images."""
+    shape = value.shape if isinstance(value, Tensor) else ()
+    return next((d for d, n in enumerate(shape) if n and n % INPUT == 0), None)
 
 
 def place_of(fx: torch.fx.Node, kind: str) -> CodePlace:

@@ -75,20 +75,30 @@ def _perturbed_run(
     for name, tensor in _distinct(module):
         tensor.copy_(_perturbed(name, tensor, generator))
     state = {name: tensor.detach().clone() for name, tensor in state_of(module).items()}
-    what = f"{type(module).__name__}, verified in double precision,"
-    with users_code(what, "a forward that takes its weights' type"), _Doubles():
+    with (
+        users_code(
+            f"{type(module).__name__}, verified in double precision,",
+            "a forward that takes its weights' type",
+        ),
+        _Double(),
+    ):
         return state, x, module(x)
 
 
-class _Doubles(TorchDispatchMode):
-    """What a forward turns into floats of its own choice (x.float()) is double, as all else is."""
+class _Double(TorchDispatchMode):
+    """A forward that names a type (`x.float()` before a norm, `torch.zeros(n, h)`) has double in its place."""
+
+    LESS = (torch.float32, torch.float16, torch.bfloat16)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        kind = kwargs.get("dtype")
-        if func is torch.ops.aten._to_copy.default and kind is not None and kind.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
+        kwargs = dict(kwargs or {})
+        made = not any(isinstance(own, Tensor) for own in torch.utils._pytree.tree_leaves((args, kwargs)))
+        if not made and kwargs.get("dtype") in self.LESS:
+            kwargs["dtype"] = torch.float64
+        found = func(*args, **kwargs)
+        if made and isinstance(found, Tensor) and found.dtype in self.LESS:
+            return found.double()  # of the numbers that it has in single precision
+        return found
 
 
 def _images(example: Tensor, graph: Graph, generator: torch.Generator) -> Tensor:

@@ -23,8 +23,12 @@ def test_more_threads_than_the_machine_can_use_are_bounded_and_said_once(caplog)
 class Counts(ctypes.Structure):
     """What mallinfo2 of glibc returns."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()]
-    _fields_ += [(name, ctypes.c_size_t) for name in "uordblks fordblks keepcost".split()]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+        )
+    ]  # fmt: skip
 
 
 def mapped() -> int:

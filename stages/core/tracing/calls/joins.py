@@ -7,8 +7,8 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import Node
-from stages.core.graph.operations import UNARY
-from stages.core.tracing.reader import Reader
+from stages.core.graph.operations import COMPARED, UNARY
+from stages.core.tracing.reader import Reader, images_at
 
 BINARY_CALLS = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "true_divide": "divide",
@@ -16,7 +16,18 @@ BINARY_CALLS = {
     "multiply": "multiply", "divide": "divide", "maximum": "maximum", "minimum": "minimum",
 }  # fmt: skip
 
-NUMBERS = {"add": "shift", "subtract": "shift", "multiply": "scale", "divide": "divide_by"}
+COMPARISONS = {
+    **{name: name for name in COMPARED}, "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
+    "not_equal": "ne",
+}  # fmt: skip
+NUMBERS = {
+    **{name: f"{name}_number" for name in COMPARED},
+    "add": "shift",
+    "subtract": "shift",
+    "multiply": "scale",
+    "divide": "divide_by",
+    "raise": "power",
+}
 SPELLED = {
     "hardtanh_": "hardtanh",
     "log_sigmoid_forward": "log_sigmoid",
@@ -61,7 +72,10 @@ def binary(
     else:
         value, lone = (a, b) if reader.is_value(a) else (b, a)
         if len(reader.shape(lone)) > len(reader.shape(value)):
-            raise reader.unknown(fx, f"{name} of a parameter that has more dimensions than the value")
+            if images_at(lone.meta["val"]) is None:
+                raise reader.unknown(fx, f"{name} of a parameter that has more dimensions than the value")
+            reader.node(fx, name, [a, b], name=called)  # of a constant that is given images, as a first state
+            return
         attributes = {"reverse": True} if value is b and name in ("subtract", "divide") else {}
         parameter, view = reader.seen(lone)
         if view:
@@ -93,10 +107,50 @@ def _rsub(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
 
 
 def _pow(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    exponent = reader.number(given.get("exponent"))
-    if not isinstance(exponent, int | float) or not reader.is_value(given["self"]):
-        raise reader.unknown(fx, "a power that depends on a value")
-    reader.node(fx, "power", [given["self"]], {"value": exponent})
+    if not reader.is_value(given["self"]):
+        raise reader.unknown(fx, "a power of a number")
+    binary(reader, fx, "raise", {"self": given["self"], "other": given["exponent"]})
+
+
+def _where(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """By a condition that depends on the input, or by a mask."""
+    condition, sides = given["condition"], {"true": given["self"], "false": given["other"]}
+    found = {role: reader.number(side) for role, side in sides.items()}
+    numbers = {role: side for role, side in found.items() if isinstance(side, int | float)}
+    values = [side for side in found.values() if reader.is_value(side)]
+    if len(numbers) + len(values) < 2:
+        raise reader.unknown(fx, "where with a tensor that does not depend on the input")
+    if reader.is_value(condition):
+        reader.node(fx, "where", [condition, *values], numbers)
+    elif not numbers:
+        raise reader.unknown(fx, "where of two values by a mask")
+    else:
+        ((role, number),) = numbers.items()
+        _fill(reader, fx, values[0], condition, number, role == "true")
+
+
+def _masked_fill(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    sides = {"condition": given["mask"], "self": given["value"], "other": given["self"]}
+    _where(reader, fx, sides)
+
+
+def _fill(
+    reader: Reader, fx: torch.fx.Node, value: torch.fx.Node, mask: torch.fx.Node, number: float, where: bool
+) -> None:
+    """A number in a value's place wherever a mask says ``where``."""
+    if len(reader.shape(mask)) > len(reader.shape(value)):
+        raise reader.unknown(fx, "a mask that has more dimensions than the value")
+    with reader.graph.inserting_before(fx):
+        call = torch.ops.aten.ne if where else torch.ops.aten.eq
+        ones = reader.graph.call_function(call.Scalar, (mask, 0))
+        ones.meta["val"] = mask.meta["val"].bool()
+    reader.known.add(ones)
+    reader.node(fx, "fill_parameter", [value], {"fill": number}, {"value": reader.parameter(ones)})
+
+
+def _not(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Of a comparison, which is one or zero."""
+    reader.node(fx, "eq_number", [given["self"]], {"value": 0})
 
 
 def _glu(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -131,10 +185,16 @@ JOINS = {
     "addcmul": _addcmul,
     "rsub": _rsub,
     "pow": _pow,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "logical_not": _not,
+    "bitwise_not": _not,
+    **{name: partial(_called, name="multiply") for name in ("logical_and", "bitwise_and", "and")},
+    **{name: partial(_called, name="maximum") for name in ("logical_or", "bitwise_or", "or")},
     "glu": _glu,
     "prelu": _prelu,
     "local_response_norm": _local_response_norm,
-    **{call: partial(_called, name=name) for call, name in BINARY_CALLS.items()},
+    **{call: partial(_called, name=name) for call, name in (BINARY_CALLS | COMPARISONS).items()},
     **{name: partial(_elementwise, name=name) for name in UNARY},
     **{call: partial(_elementwise, name=name) for call, name in SPELLED.items()},
 }

@@ -40,7 +40,7 @@ def _matmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     elif reader.is_value(b) and len(reader.shape(a)) == 2 and len(reader.shape(b)) > 2:
         _in_front(reader, fx, reader.parameter(a), b)
     else:
-        raise reader.unknown(fx, "a matrix product with a parameter in front or of many dimensions")
+        reader.node(fx, "matmul", [a, b])  # one of the two as a value that is the same for every image
 
 
 def _in_front(reader: Reader, fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:

@@ -79,7 +79,7 @@ def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node]
     rank = len(reader.shape(fx))
     if reader.shape(tensors[0])[dim] % INPUT == 0:
         raise reader.unknown(fx, "images side by side")
-    values = [i for i, t in enumerate(tensors) if reader.is_value(t)]
+    values = [i for i, t in enumerate(tensors) if reader.is_value(t) or _is_table(reader, t)]
     if len(values) == len(tensors):
         reader.node(fx, "concatenate", tensors, {"dim": dim % rank})
         return
@@ -100,6 +100,12 @@ def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node]
         reader.nodes.append(Node(name, operation, (before,), attributes, parameters))
         reader.taken.add(name)
         reader.names[fx] = name
+
+
+def _is_table(reader: Reader, part: torch.fx.Node) -> bool:
+    """Whether a constant is of numbers that are no parameters (coordinates), and not zero."""
+    part = reader.through(part)
+    return not reader.from_parameters(part) and bool(reader.folding.value(part, reader.module).any())
 
 
 def _beside(
@@ -131,13 +137,6 @@ def _stack(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.nodes.append(Node(name, "concatenate", tuple(names), {"dim": dim}))
     reader.taken.update((name, *names))
     reader.names[fx] = name
-
-
-def _copy(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    """One value in the place of another, all of it."""
-    if not reader.is_value(given["src"]) or reader.shape(given["src"]) != reader.shape(fx):
-        raise reader.unknown(fx, "a copy of another shape, or of a constant")
-    reader.same[fx] = given["src"]
 
 
 def _windows(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
@@ -176,7 +175,6 @@ MOVING = {
     "channel_shuffle": _channel_shuffle,
     "native_channel_shuffle": _channel_shuffle,
     "cat": _cat,
-    "copy": _copy,
     "concat": _cat,
     "concatenate": _cat,
     "stack": _stack,

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from stages.core.graph.nodes import Node
 from stages.core.tracing.export import INPUT, opname
 from stages.core.tracing.reader import Reader
 
@@ -151,13 +152,78 @@ def _expand(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     sizes = [n if i < ahead or before[i - ahead] != n else -1 for i, n in enumerate(after)]
     if all(n == -1 for n in sizes):
         reader.same[fx] = given["self"]
-    elif any(n != -1 and n % INPUT == 0 for n in sizes):
+    elif any(n != -1 and n % INPUT == 0 for n in sizes):  # of a parameter: then it is a value
         raise reader.unknown(fx, "a value repeated over images")
     else:
         reader.node(fx, "expand", [given["self"]], {"sizes": sizes})
 
 
+def _repeat(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Copies side by side along the dimensions of the value."""
+    times, shape = list(given.get("repeats", given.get("dims"))), reader.shape(given["self"])
+    if len(times) != len(shape) or times[0] != 1:
+        raise reader.unknown(fx, "a value repeated over images or over new dimensions")
+    sizes = [n if n > 1 and own == 1 else -1 for n, own in zip(times, shape, strict=True)]
+    steps = [("concatenate", {"dim": d}, n) for d, n in enumerate(times) if n > 1 and sizes[d] == -1]
+    if any(n != -1 for n in sizes):
+        steps.insert(0, ("expand", {"sizes": sizes}, 1))
+    if not steps:
+        reader.same[fx] = given["self"]
+        return
+    own, value = reader.name(fx, {}), reader.value(given["self"])
+    for i, (operation, attributes, copies) in enumerate(steps):
+        name = own if i == len(steps) - 1 else f"{own}_{i}"
+        reader.add(Node(name, operation, (value,) * copies, attributes))
+        value = name
+    reader.names[fx] = own
+
+
+def _copy(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """What is written over a value takes its place."""
+    if reader.shape(given["self"]) != reader.shape(given["src"]):
+        raise reader.unknown(fx, "a value written over one of another shape")
+    reader.same[fx] = given["src"]
+    if not reader.is_value(given["src"]):
+        reader.known.add(fx)
+
+
+def _slice_scatter(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """A value written over a part of another (`y[:, :8] = ...`), or into zeros."""
+    base, part, shape = given["self"], given["src"], reader.shape(given["self"])
+    dim = given["dim"] % len(shape)
+    start, stop, step = slice(given["start"], given["end"], given["step"]).indices(shape[dim])
+    if (start, stop, step) == (0, shape[dim], 1):
+        reader.same[fx] = part
+        if not reader.is_value(part):
+            reader.known.add(fx)
+        return
+    if step != 1 or shape[dim] % INPUT == 0:
+        raise reader.unknown(fx, "a value written over every other place, or over images")
+    if not reader.is_value(base):
+        held = reader.folding.value(reader.through(base), reader.module)
+        if bool((held != 0).any()) or reader.from_parameters(reader.through(base)):
+            raise reader.unknown(fx, "a value written into a constant other than zeros")
+        behind = len(shape) - 1 - dim
+        _pad(reader, fx, {"self": part, "pad": [0, 0] * behind + [start, shape[dim] - stop]})
+        return
+    own, value, parts = reader.name(fx, {}), reader.value(base), []
+    for end, (first, last) in (("before", (0, start)), ("behind", (stop, shape[dim]))):
+        if first < last:
+            cut = {"dim": dim, "start": first, "stop": last, "step": 1}
+            reader.add(Node(f"{own}_{end}", "slice", (value,), cut))
+            parts.append(f"{own}_{end}")
+    if not reader.is_value(part):
+        raise reader.unknown(fx, "a constant written over a part of a value")
+    parts.insert(1 if start else 0, reader.value(part))
+    reader.add(Node(own, "concatenate", tuple(parts), {"dim": dim}))
+    reader.names[fx] = own
+
+
 PLACES = {
+    "repeat": _repeat,
+    "tile": _repeat,
+    "copy": _copy,
+    "slice_scatter": _slice_scatter,
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,
