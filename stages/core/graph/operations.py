@@ -218,7 +218,7 @@ def _where(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return torch.where(x[0] != 0, *chosen)
 
 
-COMPARED = ("gt", "ge", "lt", "le", "eq", "ne")
+COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 BINARY = {
     "add": torch.add,
     "subtract": torch.sub,
@@ -227,7 +227,7 @@ BINARY = {
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "raise": torch.pow,
-    **{name: _compared(name) for name in COMPARED},
+    **{name: _compared(name) for name in COMPARISONS},
 }
 UNARY = (
     "relu", "relu6", "gelu", "silu", "leaky_relu", "elu", "hardswish", "hardsigmoid", "mish", "sigmoid", "tanh",
@@ -272,7 +272,7 @@ OPERATIONS: dict[str, Operation] = {
     "divide_by": _unary(lambda x, value: x / value),
     "subtract_from": _unary(lambda x, value: value - x),
     "power": _unary(lambda x, value: x**value),
-    **{f"{name}_number": _unary(lambda x, value, name=name: _compared(name)(x, value)) for name in COMPARED},
+    **{f"{name}_number": _unary(lambda x, value, name=name: _compared(name)(x, value)) for name in COMPARISONS},
     "where": Operation(_where, rules.same),
     "fill_parameter": Operation(  # value: one where it is filled with a number, zero elsewhere
         lambda x, p, a: torch.where(p["value"] != 0, a["fill"], x[0]), rules.same

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MOST_STEPS = 64  # some ten operations each
-State = tuple[Tensor, ...]
+Hidden = tuple[Tensor, ...]
 Cell = Callable[
-    [Tensor, State, Tensor], State
+    [Tensor, Hidden, Tensor], Hidden
 ]  # of the maps of the input and of the state; the state's first is given
 
 
-def _lstm(x: Tensor, state: State, own: Tensor) -> State:
+def _lstm(x: Tensor, state: Hidden, own: Tensor) -> Hidden:
     i, f, g, o = (x + own).chunk(4, -1)
     kept = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(kept), kept
 
 
-def _gru(x: Tensor, state: State, own: Tensor) -> State:
+def _gru(x: Tensor, state: Hidden, own: Tensor) -> Hidden:
     (r, z, n), (own_r, own_z, own_n) = x.chunk(3, -1), own.chunk(3, -1)
     z = torch.sigmoid(z + own_z)
     return ((1 - z) * torch.tanh(n + torch.sigmoid(r + own_r) * own_n) + z * state[0],)

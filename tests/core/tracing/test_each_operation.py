@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.core.graph.operations import ADAPTIVE, COMPARED, OPERATIONS, POOLS, UNARY
+from stages.core.graph.operations import ADAPTIVE, COMPARISONS, OPERATIONS, POOLS, UNARY
 from stages.core.tracing.trace import trace
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -109,7 +109,7 @@ BINARY = {
     "add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "maximum": torch.maximum,
     "minimum": torch.minimum, "divide": lambda a, b: a / (b.abs() + 1),
     "raise": lambda a, b: (a.sigmoid() + 0.2) ** b,
-    **{name: lambda a, b, name=name: a + (a * getattr(torch, name)(a, b)) for name in COMPARED},
+    **{name: lambda a, b, name=name: a + (a * getattr(torch, name)(a, b)) for name in COMPARISONS},
 }  # fmt: skip
 MADE = {  # operation: constructor
     "linear": lambda: Tokens(lambda m, x: m.one(x).relu(), one=nn.Linear(8, 8)),
@@ -133,7 +133,7 @@ MADE = {  # operation: constructor
     "divide_by": body()(lambda m, x: x / 0.7),
     "subtract_from": body()(lambda m, x: 0.7 - x),
     "power": body()(lambda m, x: x**2),
-    **{f"{name}_number": body()(lambda m, x, name=name: x + x * getattr(torch, name)(x, 0.1)) for name in COMPARED},
+    **{f"{name}_number": body()(lambda m, x, name=name: x + x * getattr(torch, name)(x, 0.1)) for name in COMPARISONS},
     "where": body()(lambda m, x: torch.where(x > 0, x, x.sin())),
     "fill_parameter": lambda: Tokens(
         lambda m, x: x.masked_fill(torch.tensor([0, 1, 0, 1]).bool()[:, None], 0.5).relu()),

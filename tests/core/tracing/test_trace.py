@@ -393,7 +393,6 @@ REFUSALS = {
     "mean of all": (lambda m, x: m.conv(x).mean(), "mean over everything"),
     "concatenate rows": (lambda m, x: torch.cat([m.conv(x), x.mul(2)], 2), EXPORT),
     "concatenate images": (lambda m, x: (lambda y: torch.cat([y, y], 0))(m.conv(x)), "images side by side"),
-    "linear on pixels": (lambda m, x: m.conv(m.one(x)), "linear reads dimension 3"),
     "wrong width": (lambda m, x: m.fc(average(x)), EXPORT),
 }  # fmt: skip
 

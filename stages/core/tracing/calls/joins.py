@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import Node
-from stages.core.graph.operations import COMPARED, UNARY
+from stages.core.graph.operations import COMPARISONS, UNARY
 from stages.core.tracing.reader import Reader, images_at
 
 BINARY_CALLS = {
@@ -16,12 +16,12 @@ BINARY_CALLS = {
     "multiply": "multiply", "divide": "divide", "maximum": "maximum", "minimum": "minimum",
 }  # fmt: skip
 
-COMPARISONS = {
-    **{name: name for name in COMPARED}, "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
+SPELLED_COMPARISONS = {
+    **{name: name for name in COMPARISONS}, "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
     "not_equal": "ne",
 }  # fmt: skip
 NUMBERS = {
-    **{name: f"{name}_number" for name in COMPARED},
+    **{name: f"{name}_number" for name in COMPARISONS},
     "add": "shift",
     "subtract": "shift",
     "multiply": "scale",
@@ -194,7 +194,7 @@ JOINS = {
     "glu": _glu,
     "prelu": _prelu,
     "local_response_norm": _local_response_norm,
-    **{call: partial(_called, name=name) for call, name in (BINARY_CALLS | COMPARISONS).items()},
+    **{call: partial(_called, name=name) for call, name in (BINARY_CALLS | SPELLED_COMPARISONS).items()},
     **{name: partial(_elementwise, name=name) for name in UNARY},
     **{call: partial(_elementwise, name=name) for call, name in SPELLED.items()},
 }
