@@ -278,8 +278,6 @@ INPUTS = {
     "time before channels": (lambda: ChannelsLast((0, 2, 1, 3)), (8, 3, 8)),
     "without a channel": (Grey, (8, 8)),
     "points": (Points, (9, 3)),
-    "norms in single precision": (Grouped, IMAGE),
-    "recurrent by hand": (Recurrent, (4, 5)),
     "lstm": (lambda: Layers(nn.LSTM, num_layers=2, dropout=0.1), IMAGE),
     "gru both ways": (lambda: Layers(nn.GRU, bidirectional=True), IMAGE),
     "rnn": (lambda: Layers(nn.RNN, nonlinearity="relu", bias=False), IMAGE),
@@ -293,4 +291,8 @@ INPUTS = {
     "copies of channels": (Copies, IMAGE),
     "written over a part": (Written, IMAGE),
     "shifted in time": (Shift, (3, 3, 8, 8)),
+}
+SINGLE = {  # whose forward names single precision, and so takes no other weights
+    "norms in single precision": (Grouped, IMAGE),
+    "recurrent by hand": (Recurrent, (4, 5)),
 }

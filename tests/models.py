@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conv_styles  # noqa: E402
 import gates  # noqa: E402
+import input_styles  # noqa: E402
 import styles  # noqa: E402
 
 from stages.core.runtime.errors import InputError  # noqa: E402
@@ -73,6 +74,7 @@ OWN = 224  # the side of the images that most are published for
 
 MODELS: dict[str, Model] = {
     **quick(styles.STYLES),
+    **quick(input_styles.SINGLE),
     **quick(conv_styles.STYLES),
     "global context": Model(*conv_styles.REFUSED["global context"], quick=True),
     "timm resnet18": timm("resnet18"),
