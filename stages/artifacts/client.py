@@ -245,7 +245,7 @@ def reason(error: Exception) -> str:
     """The innermost part of a nested network error, in one line: `[Errno 111] Connection refused`."""
     inner = getattr(error, "kwargs", {}).get("error") or error
     text = " ".join(str(inner).split()).removesuffix("')").split(">: ")[-1].split("Connection broken: ")[-1]
-    return _redacted(text)
+    return _redacted(re.sub(r"^\w*Connection\(host=.*?\): ", "", text))
 
 
 def _redacted(text: str) -> str:

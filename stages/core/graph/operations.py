@@ -19,6 +19,7 @@ from stages.core.runtime.errors import InputError
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
 Run = Callable[[Inputs, Parameters, Attributes], Tensor]
+MOST_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def _concatenate(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 def _constant(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """The same for each image. images: which of ``rank`` dimensions counts them. common, even: see rules."""
+    if not 0 < a["rank"] <= MOST_DIMENSIONS:
+        raise ValueError(f"a constant of {a['rank']} dimensions")
     return p["value"].expand([x[0].size(0) if d == a["images"] else -1 for d in range(a["rank"])])
 
 
