@@ -1,5 +1,6 @@
 """Archives as a tree of names: what is in them, and what is refused."""
 
+import contextlib
 import copy
 import gzip
 import io
@@ -235,11 +236,15 @@ def test_a_tar_file_cut_anywhere_is_whole_or_one_line(tmp_path_factory, data):
 def test_a_flipped_header_of_a_tar_file_never_loses_a_member(tmp_path_factory, data):
     whole = bytearray(mini.packed(PARTS, "tar"))
     headers = [i for i in range(0, len(whole), 512) if whole[i + 257 : i + 262] == b"ustar"]
-    at = data.draw(st.sampled_from(headers)) + data.draw(st.integers(0, 499))
-    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    at = data.draw(st.integers(0, 499))
+    whole[data.draw(st.sampled_from(headers)) + at] ^= 1 << data.draw(st.integers(0, 7))
     path = tmp_path_factory.mktemp("flip") / "x.tar"
     path.write_bytes(whole)
-    assert "x.tar: not a whole" in refused(path)
+    if at in (154, 155):  # behind the digits of the checksum, which it does not cover
+        with contextlib.suppress(InputError), Archive([path]) as archive:
+            assert content(archive) == PARTS
+    else:
+        assert "x.tar: not a whole" in refused(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

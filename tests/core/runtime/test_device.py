@@ -1,13 +1,15 @@
 """Threads and generators that every stage has from its parameters."""
 
 import ctypes
+import json
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from stages.core.runtime.device import bounded_threads, freed_memory_returned
+from stages.core.runtime.device import bounded_threads
 
 
 def test_more_threads_than_the_machine_can_use_are_bounded_and_said_once(caplog):
@@ -20,32 +22,36 @@ def test_more_threads_than_the_machine_can_use_are_bounded_and_said_once(caplog)
     assert caplog.messages[0].startswith(f"threads: 5000 asked for, {4 * cores} used")
 
 
-class Counts(ctypes.Structure):
-    """What mallinfo2 of glibc returns."""
+MAPPED = """
+import ctypes, json
+import torch
+from stages.core.runtime.device import freed_memory_returned
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
-        )
-    ]  # fmt: skip
+class Counts(ctypes.Structure):  # what mallinfo2 of glibc returns
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
 
-
-def mapped() -> int:
-    """Bytes in blocks that malloc has mapped for themselves: freed, they are back with the system at once."""
+def mapped():  # bytes in blocks that are mapped for themselves: freed, they are back with the system at once
     count = ctypes.CDLL(None).mallinfo2
     count.restype = Counts
     return count().hblkhd
 
+found = [mapped()]
+with freed_memory_returned():
+    tensor = torch.full((12 * 2**20,), 1, dtype=torch.uint8)
+    found.append(mapped())
+    del tensor
+    found.append(mapped())
+tensor = torch.full((12 * 2**20,), 1, dtype=torch.uint8)
+print(json.dumps([*found, mapped()]))
+"""
+
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a count of glibc 2.33 and later")
 def test_freed_memory_is_returned_within_and_kept_behind():
-    size, before = 12 * 2**20, mapped()
-    with freed_memory_returned():
-        tensor = torch.full((size,), 1, dtype=torch.uint8)
-        assert mapped() - before >= size
-        del tensor
-        assert mapped() <= before
-    tensor = torch.full((size,), 1, dtype=torch.uint8)
-    assert mapped() <= before
-    del tensor
+    """In a process of its own: what others have freed before would be used again."""
+    done = subprocess.run([sys.executable, "-c", MAPPED], stdout=subprocess.PIPE, text=True, check=True)
+    before, within, freed, behind = json.loads(done.stdout)
+    assert within - before >= 12 * 2**20
+    assert freed == before
+    assert behind == before
