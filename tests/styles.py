@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from channel_styles import CHANNELS
+from head_styles import HEADS
 from input_styles import INPUTS
 from torch import nn
 
@@ -510,4 +511,5 @@ STYLES = {
     "pixel shuffle": (lambda: Spelled(lambda m, x: F.pixel_unshuffle(x, 2), head=16), IMAGE),
     **CHANNELS,
     **INPUTS,
+    **HEADS,
 }  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stages.core.align.alignment import Alignment
-from stages.core.graph.nodes import Graph, Node
+from stages.core.graph.nodes import Graph
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.merged.network import MergedNetwork
@@ -28,17 +28,14 @@ from stages.core.runtime import ranks
 Values = Mapping[str, Tensor]
 
 
-def logits_of(graph: Graph) -> Node:
-    """The node that gives the logits: the head, whatever follows it (a softmax, a temperature), or the last one."""
-    return graph.head or graph.output
-
-
 def watched_values(trace: Trace, features: str) -> list[str]:
-    """Names of the values to imitate. last: what a Linear head reads; stages: and the last map of each size."""
+    """Names of the values to imitate. last: what the head reads; stages: and the last map of each size.
+
+    Those that do not have images first (frames of a film, sequences) are left out.
+    """
     if features == "none":
         return []
-    output = logits_of(trace.graph)
-    found = list(output.inputs[:1]) if output.operation == "linear" else []
+    found = list(trace.graph.head.inputs) if trace.graph.head is not None else []
     if features == "stages":
         maps = {trace.shapes[node.name][2:] for node in trace.graph.nodes if node.operation == "conv2d"}
         ends = {
@@ -48,7 +45,7 @@ def watched_values(trace: Trace, features: str) -> list[str]:
             if trace.shapes[node.name][2:] in maps and trace.shapes[node.name][2:].numel() > 1
         }
         found = [*ends.values(), *(name for name in found if name not in ends.values())]
-    return found
+    return [name for name in found if trace.shapes[name][0] == 1]
 
 
 def values_at(
@@ -56,7 +53,7 @@ def values_at(
 ) -> dict[str, Tensor]:
     """Some of a network's values for a batch, the output among them; differentiable, in the network's own mode."""
     values, found, last = {graph.nodes[0].name: x}, {}, graph.last_uses()
-    output = logits_of(graph)
+    output = graph.scores
     for node in graph.nodes[1:]:
         values[node.name] = network.run_node(node, [values[name] for name in node.inputs])
         if node.name in names or node is output:
@@ -126,14 +123,14 @@ class Teacher:
         self.joint = joint if self.separate and len(self.members) == 1 else 0.0
         like = next(iter(sources[0].state.values()))
         self._known = {name: _Known(network, alignment, name, self.members, like) for name in self.names}
-        output = logits_of(network.trace.graph).name
+        output = network.trace.graph.scores.name
         self._classes = [own.to(like.device) for own in network.arrangement(output).positions]
         self.variance: dict[str, float] = dict.fromkeys(self.names, 1.0)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Lesson:
         """What the members say about a batch: their mean, weighted by their shares."""
-        graph, output = self.network.trace.graph, logits_of(self.network.trace.graph).name
+        graph, output = self.network.trace.graph, self.network.trace.graph.scores.name
         found = [values_at(self.sources[m], graph, x, self.names) for m in self.members]
         values = {name: self._together(name, [own[name] for own in found]) for name in self.names}
         logits = [_precise(own[output]) for own in found]
@@ -175,7 +172,8 @@ class Teacher:
 
     def losses(self, values: Values, lesson: Lesson) -> Tensor:
         """How far the merged network is from the lesson, image by image. values: the network's own. Returns (n,)."""
-        output = logits_of(self.network.trace.graph).name
+        output = self.network.trace.graph.scores.name
+        at = self.network.trace.layouts[output].dim
         logits = _precise(values[output])
         found = logits.new_zeros(len(logits))
         for name, goal in lesson.values.items():
@@ -183,12 +181,15 @@ class Teacher:
             own = values[name].index_select(dim, self._known[name].entries)
             found = found + (own - goal).flatten(1).to(found.dtype).square().mean(1) / self.variance[name]
         for task, goal in lesson.logits.items():
-            own = logits.index_select(1, self._classes[task]) if self.separate else logits
-            known = goal.log_softmax(1)
-            found = found + (known.exp() * (known - own.log_softmax(1))).sum(1)
+            own = logits.index_select(at, self._classes[task]) if self.separate else logits
+            known = goal.log_softmax(at)
+            off = (known.exp() * (known - own.log_softmax(at))).sum(at)
             if self.joint:
-                among = logits.log_softmax(1).index_select(1, self._classes[task])
-                found = found - self.joint * (known.exp() * among).sum(1)
+                among = logits.log_softmax(at).index_select(at, self._classes[task])
+                off = off - self.joint * (known.exp() * among).sum(at)
+            found = found + (
+                off.flatten(1).mean(1) if off.dim() > 1 else off
+            )  # over places with logits of their own
         return found
 
 

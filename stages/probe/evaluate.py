@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stages.core.graph.nodes import Graph
 from stages.core.graph.source import Source
 from stages.core.merged.network import MergedNetwork
 from stages.core.runtime.errors import InputError
@@ -33,14 +34,14 @@ class OneForAll:
         network = self.network
         if not network.corrected:
             features = network.features(x)
-            return network.logits(features), features.flatten(1)
+            return network.logits(features), _flat(features, network.trace.graph, len(x))
         if network.labels == "shared":
             features = network.features(x, network.tasks[task].name)
-            return network.logits(features, task), features.flatten(1)
+            return network.logits(features, task), _flat(features, network.trace.graph, len(x))
         # each head reads what its own task's corrections give
         each = [network.features(x, own.name) for own in network.tasks]
         logits = [network.logits(features, index) for index, features in enumerate(each)]
-        return torch.cat(logits, 1), each[task].flatten(1)
+        return torch.cat(logits, 1), _flat(each[task], network.trace.graph, len(x))
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,13 @@ class Oracle:
 
 def _run(source: Source, x: Tensor) -> tuple[Tensor, Tensor]:
     features = source.features(x)
-    return source.logits(features), features.flatten(1)
+    return source.logits(features), _flat(features, source.graph, len(x))
+
+
+def _flat(features: Tensor, graph: Graph, images: int) -> Tensor:
+    """(n, features). Of maps that a convolution reads as head, means over places; of frames, all of an image."""
+    maps = graph.head is not None and graph.head.operation != "linear"
+    return (features.flatten(2).mean(2) if maps else features).reshape(images, -1)
 
 
 @torch.no_grad()

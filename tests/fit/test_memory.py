@@ -44,6 +44,9 @@ print(json.dumps(found))
 """
 
 
+LIBRARY = 96 << 20  # bytes: packed weights and scratch space of convolutions, whatever the number of images
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("storage", ["memory", "disk"])
@@ -53,6 +56,6 @@ def test_a_fit_at_224_pixels_takes_the_memory_that_was_predicted(storage):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     # memory that the process has kept from before is used again, and does not show; of files the system counts pages
-    # too, which it takes back when it needs them
-    above = {"memory": 1.05, "disk": 1.5}[storage]
-    assert 0.8 * found["predicted"] < found["used"] < above * found["predicted"], found
+    # too, which it takes back when it needs them; what the convolution library keeps depends on the processor
+    above = {"memory": 1.05, "disk": 1.5}[storage] * found["predicted"] + LIBRARY
+    assert 0.8 * found["predicted"] < found["used"] < above, found

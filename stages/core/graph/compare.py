@@ -1,9 +1,11 @@
 """Whether several networks are of one architecture, so that they can be merged."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.runtime.errors import InputError
 
@@ -44,11 +46,23 @@ def _check_length(first: Source, other: Source) -> None:
 
 def _check_graph(first: Source, other: Source) -> None:
     for a, b in zip(first.graph.nodes, other.graph.nodes, strict=True):
-        if a != b:
+        if a != b and not (a in first.graph.tail and _but_for_width(a) == _but_for_width(b)):
             raise InputError(
                 f"task {other.task.name}: {b.name} is {b.operation} {dict(b.attributes)}, in the first network "
                 f"{a.name} is {a.operation} {dict(a.attributes)}; allowed: networks of one architecture"
             )
+
+
+def _but_for_width(node: Node) -> Node:
+    """A node without the extents that are read off a value: behind heads, which may have other numbers of classes."""
+    if node.operation != "rearrange":
+        return node
+    a = node.attributes
+    atoms = [
+        [1 if i == free else atom for i, atom in enumerate(own)]
+        for own, free in zip(a["atoms"], a["free"], strict=True)
+    ]
+    return replace(node, attributes={**a, "atoms": atoms})
 
 
 def _check_tensors(first: Source, other: Source, heads: set[str]) -> None:

@@ -3,6 +3,7 @@
 How each operation runs and where it keeps units is in stages.core.graph.operations and stages.core.graph.rules.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,14 @@ CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 COPIED = ("mix", "along")  # linear maps beside the units, with one weight for all of these
 REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "length")  # length: the root of the sum of squares
+POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+            "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip
+SQUASHING = ("softmax", "log_softmax", "sigmoid", "tanh", "exp", "softplus", "log_sigmoid")
 BEHIND_HEAD = (  # what may stand between the last linear map and the output, class by class or over all classes
-    "softmax", "log_softmax", "sigmoid", "tanh", "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "exp",
-    "neg", "softplus", "log_sigmoid", "hardtanh", "multiply_parameter", "divide_parameter", "add_parameter",
+    *SQUASHING, "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "relu", "neg", "hardtanh",
+    "multiply_parameter", "divide_parameter", "add_parameter",
+    *POOLS, *ADAPTIVE, "mean", "sum", "amax", "amin", "select",  # over places, where each has logits of its own
 )  # fmt: skip
 
 
@@ -71,12 +77,13 @@ class Graph:
 
     @property
     def head(self) -> Node | None:
-        """The last linear map, if all that follows acts on its logits: softmax, a temperature, a norm."""
+        """The last linear map, if all that follows acts on its logits: softmax, a temperature, a norm, a mean over
+        places."""
         by_name = {node.name: node for node in self.nodes}
         node = self.output
-        while node.operation in BEHIND_HEAD and len(node.inputs) == 1:
+        while (node.operation in BEHIND_HEAD or _keeps_apart(node)) and len(node.inputs) == 1:
             node = by_name[node.inputs[0]]
-        return node if node.operation == "linear" else None
+        return node if node.linear else None
 
     @property
     def tail(self) -> tuple[Node, ...]:
@@ -89,6 +96,16 @@ class Graph:
         """Values that hold one entry for each class: the head's and those behind it, or the output."""
         head = self.head
         return {self.output.name} if head is None else {head.name, *(node.name for node in self.tail)}
+
+    @property
+    def scores(self) -> Node:
+        """Whose values a softmax reads: the head, with what follows it up to the first that squashes, or the output."""
+        found = self.head or self.output
+        for node in self.tail:
+            if node.operation in SQUASHING:
+                break
+            found = node
+        return found
 
     def users(self) -> dict[str, list[Node]]:
         """For each node the nodes that read its value."""
@@ -108,6 +125,21 @@ class Graph:
         for name, user in last.items():
             uses[user].append(name)
         return uses
+
+
+def _keeps_apart(node: Node) -> bool:
+    """Whether a node only turns dimensions, drops those of one entry or adds some."""
+    if node.operation != "rearrange":
+        return False
+    sizes = [
+        atom + (free == i)  # images count as more than one
+        for atoms, free in zip(node.attributes["atoms"], node.attributes["free"], strict=True)
+        for i, atom in enumerate(atoms)
+    ]
+    starts = [0, *itertools.accumulate(node.attributes["groups"])]
+    joined = [node.attributes["order"][a:b] for a, b in itertools.pairwise(starts)]
+    whole = all(sum(atom > 1 for atom in atoms) <= 1 for atoms in node.attributes["atoms"])
+    return whole and all(sum(sizes[i] > 1 for i in own) <= 1 for own in joined)
 
 
 def oriented(node: Node, weight: Tensor) -> Tensor:

@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.core.graph import apart, mixing, rules, windows
-from stages.core.graph.nodes import CONVOLUTIONS, REDUCTIONS, TRANSPOSED, Graph, Node, node_parameters
+from stages.core.graph.nodes import (
+    ADAPTIVE,
+    CONVOLUTIONS,
+    POOLS,
+    REDUCTIONS,
+    TRANSPOSED,
+    Graph,
+    Node,
+    node_parameters,
+)
 from stages.core.runtime.errors import InputError
 
 Inputs, Parameters, Attributes = Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]
@@ -238,9 +247,6 @@ UNARY = (
     "neg", "reciprocal", "erf", "sin", "cos", "log_sigmoid", "celu", "softshrink", "hardshrink", "threshold", "log1p",
     "expm1",
 )  # fmt: skip
-POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
-ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-            "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = {
     **{name: _convolution(getattr(F, name)) for name in (*CONVOLUTIONS, *TRANSPOSED)},

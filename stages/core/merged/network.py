@@ -70,7 +70,8 @@ class MergedNetwork(nn.Module):
         self._logits, self._tail = trace.graph.logits, trace.graph.tail
         if labels == "separate" and self.head is None:
             raise InputError(
-                f"{output.name}: separate label spaces need a Linear as the last linear map, found {output.operation}"
+                f"{output.name}: separate label spaces need a linear map whose outputs are the classes, up to the "
+                f"output; found {output.operation}"
             )
         self._pieces = {name: self._held(name) for name in trace.layouts}
         self.maps = nn.ModuleDict()
@@ -224,15 +225,17 @@ class MergedNetwork(nn.Module):
         tail = self._tail
         every = task is None or any(node.parameters for node in tail)
         pieces = self.map_of(self.head).on_pieces(features, None if every else task)
+        dim = self.trace.layouts[self.head.name].dim
         for node in tail:
             if self.has_map(node):
-                sizes = [piece.shape[1] for piece in pieces]
-                pieces = list(self.run_node(node, [torch.cat(pieces, 1)]).split(sizes, 1))
+                sizes = [piece.shape[dim] for piece in pieces]
+                pieces = list(self.run_node(node, [torch.cat(pieces, dim)]).split(sizes, dim))
             else:
                 pieces = [run_node(node, [piece], {}) for piece in pieces]
+            dim = self.trace.layouts[node.name].dim
         if task is not None:
             return pieces[task if every else 0]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def logits(self, features: Tensor, task: int | None = None) -> Tensor:
         """The output from what ``features`` gives: all heads' side by side, or one task's where labels are separate."""
@@ -246,7 +249,7 @@ class MergedNetwork(nn.Module):
         """What the head reads: (n, merged features)."""
         if self.head is None:
             raise InputError(
-                f"the network ends in {self.trace.graph.output.operation}; allowed: a Linear head"
+                f"the network ends in {self.trace.graph.output.operation}; allowed: a linear map, its head"
             )
         index = self._index(task)
         if index is None and self.corrected:

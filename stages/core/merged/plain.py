@@ -82,20 +82,26 @@ class _Writer:
             value = self.linear(head, x, self.net.arrangement(head.name).positions[task])
             pieces = [value]
         else:
-            pieces = self._cut(self.linear(head, x))
+            pieces = self._cut(head, self.linear(head, x))
+        own = [len(positions) for positions in self.net.arrangement(head.name).positions]
+        widths = [own[task]] if alone else own
+        dim = self.trace.layouts[head.name].dim
         for node in tail:
             if self.net.has_map(node):
-                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-                pieces = self._cut(self.node(node, [whole], None))
+                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+                pieces = self._cut(node, self.node(node, [whole], None))
+            elif node.operation == "rearrange":
+                pieces = [self._rearrange(node, p, n) for p, n in zip(pieces, widths, strict=True)]
             else:
                 pieces = [self.node(node, [piece], None) for piece in pieces]
+            dim = self.trace.layouts[node.name].dim
         if task is not None:
             return pieces[0 if alone else task]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
-    def _cut(self, whole: Proxy) -> list[Proxy]:
-        own = pieces_of(self.net.arrangement(self.net.head.name))
-        return [whole.narrow(1, p.start, p.stop - p.start) for p in own] if len(own) > 1 else [whole]
+    def _cut(self, node: Node, whole: Proxy) -> list[Proxy]:
+        own, dim = pieces_of(self.net.arrangement(node.name)), self.trace.layouts[node.name].dim
+        return [whole.narrow(dim, p.start, p.stop - p.start) for p in own] if len(own) > 1 else [whole]
 
     def node(self, node: Node, inputs: Sequence[Proxy], task: int | None) -> Proxy:
         """One operation, with its correction for a task."""
@@ -230,8 +236,11 @@ class _Writer:
             return torch.cat(both if a["first"] else both[::-1], dim)
         return OPERATIONS[node.operation].run(x, p, a)
 
-    def _rearrange(self, node: Node, x: Proxy) -> Proxy:
-        a, shape, dim = node.attributes, self._shape(node.inputs[0]), self.trace.layouts[node.inputs[0]].dim
+    def _rearrange(self, node: Node, x: Proxy, width: int | None = None) -> Proxy:
+        """width: of what is read, where it is a part of the value."""
+        a, dim = node.attributes, self.trace.layouts[node.inputs[0]].dim
+        shape = list(self._shape(node.inputs[0]))
+        shape[dim] = width or shape[dim]
         sizes: list[int] = []
         for d, (atoms, free) in enumerate(zip(a["atoms"], a["free"], strict=True)):
             own = list(atoms)

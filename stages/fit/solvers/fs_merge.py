@@ -22,7 +22,7 @@ from stages.fit.problem import LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solver import LayerSolvers
 from stages.fit.supernet import Supernet
-from stages.fit.teachers import logits_of, step_entries, values_at
+from stages.fit.teachers import step_entries, values_at
 
 
 class Training(Section):
@@ -84,7 +84,7 @@ class FsMerge:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    total, step = total + float(loss) * len(i), step + 1
+                    total, step = total + float(loss.detach()) * len(i), step + 1
                     bar.update()
                 losses.append(total / len(x))
         with torch.no_grad():
@@ -103,7 +103,7 @@ class FsMerge:
     def _imitated(self) -> str:
         """The value of a source that is imitated."""
         graph = self.setup.network.trace.graph
-        return graph.head.inputs[0] if self.setup.network.labels == "separate" else logits_of(graph).name
+        return graph.head.inputs[0] if self.setup.network.labels == "separate" else graph.scores.name
 
     def _lessons(self, task: int, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images of a task, whose they are, and the owner's value for each, flat."""
@@ -113,7 +113,7 @@ class FsMerge:
             x = torch.cat([x, changed(x, self.setup.generator)])
         with torch.no_grad():
             found = [
-                values_at(source, source.graph, part, [name])[name].flatten(1)
+                values_at(source, source.graph, part, [name])[name].reshape(len(part), -1)
                 for part in x.split(self.setup.fit.batch_size)
             ]
         return x, torch.full((len(x),), task, device=x.device), torch.cat(found)
@@ -125,14 +125,20 @@ class FsMerge:
         tensors = {f"network.{key}": value for key, value in supernet.tensors().items()}
         value = torch.func.functional_call(run, tensors, (x,))
         if network.labels == "shared":
-            return (value.flatten(1) - goals).square().mean(1)
+            return (value.reshape(len(x), -1) - goals).square().mean(1)
         found, key = value.new_zeros(len(x)), f"{network.head.name}_"
+        dim = network.trace.layouts[name].dim
         for m, positions in enumerate(network.arrangement(name).positions):
             i = (task == m).nonzero().flatten()
-            own = value[i].index_select(-1, positions.to(value.device))
+            if not len(i):
+                continue
+            own = value.unflatten(0, (len(x), -1))[i].flatten(
+                0, 1
+            )  # an image may be several rows, as frames are
+            own = own.index_select(dim, positions.to(value.device))
             if key in supernet.reads:
-                own = supernet.reads[key].after(m, own)
-            found = found.index_add(0, i, (own.flatten(1) - goals[i]).square().mean(1))
+                own = supernet.reads[key].after(m, own.movedim(dim, -1)).movedim(-1, dim)
+            found = found.index_add(0, i, (own.reshape(len(i), -1) - goals[i]).square().mean(1))
         return found
 
 

@@ -38,7 +38,8 @@ class Level(Dense):
 
     def _trained(self, layer: Layer) -> bool:
         head = layer.setup.network.head
-        return head is not None and layer.node.name == head.name and layer.norm is None
+        trained = head is not None and head.operation == "linear" and layer.norm is None
+        return trained and layer.node.name == head.name
 
     def bytes(self, layer: Layer, images: int, batch: int) -> int:
         solving = super().bytes(layer, images, batch)
