@@ -33,9 +33,10 @@ LATENCY = {
 }  # and the numbers of images at a time
 BUDGETS = (1.0, 1.2, 1.46, 1.71, 2.0)
 LAYOUTS = ("blocks", "dense")
+LAST = torch.channels_last
 HEAD = (
     "| network, images | budget | form | counted (x) | executed (x) | latency (x one source) | "
-    "(x both sources) | (x both, batch norms folded) |"
+    "(x both sources) | (x both, batch norms folded) | (and channels last) |"
 )
 
 
@@ -69,7 +70,7 @@ def main(words: list[str]) -> None:
         if given.onnx
         else HEAD
     )
-    say("" if given.onnx else "|" + "---|" * 8)
+    say("" if given.onnx else "|" + "---|" * 9)
     for name in given.names or LATENCY:
         pair, batches = LATENCY[name]
         made, merges = networks(pair), merged_networks(pair, given.budget)
@@ -101,24 +102,29 @@ def merged_networks(pair: Pair, budgets: tuple[float, ...]) -> dict[tuple[float,
 
 
 def forms(merges: Mapping[tuple[float, str], MergedNetwork], one: float, x: Tensor) -> list[Form]:
-    """Blocks as tuned on x, dense, and both as plain networks with batch norms folded."""
+    """Each as tuned on x, and as a plain network with batch norms folded, channels last or not."""
     found = []
     for (budget, layout), network in merges.items():
         counted = built_cost(network, "macs") / one
         tuned = network.tune(x)
         executed = built_cost(network, "macs", executed=True) / one
         at_once = sum(layer.at_once for layer in tuned.layers)
-        what = f"{layout}, {at_once} of {len(tuned.layers)} layers at once" if layout == "blocks" else "dense"
-        found.append(Form(budget, what, counted, executed, network))
+        what = f"{at_once} of {len(tuned.layers)} layers at once" if layout == "blocks" else "layer by layer"
+        what = f"as an ordinary network, {tuned.whole}" if tuned.whole else what
+        found.append(Form(budget, f"{layout}, tuned: {what}", counted, executed, network))
         whole = sum(
             network.trace.positions(node) * network.map_of(node).dense_weight().numel()
             for node in network.trace.graph.nodes
             if node.linear
         )
-        found.append(
-            Form(budget, f"{layout}, plain and folded", counted, whole / one, network.plain(fold=True))
-        )
+        what, last = f"{layout}, plain and folded", network.plain(fold=True).to(memory_format=LAST)
+        found.append(Form(budget, what, counted, whole / one, network.plain(fold=True)))
+        found.append(Form(budget, f"{what}, channels last", counted, whole / one, partial(_last, last)))
     return found
+
+
+def _last(network: nn.Module, x: Tensor) -> Tensor:
+    return network(x.contiguous(memory_format=LAST))
 
 
 @torch.no_grad()
@@ -130,14 +136,24 @@ def in_torch(
 ) -> list[str]:
     """Rows of the table without the first cell."""
     sources, folded = list(made.values()), [fuse(network) for network in made.values()]
+    last = [fuse(network).to(memory_format=LAST) for network in sources]
     one = source_cost(next(iter(merges.values())).trace, sources[0].state_dict(), "shared", "macs")
     found = forms(merges, one, x)
-    runs = [lambda: sources[0](x), lambda: [own(x) for own in sources], lambda: [own(x) for own in folded]]
-    single, both, light, *times = fastest([*runs, *(partial(own.run, x) for own in found)], x, given.repeats)
-    lines = [f"2 sources | | 2.00 | 2.00 | {both / single:.2f} | 1.00 | {both / light:.2f}"]
+    runs = [
+        lambda: sources[0](x),
+        lambda: [own(x) for own in sources],
+        lambda: [own(x) for own in folded],
+        lambda: [_last(own, x) for own in last],
+    ]
+    single, both, light, lighter, *times = fastest(
+        [*runs, *(partial(own.run, x) for own in found)], x, given.repeats
+    )
+    lines = [
+        f"2 sources | | 2.00 | 2.00 | {both / single:.2f} | 1.00 | {both / light:.2f} | {both / lighter:.2f}"
+    ]
     lines += [
         f"{form.budget:g} | {form.name} | {form.counted:.2f} | {form.executed:.2f} | {seconds / single:.2f} | "
-        f"{seconds / both:.2f} | {seconds / light:.2f}"
+        f"{seconds / both:.2f} | {seconds / light:.2f} | {seconds / lighter:.2f}"
         for form, seconds in zip(found, times, strict=True)
     ]
     return lines

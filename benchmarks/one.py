@@ -56,7 +56,7 @@ def measure(name: str, images: int | None) -> dict:
     clock = timed()
     api.merge(made, data, 1.0, progress=False)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = checked_batches(made, data, None)
+    found, _ = checked_batches(made, data, None)
     sources, _ = api._sources(made, found, None, None)
     clock.stage(match, "match_weights", "match by weights")
     states = [source.state for source in sources]

@@ -15,7 +15,7 @@ from stages.allocate.solve import check_budget
 from stages.allocate.splits import split_units
 from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
-from stages.core.graph.inputs import of_shape
+from stages.core.graph.inputs import of_shape, taking_counts
 from stages.core.graph.source import Source, Task
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
@@ -56,13 +56,13 @@ def merge(
 
     networks: task name -> module; any that torch.export reads as operations that have a rule, or a merged network,
     which is taken in its plain form. They are left alone. batches: task name -> unlabelled images of that task as the
-    network takes them: tensors (n, ...), tuples whose first entry is one (labels are not looked at), dicts with one,
-    in any iterable, as a DataLoader; one tensor; or a Dataset. budget: cost relative to one network, from 1 to N, of
-    dense networks (options: allocate: layout) to N^2. method: a row of the full list of params.yaml by its name, as
-    `progressive_refined`, or one of your own, {"match": ..., "fit": ..., "recalibrate": ...}, as there. labels: shared
-    (one label space), separate (a head each); by
-    default shared when all have as many classes. classes: class names of each task, by default numbers. options: what
-    is rarely said: images, seed, ridge, positions, precision, storage, memory, allocate
+    network takes them (floats; whole numbers where it makes floats of them, or tokens): tensors (n, ...), tuples whose
+    first entry is one (labels are not looked at), dicts with one, in any iterable, as a DataLoader; one tensor; or a
+    Dataset. budget: cost relative to one network, from 1 to N, of dense networks (options: allocate: layout) to N^2.
+    method: a row of the full list of params.yaml by its name, as `progressive_refined`, or one of your own,
+    {"match": ..., "fit": ..., "recalibrate": ...}, as there. labels: shared (one label space), separate (a head each);
+    by default shared when all have as many classes. classes: class names of each task, by default numbers. options:
+    what is rarely said: images, seed, ridge, positions, precision, storage, memory, allocate
     (stages.core.recipe.sections.Options).
     Runs on the device of the first network; autocast, default type and device, inference and gradient mode around the
     call change nothing, and random states are left as found. ``report()`` of what it returns is a table of layers and
@@ -96,9 +96,10 @@ def _merge(
     rare = _checked(Options, "options", {} if options is None else options)
     check_budget(budget, len(names), rare.allocate.dense)
     row, settings = _row(method)
-    found = checked_batches(networks, batches, rare.images, rare.storage)
+    found, counted = checked_batches(networks, batches, rare.images, rare.storage)
     checked_sizes(networks, found)
     sources, labels = _sources(networks, found, labels, classes)
+    sources = [taking_counts(source) for source in sources] if counted else sources
     sweep = {"precision": getattr(torch, rare.precision), "storage": rare.storage, "memory": rare.memory}
     drawn = {"generator": generator(rare.seed), "positions": rare.positions}
     gathered = gather(sources, found, **sweep, **drawn, progress="statistics" if progress else None)

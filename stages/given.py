@@ -84,8 +84,8 @@ def _kind(network: nn.Module) -> str:
 
 def checked_batches(
     networks: Mapping[str, nn.Module], batches: Any, images: int | None, storage: Storage = "memory"
-) -> list[Batch]:
-    """The images of every task, on the device and of the type of the first network.
+) -> tuple[list[Batch], bool]:
+    """The images of every task, on the device and of the type of the first network; whether networks made them floats.
 
     images: at most so many of each task are read. storage: disk: they are kept there, task after task.
     Raises InputError that says what was found and what is expected.
@@ -102,10 +102,13 @@ def checked_batches(
     first = next(iter(networks.values()))
     weight = next(p for p in first.parameters())
     found: list[Batch] = []
+    counted = False
     for task, (name, network) in enumerate(networks.items()):
         runs = _runner(network, f"task {name}")
         images_of_task = read_images(batches[name], f"batches: task {name}", runs, images)
-        own = [_numbers(batch, weight, name) for batch in images_of_task]
+        floats = _as_floats(images_of_task, runs, name)
+        counted |= floats[0].dtype != images_of_task[0].dtype
+        own = [_numbers(batch, weight, name) for batch in floats]
         _warn_of_scale(own, name)
         _warn_of_one_answer(runs, own[0], name, type(network).__name__)
         if storage == "disk":
@@ -113,7 +116,31 @@ def checked_batches(
             found += [Batch(kept, task, kept.add(batch)) for batch in own]
         else:
             found += [Batch(batch, task) for batch in own]
-    return found
+    return found, counted
+
+
+def _as_floats(batches: Sequence[Tensor], runs: Callable[[Tensor], Tensor], name: str) -> list[Tensor]:
+    """Images of whole numbers, which a network makes floats of, as those floats; others, and tokens, as they are.
+
+    Raises InputError where the network makes something else of them.
+    """
+    first = batches[0]
+    if first.is_floating_point() or first.is_complex() or first.dtype == torch.bool:
+        return list(batches)
+    wanted, floats = runs(first), first.float()
+    try:
+        found, between = runs(floats), runs(floats + 0.25)
+    except InputError:  # floats are no tokens
+        return list(batches)
+    if torch.equal(found, between):  # nor are halves
+        return list(batches)
+    if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
+        raise InputError(
+            f"batches: task {name}: found {first.dtype}, with which the network reckons otherwise than with floats; "
+            "allowed: images.float()"
+        )
+    log.info("task %s: images of %s, taken as the floats that the network makes of them", name, first.dtype)
+    return [batch.float() for batch in batches]
 
 
 def _numbers(batch: Tensor, weight: Tensor, name: str) -> Tensor:

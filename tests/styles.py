@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from channel_styles import CHANNELS
 from head_styles import HEADS
 from input_styles import INPUTS
+from line_styles import LINES
 from torch import nn
 
 
@@ -512,4 +513,5 @@ STYLES = {
     **CHANNELS,
     **INPUTS,
     **HEADS,
+    **LINES,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from test_api import Plain, batches, networks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stages import inspect, merge
+from stages import inspect, load_merged, merge
 from stages.core.runtime.errors import LONGEST, InputError
 
 
@@ -370,3 +370,44 @@ def test_an_inspection_tells_of_the_same(plain):
     ]:
         with pytest.raises(InputError, match=message):
             inspect(network, example)
+
+
+class Pixels(nn.Module):
+    """Takes pixels from 0 to 255 and scales them itself."""
+
+    def __init__(self, scaled=lambda x: x.float() / 255):
+        super().__init__()
+        self.scaled, self.conv, self.fc = scaled, nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.scaled(x)).relu().mean((2, 3)))
+
+
+def pixels(scaled=None):
+    torch.manual_seed(0)
+    made = {name: Pixels(scaled) if scaled else Pixels() for name in "ab"}
+    return made, {name: torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8) for name in made}
+
+
+def test_images_of_whole_numbers_are_the_floats_that_the_networks_make_of_them(tmp_path):
+    made, images = pixels()
+    found = merge(made, images, 1.3, progress=False)
+    floats = merge(made, {name: x.float() for name, x in images.items()}, 1.3, progress=False)
+    assert alike(weights(found), weights(floats))
+    found.save(tmp_path / "merged")
+    with torch.no_grad():
+        for own in (found, load_merged(tmp_path / "merged"), found.plain()):
+            for x in (images["a"], images["a"].long(), images["a"].float()):
+                torch.testing.assert_close(own(x), floats(images["a"].float()))
+    with pytest.raises(InputError, match=r"found torch\.uint8; allowed: floats"):
+        floats(images["a"])
+    both = merge(made, {"a": images["a"], "b": images["b"].float()}, 1.3, progress=False)
+    assert alike(weights(found), weights(both))
+
+
+def test_images_with_which_a_network_reckons_otherwise_than_with_floats_are_refused():
+    made, images = pixels(lambda x: (x - 128).float())  # wraps around in bytes
+    with pytest.raises(
+        InputError, match=r"task a: found torch\.uint8, with which .* allowed: images.float\(\)"
+    ):
+        merge(made, images, progress=False)

@@ -134,7 +134,11 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Valu
         single = [own.labels.numel() == 1 for own in (a, b)]  # one head: on whatever dimension it is
         coarse, fine = (x, y) if set(a.dims) < set(b.dims) or single == [True, False] else (y, x)
         if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims) or any(single)):
-            raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
+            if set(a.dims) & set(b.dims):
+                raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
+            few, many = (a, b) if a.labels.numel() <= b.labels.numel() else (b, a)
+            units.fixed.append(few.labels)  # one for each of several places: experts, taps of a kernel
+            return Value(many.labels, many.dims, shape, common)
         _nest(units, node, coarse, fine)
         return Value(fine.contiguous(), dims, shape, common)
     if a.labels.shape != b.labels.shape and a.labels.numel() != b.labels.numel():

@@ -14,9 +14,14 @@ from stages.core.graph.axes import Value
 from stages.core.graph.nodes import REDUCTIONS, Node
 
 
-def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
-    """The node, or what it is with a dimension for its one head. masked: the shape of a mask, () without one."""
+def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool) -> list[Node]:
+    """The node, or what it is with a dimension for its one head.
+
+    masked: the shape of a mask, () without one. logits: whether it gives the network's logits, or follows them.
+    """
     if node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes:
+        return _whole(node, inputs[0])
+    if node.operation == "softmax" and not logits:
         return _whole(node, inputs[0])
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
@@ -30,6 +35,11 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
         return [node]
     a, b = inputs
     rank = len(b.shape)
+    if len(a.shape) == rank and a.dims == (rank - 2,) and b.dims == (rank - 1,) and b.labels.numel() == 1:
+        return _weighted(node, b.shape)
+    crossed = _crossed(a, b)
+    if crossed:
+        return _product(node, crossed, inputs, len(a.shape) == rank > 3, back=len(crossed) == 1)
     if len(a.shape) == rank and a.dims == (rank - 1,) and b.dims == (rank - 2,):  # queries with keys
         spare = _spare([a, b])
         if spare or rank == 3:
@@ -45,6 +55,33 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> li
     ):
         return _product(node, {1: rank - 1}, inputs, len(a.shape) == rank, back=True)
     return [node]
+
+
+def _weighted(node: Node, shape: Sequence[int]) -> list[Node]:
+    """A sum over places, each with a weight, (..., units, places) times (..., places, 1), as a product and a sum."""
+    turned, times, rank = f"{node.name}_turned", f"{node.name}_times", len(shape)
+    groups = [[d] for d in (*range(rank - 2), rank - 1, rank - 2)]
+    return [
+        _rearrange(turned, node.inputs[1], [[n] for n in shape], groups),
+        Node(times, "multiply", (node.inputs[0], turned)),
+        Node(node.name, "sum", (times,), {"dims": [rank - 1], "keepdim": True}),
+    ]
+
+
+def _crossed(a: Value, b: Value) -> dict[int, int]:
+    """Of a product of units with units that are all of one head, or of one with such a product: what is to be moved.
+
+    Linear attention, and attention between channels (stages.core.graph.crossed).
+    """
+    last, rank = len(b.shape) - 1, len(a.shape)
+    if a.beside is None and b.beside is None and (rank == 3 or _spare([a, b])):
+        both = rank == last + 1 and a.dims == (rank - 2,) and b.dims == (last,)
+        return {0: rank - 2, 1: last} if both and b.labels.numel() > 1 else {}
+    if b.beside is not None and a.beside is None and rank == last and a.dims == (rank - 1,):
+        return {0: rank - 1}
+    if a.beside is not None and b.beside is None and rank == last + 2 and b.dims == (last - 1,):
+        return {1: last - 1}
+    return {}
 
 
 def _lifted(node: Node, value: Value) -> Node:
@@ -71,6 +108,13 @@ def _whole(node: Node, value: Value) -> list[Node]:
     if node.operation == "local_response_norm":
         attributes = {**node.attributes, "part": True}
         inside = dataclasses.replace(node, name=f"{name}s", inputs=(name,), attributes=attributes)
+        return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
+    if node.operation == "softmax":
+        if node.attributes["dim"] % len(shape) != dim:
+            return [node]
+        inside = dataclasses.replace(
+            node, name=f"{name}s", inputs=(name,), attributes={"dim": dim - len(shape)}
+        )
         return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
     if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
         return [node]
@@ -111,7 +155,7 @@ def _product(
     rank = min(len(v.shape) for v in inputs) if node.operation == "matmul" else len(inputs[0].shape)
     rows, columns = inputs[0].shape[-2], inputs[2 if len(inputs) > 2 else 1].shape[-1]
     lead = list(inputs[1].shape[: rank - 2])
-    at = rank - 2 if moved.get(0) == rank - 2 else rank - 1
+    at = rank - 2 if rank - 2 in (moved.get(0), moved.get(1)) else rank - 1
     return [*nodes, _from_heads(node.name, whole, [*lead, rows, columns], at, spare)]
 
 

@@ -1,21 +1,27 @@
 """What an input must be: plain comparisons of sizes, which torch.compile and torch.export look through."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from stages.core.graph.nodes import Graph
+from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
 
 
-def check_input(trace: Trace, x: Tensor, dtype: torch.dtype) -> None:
-    """x: (n, ...). Raises InputError for other dimensions, channels or kinds of number than were traced.
+def as_taken(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x: (n, ...), as the network's first operation takes it: whole numbers as floats where sources take them so.
 
-    dtype: of the network's own tensors, which floats must be of unless torch casts them (autocast). Sizes of images are
-    left to the layers that fix them.
+    Raises InputError for other dimensions, channels or kinds of number than were traced. dtype: of the network's own
+    tensors, which floats must be of unless torch casts them (autocast). Sizes of images are left to the layers that
+    fix them.
     """
     first = trace.graph.nodes[0]
+    if first.attributes.get("counts") and not x.is_floating_point() and not x.is_complex():
+        x = x.to(dtype)
     shape, whole = trace.shapes[first.name], first.attributes.get("integers", False)
     channels = len(shape) > 1 and not whole
     if x.dim() != len(shape) or (channels and x.shape[1] != shape[1]):
@@ -23,6 +29,14 @@ def check_input(trace: Trace, x: Tensor, dtype: torch.dtype) -> None:
     check_numbers(x, whole)
     if not whole and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         raise InputError(f"input: found {x.dtype}; allowed: {dtype}, as the network has it")
+    return x
+
+
+def taking_counts(source: Source) -> Source:
+    """A network that takes whole numbers as the floats they are: so does what it is merged to."""
+    first, *rest = source.graph.nodes
+    first = replace(first, attributes={**first.attributes, "counts": True})
+    return replace(source, trace=replace(source.trace, graph=Graph((first, *rest))))
 
 
 def check_numbers(x: Tensor, whole: bool) -> None:

@@ -16,7 +16,8 @@ from stages.core.runtime.errors import InputError
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 COPIED = ("mix", "along")  # linear maps beside the units, with one weight for all of these
-REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "length")  # length: the root of the sum of squares
+REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "length", "prod", "median", "kthvalue", "logsumexp")
+# length: the root of the sum of squares, or of other powers
 POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
             "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip

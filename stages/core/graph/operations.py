@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import apart, mixing, rules, windows
+from stages.core.graph import apart, lines, mixing, rules, windows
 from stages.core.graph.nodes import (
     ADAPTIVE,
     CONVOLUTIONS,
@@ -214,22 +214,31 @@ def _reduction(function: Callable[..., Tensor]) -> Operation:
     return Operation(run, rules.reduced)
 
 
-def _length(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, 2, dims, keepdim)
+def _length(x: Tensor, dims: Sequence[int], keepdim: bool, order: float = 2) -> Tensor:
+    return torch.linalg.vector_norm(x, order, dims, keepdim)
+
+
+LONE = {  # reductions that torch does not have by these names, or over one dimension alone
+    "length": _length,
+    "prod": lambda x, dims, keepdim: x.prod(dims[0], keepdim),
+    "median": lambda x, dims, keepdim: x.median(dims[0], keepdim).values,
+    "kthvalue": lambda x, dims, keepdim, k: x.kthvalue(k, dims[0], keepdim).values,
+}
 
 
 def _compared(name: str) -> Callable[..., Tensor]:
     """A comparison as one and zero of the value's type, which can be kept and multiplied as any value."""
-    return lambda x, y: getattr(torch, name)(x, y).to(x.dtype)
+    return lambda x, value: getattr(torch, name)(x, value).to(x.dtype)
 
 
 def _where(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """Of two values, or a value and a number (true, false): the first where the condition, given first, is not zero."""
     rest = iter(x[1:])
     chosen = [a[role] if role in a else next(rest) for role in ("true", "false")]
-    return torch.where(x[0] != 0, *chosen)
+    return torch.where(x[0] != 0, *chosen).to(x[0].dtype)
 
 
+ROUNDING = ("remainder", "fmod", "floor_divide")
 COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 BINARY = {
     "add": torch.add,
@@ -239,13 +248,20 @@ BINARY = {
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "raise": torch.pow,
+    "remainder": lambda x, value: torch.remainder(x, value),
+    "fmod": lambda x, value: torch.fmod(x, value),
+    "floor_divide": lambda x, value: torch.floor_divide(x, value),
+    "atan2": torch.atan2,
+    "hypot": torch.hypot,
+    "copysign": torch.copysign,
     **{name: _compared(name) for name in COMPARISONS},
 }
 UNARY = (
     "relu", "relu6", "gelu", "silu", "leaky_relu", "elu", "hardswish", "hardsigmoid", "mish", "sigmoid", "tanh",
     "selu", "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max", "exp", "log", "sqrt", "rsqrt", "square", "abs",
     "neg", "reciprocal", "erf", "sin", "cos", "log_sigmoid", "celu", "softshrink", "hardshrink", "threshold", "log1p",
-    "expm1",
+    "expm1", "sign", "round", "floor", "ceil", "trunc", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
+    "atanh", "erfc", "erfinv", "exp2", "log2", "log10", "nan_to_num", "digamma", "lgamma", "i0",
 )  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = {
@@ -281,7 +297,8 @@ OPERATIONS: dict[str, Operation] = {
     "divide_by": _unary(lambda x, value: x / value),
     "subtract_from": _unary(lambda x, value: value - x),
     "power": _unary(lambda x, value: x**value),
-    **{f"{name}_number": _unary(lambda x, value, name=name: _compared(name)(x, value)) for name in COMPARISONS},
+    "power_of": _unary(lambda x, value: value**x),
+    **{f"{name}_number": _unary(BINARY[name]) for name in (*COMPARISONS, *ROUNDING)},
     "where": Operation(_where, rules.same),
     "fill_parameter": Operation(  # value: one where it is filled with a number, zero elsewhere
         lambda x, p, a: torch.where(p["value"] != 0, a["fill"], x[0]), rules.same
@@ -297,8 +314,11 @@ OPERATIONS: dict[str, Operation] = {
     "roll": _moving(lambda x, p, a: x[0].roll(a["shifts"], a["dims"])),
     "flip": _moving(lambda x, p, a: x[0].flip(a["dims"])),
     "expand": _moving(_expand),
-    **{name: _reduction(getattr(torch, name)) for name in REDUCTIONS if name != "length"},
-    "length": _reduction(_length),
+    **{name: _reduction(getattr(torch, name)) for name in REDUCTIONS if name not in LONE},
+    **{name: _reduction(run) for name, run in LONE.items()},
+    **{name: Operation(run, lines.along) for name, run in lines.RUNS.items()},
+    "grid_sample": Operation(lines.sample, lines.sampled),
+    "affine_grid": Operation(lines.grid, lines.coordinates),
     "local_response_norm": Operation(_neighbours, rules.neighbours),
     **{name: _spatial(getattr(F, name)) for name in (*POOLS, *ADAPTIVE)},
     "interpolate": _spatial(F.interpolate),

@@ -162,14 +162,17 @@ def _laid_out(
         lambda node, x: _try_node(node, x, state),
         lambda node: OPERATIONS[node.operation].rule,
     )
-    settled, waiting = [first], list(reversed(graph.nodes[1:]))
+    settled, waiting, logits = [first], list(reversed(graph.nodes[1:])), graph.logits
     while waiting:
         node = waiting.pop()
         with placed(node, place_of):
             own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
             inputs = [seen[name] for name in node.inputs]
             node, *rest = with_heads(
-                mixing(spread.of(node, inputs), inputs, own), inputs, own.get("mask", ())
+                mixing(spread.of(node, inputs), inputs, own),
+                inputs,
+                own.get("mask", ()),
+                node.name in logits,
             )
             if rest:
                 waiting += [*reversed(rest), node]

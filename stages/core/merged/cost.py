@@ -91,7 +91,7 @@ def split_cost(
 def built_cost(network: MergedNetwork, kind: str, heads: bool = False, executed: bool = False) -> int:
     """The same, counted on the blocks of the network that was built. heads: count those of separate label spaces.
 
-    executed: multiply-accumulates as they are run, those with the zeros of layers that run at once among them.
+    executed: multiply-accumulates as they are run, with the zeros of layers that run at once, or of all.
     """
     total = 0
     for node in counted_nodes(network.trace, "shared" if heads else network.labels):
@@ -100,7 +100,7 @@ def built_cost(network: MergedNetwork, kind: str, heads: bool = False, executed:
             total += sum(p.numel() for p in module.parameters()) if module is not None else 0
         elif node.linear or node.grouped:
             module = network.map_of(node)
-            whole = executed and node.linear and module.at_once
+            whole = executed and node.linear and (module.at_once or network.ordinary is not None)
             weights = [module.dense_weight()] if whole else module.weights
             total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
         else:

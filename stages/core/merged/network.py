@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.core.graph import rules
-from stages.core.graph.inputs import check_input
+from stages.core.graph.inputs import as_taken
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
@@ -21,7 +21,7 @@ from stages.core.merged.arrangement import Arrangement, Piece, arrange, arrange_
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.plain import make_plain
 from stages.core.merged.table import layer_table
-from stages.core.merged.tuning import Tuning, tune
+from stages.core.merged.tuning import Ordinary, Tuning, tune
 from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.merged.written import write_merged
 from stages.core.runtime.errors import InputError
@@ -64,6 +64,7 @@ class MergedNetwork(nn.Module):
                 )
         self.units = dict(units or {})
         self.about = dict(about or {})
+        self.ordinary: Ordinary | None = None  # what runs in its place, where that is faster (tuning)
         self._arrangements: dict[str, Arrangement] = {}
         self._last = trace.graph.last_uses()
         self.head, output = trace.graph.head, trace.graph.output
@@ -210,6 +211,8 @@ class MergedNetwork(nn.Module):
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """x: (n, ...) preprocessed images. Returns (n, classes). Raises InputError for what no source takes."""
         index, output = self._index(task), self.trace.graph.output
+        if self.ordinary is not None and self._undisturbed(x):
+            return self.ordinary(as_taken(self.trace, x, self._dtype()), index)
         if (
             index is None and self.corrected
         ):  # separate heads side by side, each with its own task's corrections
@@ -219,6 +222,14 @@ class MergedNetwork(nn.Module):
             pieces = self._on_pieces(output, [values[name] for name in output.inputs], index)
             return self._joined(output.name, pieces)
         return self._heads(self._run(x, self.head, index)[self.head.inputs[0]], index)
+
+    def _undisturbed(self, x: Tensor) -> bool:
+        """Whether nothing is asked that an ordinary network in its place would not give: gradients, other types."""
+        casts = torch.is_autocast_enabled(x.device.type)
+        return not (self.training or torch.is_grad_enabled() or casts or torch.compiler.is_compiling())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ordinary": None}
 
     def _heads(self, features: Sequence[Tensor], task: int | None) -> Tensor:
         """The logits of separate label spaces from what the heads read, and what follows them, head by head."""
@@ -281,8 +292,7 @@ class MergedNetwork(nn.Module):
 
         look: is shown each node and its inputs before it runs.
         """
-        check_input(self.trace, x, self._dtype())
-        values = {self.trace.graph.nodes[0].name: [x]}
+        values = {self.trace.graph.nodes[0].name: [as_taken(self.trace, x, self._dtype())]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:
                 break
@@ -334,16 +344,18 @@ class MergedNetwork(nn.Module):
         return make_plain(self, self._index(task), fold)
 
     def tune(self, example: Tensor) -> Tuning:
-        """Run layers in blocks as one dense layer each where that is measured to be faster on ``example``'s device.
+        """Run layers in blocks as one dense layer each, or the whole as an ordinary network, batch norms folded, where
+        that is measured to be faster on ``example``'s device.
 
-        example: images (n, ...) as many as are usual. In memory only: what it gives is the same within rounding, and so
-        is what it saves. Gradients are those of the blocks, which then run. Raises InputError for images of another
-        shape.
+        example: images (n, ...) as many as are usual. In memory only, where an ordinary network takes as much again:
+        what it gives is the same within rounding, and what it saves is the same. Gradients are those of the blocks,
+        which then run. Raises InputError for images of another shape.
         """
         return tune(self, example)
 
     def untune(self) -> None:
         """All blocks again."""
+        self.ordinary = None
         for module in self.maps.values():
             if isinstance(module, BlockMap):
                 module.at_once, module._made = False, None

@@ -68,7 +68,8 @@ class _Writer:
         if task is None and self.net.corrected:
             return torch.cat([self.whole(x, m) for m in range(self.net.networks)], 1)
         logits = self.trace.graph.logits if self.net.labels == "separate" else set()
-        values = {self.trace.graph.nodes[0].name: x}
+        first = self.trace.graph.nodes[0]
+        values = {first.name: x * 1.0 if first.attributes.get("counts") else x}  # whole numbers as floats
         for node in self.trace.graph.nodes[1:]:
             if node.name in logits:
                 return self._heads(values[self.net.head.inputs[0]], task)
@@ -231,7 +232,9 @@ class _Writer:
         if node.operation == "concatenate_parameter":
             dim = a["dim"] % rank
             sizes = [-1 if d == dim else n for d, n in enumerate(self._shape(node.inputs[0]))]
-            sizes[0] = x[0].shape[0]
+            sizes = [
+                x[0].shape[d] if n == 1 else n for d, n in enumerate(sizes)
+            ]  # of images, wherever they are
             both = [p["value"].expand(sizes), x[0]]
             return torch.cat(both if a["first"] else both[::-1], dim)
         return OPERATIONS[node.operation].run(x, p, a)

@@ -1,11 +1,16 @@
-"""Which layers of a merged network run as one dense layer rather than in blocks: measured, on the device at hand.
+"""How a merged network runs fastest: measured, on the device at hand.
 
-Convolutions of a few channels cost as much as those of eight or sixteen, so that blocks pay only where layers are wide.
+Convolutions of a few channels cost as much as those of eight or sixteen, so that blocks pay only where layers are wide:
+layers may run as one dense layer each. Where all are narrow, the whole is faster as an ordinary network, batch norms
+folded, with the channels of its values last or not.
 """
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +19,8 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import BlockMap
 from stages.core.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 REPEATS = 10  # of each way to run a layer; the shortest counts
 GAIN = 0.97  # of the time of blocks: what is no faster than that stays as it is
@@ -31,15 +38,44 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Tuning:
-    """seconds: of a forward pass in blocks and as tuned. layers: those of several blocks."""
+    """seconds: of a forward pass in blocks and as tuned. layers: those of several blocks. whole: "" where layers run by
+    themselves, else how the network runs as an ordinary one, "contiguous" or "channels last"."""
 
     layers: tuple[LayerTime, ...]
     seconds: tuple[float, float]
+    whole: str = ""
+
+
+class Ordinary:
+    """A merged network as one of torch's own layers, batch norms folded; made anew when a tensor of it has changed."""
+
+    def __init__(self, network: nn.Module, channels_last: bool) -> None:
+        self.network = network
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self._made: tuple[list[tuple[int, int]], nn.Module] | None = None
+        modules = list(network.modules())
+        self._places = [(own._parameters, name) for own in modules for name in own._parameters]
+        self._places += [(own._buffers, name) for own in modules for name in own._buffers]
+
+    def __call__(self, x: Tensor, task: int | None) -> Tensor:
+        """As the network: x (n, ...), the logits of all heads or of one task's."""
+        tensors = [tensors[name] for tensors, name in self._places]
+        state = [
+            (own.data_ptr(), 0 if own.is_inference() else own._version) for own in tensors if own is not None
+        ]
+        if self._made is None or self._made[0] != state:
+            self._made = state, self.network.plain(fold=True).to(memory_format=self.format)
+        found = self._made[1](x.contiguous(memory_format=self.format))
+        if task is None:
+            return found
+        widths = [len(own.classes) for own in self.network.tasks]
+        last = (self.network.head, *self.network.trace.graph.tail)[-1]
+        return found.narrow(self.network.trace.layouts[last.name].dim, sum(widths[:task]), widths[task])
 
 
 @torch.no_grad()
 def tune(network: nn.Module, example: Tensor) -> Tuning:
-    """Decide for each layer, then for all of them together: what makes the whole no faster is undone."""
+    """Decide for each layer, then for all of them together and for the whole: what makes it no faster is undone."""
     first = network.trace.graph.nodes[0].name
     if example.shape[1:] != network.trace.shapes[first][1:] or not len(example):
         shape = ("n", *network.trace.shapes[first][1:])
@@ -67,9 +103,23 @@ def tune(network: nn.Module, example: Tensor) -> Tuning:
             [LayerTime(own.layer, own.blocks, own.dense, False) for own in layers],
             seconds[:1] * 2,
         )
+    whole = ""
+    if not network.corrected:
+        forms = {"contiguous": False, **({"channels last": True} if example.dim() == 4 else {})}
+        made = {name: Ordinary(network, last) for name, last in forms.items()}
+        runs = [partial(own, example, None) for own in made.values()]
+        try:
+            tuned, *times = fastest([partial(network, example, task), *runs], example)
+        except InputError as error:  # of a module path that torch.fx keeps for itself
+            logger.info("tune: layer by layer; as an ordinary network it does not run: %s", error)
+            tuned, times = seconds[1], [math.inf]
+        best = min(range(len(times)), key=times.__getitem__)
+        if times[best] < GAIN * tuned:
+            whole = list(made)[best]
+            network.ordinary, seconds = made[whole], (seconds[0], seconds[1] * times[best] / tuned)
     for module in training:
         module.training = True
-    return Tuning(tuple(layers), tuple(seconds))
+    return Tuning(tuple(layers), tuple(seconds), whole)
 
 
 def _layer(module: BlockMap, node: Node, pieces: list[Tensor]) -> LayerTime:

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import place_of
+from stages.core.tracing.decomposed import decomposed
 from stages.core.tracing.recurrent import written_out
 
 INPUT = 10007  # a prime
@@ -115,17 +116,25 @@ def copied(module: nn.Module) -> nn.Module:
             elif isinstance(found, list | tuple):
                 stack += found
     try:
-        return copy.deepcopy(module, known).train().eval()
+        found = copy.deepcopy(module, known).train().eval()
     except Exception as error:  # locks, files, generators: whatever a user's module holds
         raise InputError(
             f"{type(module).__name__}: cannot be copied ({_first_line(error)}); allowed: tensors and settings"
         ) from error
+    kind = next((p.dtype for p in found.parameters() if p.is_floating_point()), torch.float32)
+    for part in found.modules():
+        if (
+            isinstance(part, nn.RMSNorm) and part.eps is None
+        ):  # what is meant in its own type, in any other too
+            part.eps = torch.finfo(kind).eps
+    return found
 
 
-def export(module: nn.Module, example: Tensor) -> Exported:
+def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node], bool]) -> Exported:
     """Export a module, which is left as it is.
 
-    example: (n, ...), of which shape and type count. Raises InputError in one line where torch cannot.
+    example: (n, ...), of which shape and type count. has_rule: of a call; others are decomposed as far as torch knows
+    how. Raises InputError in one line where torch cannot.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"{type(module).__name__}: a scripted module; allowed: the module it was made from")
@@ -150,6 +159,7 @@ def export(module: nn.Module, example: Tensor) -> Exported:
             steps = written_out(program.graph_module.graph, opname)
             if steps or not _functional(program.graph_module.graph):
                 program = program.run_decompositions(steps)
+            program = decomposed(program, has_rule)
             program.graph_module.graph.eliminate_dead_code()  # what only a shape was asked of
         except InputError as error:
             raise InputError(

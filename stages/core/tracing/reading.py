@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from stages.core.graph.nodes import Graph
 from stages.core.graph.places import CodePlace
-from stages.core.tracing.calls import joins, linear, moving, norms, places, reductions
-from stages.core.tracing.export import export, unwrap
+from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
+from stages.core.tracing.export import export, opname, unwrap
 from stages.core.tracing.folding import Folding
-from stages.core.tracing.reader import Reader, place_of
+from stages.core.tracing.reader import SKIPPED, Reader, place_of
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,26 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     user's line when there is no rule for it.
     """
     module = unwrap(module)
-    exported = export(module, example)
+    exported = export(module, example, _has_rule)
     folding = Folding(exported.graph, exported.tensors)
     reader = Reader(module, exported.graph, folding, CALLS)
     return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)
 
 
+def _has_rule(fx: torch.fx.Node) -> bool:
+    name = opname(fx)
+    return (
+        name in SKIPPED or name in CALLS or name.strip("_") in CALLS or name.startswith(("sym_", "_assert"))
+    )
+
+
 CALLS = (
-    joins.JOINS | linear.MAPS | norms.NORM_CALLS | reductions.REDUCTION_CALLS | moving.MOVING | places.PLACES
+    joins.JOINS
+    | linear.MAPS
+    | norms.NORM_CALLS
+    | reductions.REDUCTION_CALLS
+    | lines.LINES
+    | moving.MOVING
+    | places.PLACES
 )
 """ATen name -> what makes nodes of a call, from its arguments by name."""

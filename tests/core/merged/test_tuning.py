@@ -101,7 +101,7 @@ def test_weights_that_change_are_seen(network, images, tmp_path, monkeypatch):
     network.maps["conv4_"].weights[0].data = torch.ones_like(network.maps["conv4_"].weights[0])
     torch.testing.assert_close(network(x), in_blocks(network)(x))
     network.float()
-    torch.testing.assert_close(network(x.float()), in_blocks(network)(x.float()))
+    torch.testing.assert_close(network(x.float()), in_blocks(network)(x.float()), rtol=1e-4, atol=1e-4)
 
 
 def in_blocks(network):
@@ -135,3 +135,47 @@ def test_images_of_another_shape_are_refused(network, images):
         network.tune(images()[..., :7])
     with pytest.raises(InputError, match=r"example: found shape \(0, 2, 8, 8\)"):
         network.tune(images()[:0])
+
+
+@torch.no_grad()
+def test_the_whole_runs_as_an_ordinary_network_where_that_is_faster(network, images, monkeypatch):
+    x = images()
+    before, counted = network(x), built_cost(network, "macs", executed=True)
+    count = len(network.tune(x).layers)
+    for times, whole in (
+        ((9.0, 2.0, 1.0), "channels last"),
+        ((9.0, 1.0, 2.0), "contiguous"),
+        ((1.0, 1.0, 1.0), ""),
+    ):
+        clock(monkeypatch, *[(1.0, 2.0)] * (1 + count), times)
+        found = network.tune(x)
+        assert found.whole == whole
+        assert (network.ordinary is not None) == bool(whole)
+        torch.testing.assert_close(network(x), before)
+        assert (built_cost(network, "macs", executed=True) > counted) == bool(whole)
+        for task in [own.name for own in network.tasks] if network.labels == "separate" else []:
+            torch.testing.assert_close(network(x, task), before.split(3, 1)[int(task)])
+
+
+@torch.no_grad()
+def test_an_ordinary_network_follows_weights_and_modes(network, images, monkeypatch):
+    x = images()
+    clock(monkeypatch, *[(1.0, 2.0)] * (1 + len(network.tune(x).layers)), (9.0, 1.0, 2.0))
+    network.tune(x)
+    assert network.ordinary is not None
+    keys = network.state_dict().keys()
+    network.load_state_dict({name: value * 1.5 for name, value in network.state_dict().items()})
+    torch.testing.assert_close(network(x), in_blocks(network)(x))
+    assert copy.deepcopy(network).ordinary is None
+    assert keys == in_blocks(network).state_dict().keys()
+    with torch.enable_grad():
+        network(x).sum().backward()
+    assert all(own.grad is not None for own in network.parameters())
+    again = in_blocks(network)
+    for own in (network, again):
+        own.train()
+        own(x)  # moves the running statistics
+        own.eval()
+    torch.testing.assert_close(network(x), again(x))
+    with pytest.raises(InputError, match="input: found n x 2 x 8"):
+        network(x[..., 0])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.core.graph.operations import ADAPTIVE, COMPARISONS, OPERATIONS, POOLS, UNARY
+from stages.core.graph.operations import ADAPTIVE, COMPARISONS, OPERATIONS, POOLS, ROUNDING, UNARY
 from stages.core.tracing.trace import trace
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -88,6 +88,14 @@ def body(rank=2, width=4, **modules):
     return lambda f: lambda: Between(f, rank, width, **{n: make() for n, make in modules.items()})
 
 
+def moved_about(m, x):
+    theta = m.where(x.mean((2, 3))).unflatten(1, (2, 3))
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+
+CORNERS = torch.tensor([[-0.8, -0.3], [0.9, 0.1], [0.2, 0.7]]).view(1, 1, 3, 2)
+
+
 def behind(f):
     """What acts on the logits."""
     return lambda: nn.Sequential(Between(lambda m, x: x.relu()), f)
@@ -103,12 +111,19 @@ class Call(nn.Module):
 
 
 SHAPES = {1: (3, 8), 2: (3, 8, 8), 3: (3, 4, 4, 4)}
-POSITIVE = ("log", "sqrt", "rsqrt", "reciprocal", "log1p")
+POSITIVE = ("log", "sqrt", "rsqrt", "reciprocal", "log1p", "log2", "log10", "digamma", "lgamma")
+WITHIN_ONE = ("asin", "acos", "atanh", "erfinv")
 SETTINGS = {"clamp": (-0.3, 0.4), "clamp_min": (-0.2,), "clamp_max": (0.3,), "threshold": (0.1, 0.2)}
 BINARY = {
     "add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "maximum": torch.maximum,
     "minimum": torch.minimum, "divide": lambda a, b: a / (b.abs() + 1),
     "raise": lambda a, b: (a.sigmoid() + 0.2) ** b,
+    "remainder": lambda a, b: torch.remainder(a, b.abs() + 1),
+    "fmod": lambda a, b: torch.fmod(a, b.abs() + 0.5),
+    "floor_divide": lambda a, b: a + a // (b.abs() + 0.5),
+    "atan2": lambda a, b: torch.atan2(a, b.abs() + 1),
+    "hypot": torch.hypot,
+    "copysign": lambda a, b: torch.copysign(a, b - 0.1),
     **{name: lambda a, b, name=name: a + (a * getattr(torch, name)(a, b)) for name in COMPARISONS},
 }  # fmt: skip
 MADE = {  # operation: constructor
@@ -133,6 +148,8 @@ MADE = {  # operation: constructor
     "divide_by": body()(lambda m, x: x / 0.7),
     "subtract_from": body()(lambda m, x: 0.7 - x),
     "power": body()(lambda m, x: x**2),
+    "power_of": body()(lambda m, x: 1.5**x),
+    **{f"{name}_number": body()(lambda m, x, name=name: x + getattr(torch, name)(x, 0.3)) for name in ROUNDING},
     **{f"{name}_number": body()(lambda m, x, name=name: x + x * getattr(torch, name)(x, 0.1)) for name in COMPARISONS},
     "where": body()(lambda m, x: torch.where(x > 0, x, x.sin())),
     "fill_parameter": lambda: Tokens(
@@ -156,6 +173,24 @@ MADE = {  # operation: constructor
     "var": body()(lambda m, x: x / x.var(1, keepdim=True)),
     "length": body()(lambda m, x: x / (1 + x.norm(dim=(2, 3), keepdim=True))),
     "amax": body()(lambda m, x: x - x.amax((2, 3), keepdim=True)),
+    "prod": body()(lambda m, x: x * (1 + 0.1 * x.tanh()).prod(3, keepdim=True)),
+    "median": body()(lambda m, x: x - x.median(2, keepdim=True)[0]),
+    "kthvalue": body()(lambda m, x: x - x.kthvalue(3, 2, keepdim=True)[0]),
+    "logsumexp": body()(lambda m, x: x - x.logsumexp((2, 3), keepdim=True)),
+    "cumsum": body()(lambda m, x: x.cumsum(2)),
+    "cumprod": body()(lambda m, x: (1 + 0.1 * x.tanh()).cumprod(2)),
+    "logcumsumexp": body()(lambda m, x: x.logcumsumexp(3)),
+    "cummax": body()(lambda m, x: x.cummax(2)[0]),
+    "cummin": body()(lambda m, x: x.cummin(2)[0]),
+    "sort": body()(lambda m, x: x.sort(3, descending=True)[0]),
+    "argsort": body()(lambda m, x: x.gather(3, x.sin().argsort(3))),
+    "gather": body()(lambda m, x: x.gather(3, x.sin().argsort(3))),
+    "topk": body()(lambda m, x: x.topk(3, 3)[0]),
+    "topk_index": body()(lambda m, x: x.gather(3, x.sin().topk(2, 3)[1])),
+    "tril": body()(lambda m, x: x.tril(1)),
+    "triu": body()(lambda m, x: x.triu()),
+    "affine_grid": body(where=lambda: nn.Linear(4, 6))(lambda m, x: moved_about(m, x)),
+    "grid_sample": body()(lambda m, x: F.grid_sample(x, CORNERS.expand(len(x), -1, -1, -1).to(x), align_corners=False)),
     "amin": body()(lambda m, x: x - x.amin((2, 3), keepdim=True)),
     "matmul_parameter": lambda: Tokens(look_up, qkv=nn.Linear(8, 24), table=parameter(2, 4, 4)),
     "convolve_parameter": lambda: Tokens(pool_heads, qkv=nn.Linear(8, 8), pool=nn.Conv2d(4, 4, 2, 1, 0, 1, 4, False)),
@@ -163,6 +198,13 @@ MADE = {  # operation: constructor
     "fold": body()(lambda m, x: F.fold(F.unfold(x, 3, padding=1).relu(), (8, 8), 3, padding=1)),
     "interpolate": body()(lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear")),
 }  # fmt: skip
+
+
+def domain(name, x):
+    """Numbers that a function is defined for."""
+    if name in WITHIN_ONE:
+        return 0.9 * x.tanh()
+    return x.sigmoid() + (0.2 if name in POSITIVE else 1.1) if name in (*POSITIVE, "acosh") else x
 
 
 def cases():
@@ -185,7 +227,7 @@ def cases():
         found[f"{name}_parameter"] = (body(own=lambda: parameter(4, 1, 1))(one), SHAPES[2])
     for name in UNARY:
         call = lambda m, x, name=name: getattr(torch.ops.aten, name)(  # noqa: E731
-            x.sigmoid() + 0.2 if name in POSITIVE else x, *SETTINGS.get(name, ()))  # fmt: skip
+            domain(name, x), *SETTINGS.get(name, ()))  # fmt: skip
         found[name] = (body()(call), SHAPES[2])
     found["divide_parameter"] = (body(own=lambda: parameter(4, 1, 1))(lambda m, x: x / m.own[0]), SHAPES[2])
     return found

@@ -18,7 +18,7 @@ HERE = Path(__file__).relative_to(Path(__file__).parents[3])
 
 
 def helped(x):
-    return x.cumsum(1)  # in a function beside the module
+    return torch.special.erfcx(x)  # in a function beside the module
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Odd(nn.Module):
 
 
 BODIES = {  # what is in the middle, words of the refusal, and where it is: path, code
-    "in a function": (lambda m, x: helped(x), "no rule for cumsum", "block", "return x.cumsum(1)"),
+    "in a function": (lambda m, x: helped(x), "no rule for special_erfcx", "block", "return torch.special.erfcx(x)"),
     "in a layer of torch": (
         lambda m, x: m.many(x.permute(0, 2, 3, 1).relu(), x.permute(0, 2, 3, 1).sin()).permute(0, 3, 1, 2),
         "no rule for bilinear", "block.many", "m.many(x"),
@@ -62,7 +62,7 @@ BODIES = {  # what is in the middle, words of the refusal, and where it is: path
         lambda m, x: F.relu(x.reshape(-1, 4, 8, 8)).reshape(-1, 8, 8, 8),
         "lie on dimensions [0, 1]", "block", "reshape"),
     "a number of it": (lambda m, x: x / x.abs().max().item(), "max over everything", "block", ".item()"),
-    "sorted": (lambda m, x: x.sort(1)[0], "no rule for sort", "block", "x.sort(1)"),
+    "sorted": (lambda m, x: x.sort(1)[0], "sort along the units", "block", "x.sort(1)"),
     "drawn": (lambda m, x: x + torch.randn_like(x), "no rule for randn_like", "block", "randn_like"),
 }  # fmt: skip
 

@@ -375,7 +375,9 @@ def test_what_is_written_in_another_way_is_read(what):
 CUTS = "cuts through units"
 EXPORT = "torch.export cannot read it"
 REFUSALS = {
-    "method": (lambda m, x: m.conv(x).cumsum(1), "Refused: no rule for cumsum"),
+    "method": (lambda m, x: m.conv(x).mode(1)[0], "Refused: no rule for mode"),
+    "along units": (lambda m, x: m.conv(x).cumsum(1), "cumsum along the units"),
+    "along images": (lambda m, x: m.conv(x).cumsum(0), "a call along the images"),
     "attention mask": (
         lambda m, x: (lambda t: m.attend(t, t, t, attn_mask=t[:, :, 0])[0])(m.tokens(x)), EXPORT),
     "attention weights": (
@@ -383,7 +385,7 @@ REFUSALS = {
     "branch": (lambda m, x: m.conv(x) if x.sum() > 0 else x, f"Refused: {EXPORT}"),
     "loop": (lambda m, x: sum(y for y in m.conv(x)), "no rule for one of the images"),
     "several outputs": (lambda m, x: (m.conv(x), x), "several values"),
-    "alpha": (lambda m, x: (lambda y: torch.add(y, F.relu(y), alpha=2))(m.conv(x)), "add with alpha=2"),
+    "alpha": (lambda m, x: torch.add(m.conv(x), m.conv.bias[:, None, None], alpha=2), "add with alpha=2"),
     "one image": (lambda m, x: m.conv(x)[0], "no rule for one of the images"),
     "view": (lambda m, x: m.conv(x).view(-1, 4), f"Refused: rearrange {CUTS}"),
     "one dimension": (lambda m, x: m.conv(x).view(-1), CUTS),
@@ -422,11 +424,12 @@ def test_what_has_no_rule_is_refused_by_name_in_one_line(what):
 def test_a_refusal_names_the_module_and_the_line():
     class Sums(nn.Module):
         def forward(self, x):
-            return x.cumsum(1)
+            return torch.special.erfcx(x)
 
     network = nn.Sequential(nn.Linear(4, 3), Sums(), nn.Linear(3, 2))
     with pytest.raises(
-        InputError, match=r"^1: no rule for cumsum at .*test_trace.py:\d+ \(return x.cumsum\(1\)\)"
+        InputError,
+        match=r"^1: no rule for special_erfcx at .*test_trace.py:\d+ \(return torch.special.erfcx\(x\)\)",
     ):
         trace(network, torch.zeros(1, 4))
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import Node
-from stages.core.graph.operations import COMPARISONS, UNARY
+from stages.core.graph.operations import COMPARISONS, ROUNDING, UNARY
 from stages.core.tracing.reader import Reader, images_at
 
 BINARY_CALLS = {
     "add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "true_divide": "divide",
     "subtract": "subtract",
-    "multiply": "multiply", "divide": "divide", "maximum": "maximum", "minimum": "minimum",
+    "multiply": "multiply", "divide": "divide", "maximum": "maximum", "minimum": "minimum", "fmax": "maximum",
+    "fmin": "minimum", "remainder": "remainder", "fmod": "fmod", "floor_divide": "floor_divide", "atan2": "atan2",
+    "arctan2": "atan2", "hypot": "hypot", "copysign": "copysign",
 }  # fmt: skip
 
 SPELLED_COMPARISONS = {
@@ -21,7 +23,7 @@ SPELLED_COMPARISONS = {
     "not_equal": "ne",
 }  # fmt: skip
 NUMBERS = {
-    **{name: f"{name}_number" for name in COMPARISONS},
+    **{name: f"{name}_number" for name in (*COMPARISONS, *ROUNDING)},
     "add": "shift",
     "subtract": "shift",
     "multiply": "scale",
@@ -33,7 +35,11 @@ SPELLED = {
     "log_sigmoid_forward": "log_sigmoid",
     "negative": "neg",
     "absolute": "abs",
-    "clip": "clamp",
+    "arctan": "atan",
+    "arcsin": "asin",
+    "arccos": "acos",
+    "fix": "trunc",
+    "special_expit": "sigmoid",
 }
 
 
@@ -52,10 +58,13 @@ def binary(
     """called: the name of the node, by default that of the call."""
     a, b = given["self"], given["other"]
     if given.get("rounding_mode") is not None:
-        raise reader.unknown(fx, f"{name} that rounds")
+        _rounded(reader, fx, given)
+        return
     alpha = given.get("alpha", 1)
     a, b = reader.number(a), reader.number(b)
     if isinstance(b, int | float) and reader.is_value(a):
+        if name not in NUMBERS:
+            raise reader.unknown(fx, f"{name} with a number")
         value = b * alpha
         reader.node(fx, NUMBERS[name], [a], {"value": -value if name == "subtract" else value}, name=called)
     elif isinstance(a, int | float) and reader.is_value(b):
@@ -63,8 +72,14 @@ def binary(
             reader.node(fx, NUMBERS[name], [b], {"value": a}, name=called)
         elif name == "subtract":
             reader.node(fx, "subtract_from", [b], {"value": a}, name=called)
+        elif name == "raise":
+            reader.node(fx, "power_of", [b], {"value": a}, name=called)
         else:
             raise reader.unknown(fx, f"{name} of a number by a value")
+    elif alpha != 1 and reader.is_value(b):
+        own = called or reader.name(fx, {})
+        reader.node(fx, "scale", [b], {"value": alpha}, name=f"{own}_scaled")
+        binary(reader, fx, name, {"self": given["self"], "other": fx}, own)
     elif alpha != 1:
         raise reader.unknown(fx, f"{name} with alpha={alpha}")
     elif reader.is_value(a) and reader.is_value(b):
@@ -81,6 +96,35 @@ def binary(
         if view:
             attributes["view"] = view
         reader.node(fx, f"{name}_parameter", [value], attributes, {"value": parameter}, called)
+
+
+def _rounded(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """A quotient that is rounded down, or towards zero."""
+    if given["rounding_mode"] == "floor":
+        binary(reader, fx, "floor_divide", {"self": given["self"], "other": given["other"]})
+        return
+    name = reader.name(fx, {})
+    binary(reader, fx, "divide", {"self": given["self"], "other": given["other"]}, f"{name}_quotient")
+    reader.add(Node(name, "trunc", (reader.names[fx],)))
+    reader.names[fx] = name
+
+
+def _clamp(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    """Between numbers, or between values."""
+    bounds = {key: reader.number(given.get(key)) for key in ("min", "max")}
+    if not any(isinstance(bound, torch.fx.Node) for bound in bounds.values()):
+        _elementwise(reader, fx, {key: bounds.get(key, own) for key, own in given.items()}, name)
+        return
+    value, own = given["self"], reader.name(fx, {})
+    steps = [("maximum", bounds["min"]), ("minimum", bounds["max"])]
+    steps = [(name, bound) for name, bound in steps if bound is not None]
+    if any(not isinstance(bound, torch.fx.Node) for _, bound in steps):
+        raise reader.unknown(fx, "clamp between a number and a value")
+    for i, (name, bound) in enumerate(steps):
+        binary(
+            reader, fx, name, {"self": value, "other": bound}, own if i == len(steps) - 1 else f"{own}_{name}"
+        )
+        value = fx
 
 
 def _addcmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -107,8 +151,6 @@ def _rsub(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
 
 
 def _pow(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    if not reader.is_value(given["self"]):
-        raise reader.unknown(fx, "a power of a number")
     binary(reader, fx, "raise", {"self": given["self"], "other": given["exponent"]})
 
 
@@ -123,10 +165,26 @@ def _where(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     if reader.is_value(condition):
         reader.node(fx, "where", [condition, *values], numbers)
     elif not numbers:
-        raise reader.unknown(fx, "where of two values by a mask")
+        _of_two(reader, fx, condition, *values)
     else:
         ((role, number),) = numbers.items()
         _fill(reader, fx, values[0], condition, number, role == "true")
+
+
+def _of_two(
+    reader: Reader, fx: torch.fx.Node, mask: torch.fx.Node, a: torch.fx.Node, b: torch.fx.Node
+) -> None:
+    """One value where a mask is true, another where it is not: the sum of both, each times one or zero."""
+    held, own = reader.folding.value(reader.through(mask), reader.module), reader.name(fx, {})
+    if bool(held.all()) or not bool(held.any()):
+        reader.same[fx] = a if bool(held.all()) else b
+        return
+    names = []
+    for side, value in ((True, a), (False, b)):
+        _fill(reader, fx, value, mask, 0.0, not side, f"{own}_{str(side).lower()}")
+        names.append(reader.names[fx])
+    reader.add(Node(own, "add", tuple(names)))
+    reader.names[fx] = own
 
 
 def _masked_fill(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -134,10 +192,27 @@ def _masked_fill(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
     _where(reader, fx, sides)
 
 
+def _index_put(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Numbers or values in the place of those that a mask of the same shape says: `y[y < 0] = 0`."""
+    indices = [own for own in given["indices"] if own is not None]
+    masked = len(indices) == 1 and len(given["indices"]) == 1 and indices[0].meta["val"].dtype == torch.bool
+    if not masked or reader.shape(indices[0]) != reader.shape(given["self"]) or given.get("accumulate"):
+        raise reader.unknown(fx, "values written at places that are given one by one")
+    if isinstance(reader.number(given["values"]), torch.fx.Node):
+        raise reader.unknown(fx, "several values written where a mask says")
+    _where(reader, fx, {"condition": indices[0], "self": given["values"], "other": given["self"]})
+
+
 def _fill(
-    reader: Reader, fx: torch.fx.Node, value: torch.fx.Node, mask: torch.fx.Node, number: float, where: bool
+    reader: Reader,
+    fx: torch.fx.Node,
+    value: torch.fx.Node,
+    mask: torch.fx.Node,
+    number: float,
+    where: bool,
+    called: str | None = None,
 ) -> None:
-    """A number in a value's place wherever a mask says ``where``."""
+    """A number in a value's place wherever a mask says ``where``. called: the node's name, by default the call's."""
     if len(reader.shape(mask)) > len(reader.shape(value)):
         raise reader.unknown(fx, "a mask that has more dimensions than the value")
     with reader.graph.inserting_before(fx):
@@ -145,7 +220,7 @@ def _fill(
         ones = reader.graph.call_function(call.Scalar, (mask, 0))
         ones.meta["val"] = mask.meta["val"].bool()
     reader.known.add(ones)
-    reader.node(fx, "fill_parameter", [value], {"fill": number}, {"value": reader.parameter(ones)})
+    reader.node(fx, "fill_parameter", [value], {"fill": number}, {"value": reader.parameter(ones)}, called)
 
 
 def _not(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -197,4 +272,9 @@ JOINS = {
     **{call: partial(_called, name=name) for call, name in (BINARY_CALLS | SPELLED_COMPARISONS).items()},
     **{name: partial(_elementwise, name=name) for name in UNARY},
     **{call: partial(_elementwise, name=name) for call, name in SPELLED.items()},
+    **{
+        name: partial(_clamp, name=name.replace("clip", "clamp"))
+        for name in ("clamp", "clip", "clamp_min", "clamp_max")
+    },
+    "index_put": _index_put,
 }

@@ -153,17 +153,22 @@ def _repeat_interleave(reader: Reader, fx: torch.fx.Node, given: Mapping[str, An
     if repeats == 1:
         reader.same[fx] = given["self"]
         return
-    dim, name = dim % len(shape), reader.name(fx, {})
+    name = reader.name(fx, {})
+    repeated(reader, name, reader.value(given["self"]), shape, dim % len(shape), repeats)
+    reader.names[fx] = name
+
+
+def repeated(reader: Reader, name: str, value: str, shape: Sequence[int], dim: int, repeats: int) -> None:
+    """A node that has each entry of a dimension of a value several times, one after the other."""
     behind = [*shape[: dim + 1], 1, *shape[dim + 1 :]]
     wide = [repeats if d == dim + 1 else n for d, n in enumerate(behind)]
     apart, joined = Factors.of(shape), Factors.of(wide)
     apart.reshape(behind)
-    joined.reshape(reader.shape(fx))
+    joined.reshape([n * repeats if d == dim else n for d, n in enumerate(shape)])
     sizes = [repeats if d == dim + 1 else -1 for d in range(len(wide))]
-    reader.add(Node(f"{name}_apart", "rearrange", (reader.value(given["self"]),), apart.attributes()))
+    reader.add(Node(f"{name}_apart", "rearrange", (value,), apart.attributes()))
     reader.add(Node(f"{name}_wide", "expand", (f"{name}_apart",), {"sizes": sizes}))
     reader.add(Node(name, "rearrange", (f"{name}_wide",), joined.attributes()))
-    reader.names[fx] = name
 
 
 MOVING = {

@@ -32,9 +32,10 @@ def _any_batch_norm(
 
 
 def _instance_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    if not given["use_input_stats"]:  # on running statistics it is a batch norm
+        _batch_norm(reader, fx, given)
+        return
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
-    if not given["use_input_stats"]:
-        raise reader.unknown(fx, "instance norm with running statistics")
     groups = reader.shape(given["input"])[1]
     reader.node(fx, "group_norm", [given["input"]], {"groups": groups, "eps": given["eps"]}, parameters)
 
@@ -80,9 +81,9 @@ def _linalg_vector_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, A
 
 
 def _length(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], order: Any) -> None:
-    if order != 2:
+    if not isinstance(order, int | float):
         raise reader.unknown(fx, f"a norm of order {order}")
-    reduce(reader, fx, "length", given)
+    reduce(reader, fx, "length", given, **({} if order == 2 else {"order": float(order)}))
 
 
 def _linalg_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.tracing.export import INPUT, opname
 from stages.core.tracing.reader import Reader
+from stages.core.tracing.rearranging import Factors
 
 
 def _slice(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -135,6 +136,26 @@ def _replication_pad2d(reader: Reader, fx: torch.fx.Node, given: Mapping[str, An
     _mode_pad(reader, fx, given, "replicate")
 
 
+def _unfold(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Windows of one dimension as a new last one: their places picked one after the other, then taken apart."""
+    shape, size, step = reader.shape(given["self"]), given["size"], given["step"]
+    dim = given["dimension"] % len(shape)
+    if shape[dim] % INPUT == 0:
+        raise reader.unknown(fx, "windows of the images")
+    starts = range(0, shape[dim] - size + 1, step)
+    index, own, value = [s + i for s in starts for i in range(size)], reader.name(fx, {}), given["self"]
+    value = reader.value(value)
+    if index != list(range(shape[dim])):
+        reader.add(Node(f"{own}_places", "pick", (value,), {"dim": dim, "index": index}))
+        value = f"{own}_places"
+    factors = Factors.of([len(index) if d == dim else n for d, n in enumerate(shape)])
+    factors.reshape([*shape[:dim], len(starts), size, *shape[dim + 1 :]])
+    order = list(range(len(shape) + 1))
+    factors.permute([*order[: dim + 1], *order[dim + 2 :], dim + 1])
+    reader.add(Node(own, "rearrange", (value,), factors.attributes()))
+    reader.names[fx] = own
+
+
 def _roll(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     dims = list(given["dims"])
     if not dims or any(reader.shape(fx)[d] % INPUT == 0 for d in dims):
@@ -242,6 +263,7 @@ PLACES = {
     "replication_pad1d": _replication_pad2d,
     "replication_pad2d": _replication_pad2d,
     "replication_pad3d": _replication_pad2d,
+    "unfold": _unfold,
     "roll": _roll,
     "flip": _flip,
     "expand": _expand,

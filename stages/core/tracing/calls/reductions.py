@@ -9,6 +9,7 @@ import torch.fx
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import ADAPTIVE, POOLS
 from stages.core.tracing.calls.joins import binary
+from stages.core.tracing.calls.moving import repeated
 from stages.core.tracing.export import INPUT
 from stages.core.tracing.reader import Reader
 
@@ -26,7 +27,15 @@ def _scaled_dot_product_attention(reader: Reader, fx: torch.fx.Node, given: Mapp
         inputs.append(mask)
     elif mask is not None:
         parameters["mask"] = reader.parameter(mask)
-    reader.node(fx, "attention", inputs, attributes, parameters)
+    own, heads = reader.name(fx, {}), reader.shape(inputs[0])[1:-2]
+    values = [reader.value(own) for own in inputs]
+    for i, role in ((1, "keys"), (2, "values")):
+        shape = reader.shape(inputs[i])
+        if given.get("enable_gqa") and shape[1] < heads[0]:  # fewer heads of keys and values than of queries
+            repeated(reader, f"{own}_{role}", values[i], shape, 1, heads[0] // shape[1])
+            values[i] = f"{own}_{role}"
+    reader.add(Node(own, "attention", tuple(values), attributes, parameters), fx)
+    reader.names[fx] = own
 
 
 def _softmax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:

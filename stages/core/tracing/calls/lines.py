@@ -1,0 +1,113 @@
+"""What looks along places: running sums, sorting, picking by rank, sampling of maps."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch.fx
+
+from stages.core.tracing.calls.reductions import reduce
+from stages.core.tracing.export import INPUT
+from stages.core.tracing.reader import Reader
+
+
+def _along(
+    reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str, settings: tuple[str, ...] = ()
+) -> None:
+    """Along one dimension that counts no images; of a call that gives several, the first."""
+    dim = _dim(reader, fx, given)
+    more = {key: given[key] for key in settings}
+    _first(reader, fx, name, given["self"], {"dim": dim, **more})
+
+
+def _dim(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> int:
+    shape = reader.shape(given["self"])
+    dim = given["dim"] % len(shape)
+    if shape[dim] % INPUT == 0:
+        raise reader.unknown(fx, "a call along the images")
+    return dim
+
+
+def _first(
+    reader: Reader, fx: torch.fx.Node, name: str, source: torch.fx.Node, settings: dict[str, Any]
+) -> None:
+    if isinstance(fx.meta["val"], tuple | list):
+        reader.parts[fx, 0] = lambda user: reader.node(user, name, [source], settings)
+    else:
+        reader.node(fx, name, [source], settings)
+
+
+def _sorted(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    settings = {"dim": _dim(reader, fx, given), "descending": bool(given.get("descending")), "stable": True}
+    _first(reader, fx, name, given["self"], settings)
+    reader.parts[fx, 1] = lambda user: reader.node(user, "argsort", [given["self"]], settings)
+
+
+def _topk(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    settings = {"k": given["k"], "dim": _dim(reader, fx, given), "largest": bool(given["largest"])}
+    for i, name in enumerate(("topk", "topk_index")):
+        reader.parts[fx, i] = lambda user, name=name: reader.node(user, name, [given["self"]], settings)
+
+
+def _triangle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    reader.node(fx, name, [given["self"]], {"diagonal": given["diagonal"]})
+
+
+def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    if not reader.is_value(given["index"]) or not reader.is_value(given["self"]):
+        raise reader.unknown(fx, "gather by an index that does not depend on the input")
+    reader.node(fx, "gather", [given["self"], given["index"]], {"dim": _dim(reader, fx, given)})
+
+
+def _ranked(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    """The middle value of a dimension, or that of a rank."""
+    if "dim" not in given:
+        raise reader.unknown(fx, f"{name} over everything")
+    more = {"k": given["k"]} if "k" in given else {}
+    reader.parts[fx, 0] = lambda user: reduce(reader, user, name, given, **more)
+
+
+def _reduced(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
+    reduce(reader, fx, name, given)
+
+
+def _ends(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    for i, name in enumerate(("amin", "amax")):
+        reader.parts[fx, i] = lambda user, name=name: reduce(reader, user, name, given)
+
+
+def _grid_sampler(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    settings = {
+        "mode": ("bilinear", "nearest", "bicubic")[given["interpolation_mode"]],
+        "padding_mode": ("zeros", "border", "reflection")[given["padding_mode"]],
+        "align_corners": bool(given["align_corners"]),
+    }
+    reader.node(fx, "grid_sample", [given["input"], given["grid"]], settings)
+
+
+def _affine_grid(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    size = reader.shape(fx)[1:-1]
+    settings = {"size": [1, *size], "align_corners": bool(given["align_corners"])}
+    reader.node(fx, "affine_grid", [given["theta"]], settings)
+
+
+LINES = {
+    **{
+        name: partial(_along, name=name) for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+    },
+    "sort": partial(_sorted, name="sort"),
+    "argsort": partial(_sorted, name="argsort"),
+    "topk": _topk,
+    "tril": partial(_triangle, name="tril"),
+    "triu": partial(_triangle, name="triu"),
+    "gather": _gather,
+    "median": partial(_ranked, name="median"),
+    "kthvalue": partial(_ranked, name="kthvalue"),
+    "prod": partial(_reduced, name="prod"),
+    "logsumexp": partial(_reduced, name="logsumexp"),
+    "any": partial(_reduced, name="amax"),
+    "all": partial(_reduced, name="amin"),
+    "aminmax": _ends,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), _grid_sampler),
+    "affine_grid_generator": _affine_grid,
+}

@@ -1,0 +1,155 @@
+"""Networks whose layers sample, sort, sum up or weigh places, or have attention in one head: (constructor, shape)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IMAGE = (3, 8, 8)
+
+
+class Around(nn.Module):
+    """A convolution, ``body``, another convolution, a head."""
+
+    def __init__(self, body, width=4, **modules):
+        super().__init__()
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(width, 5, 3),
+            nn.Linear(5, 3),
+        )
+        self.body = body
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(self.body(self, self.first(x)))).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """As the spatial transformer of the tutorials: the image itself is sampled where a small network says."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Sequential(nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.ReLU(True))
+        self.where = nn.Sequential(nn.Linear(54, 8), nn.ReLU(True), nn.Linear(8, 6))
+        self.conv, self.one, self.two = nn.Conv2d(3, 6, 3), nn.Linear(54, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        theta = self.where(self.look(x).view(-1, 54)).view(-1, 2, 3)
+        x = F.grid_sample(x, F.affine_grid(theta, x.size(), align_corners=False), align_corners=False)
+        x = F.relu(F.max_pool2d(self.conv(x), 2)).view(-1, 54)
+        return F.log_softmax(self.two(F.relu(self.one(x))), dim=1)
+
+
+class Experts(nn.Module):
+    """A mixture of experts whose gates are softmaxed and whose outputs are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(5, 3)
+        self.experts = nn.ModuleList(nn.Conv2d(4, 5, 3) for _ in range(2))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        gates = self.gate(x.mean((2, 3))).softmax(1)
+        found = torch.stack([own(x) for own in self.experts], 1) * gates[:, :, None, None, None]
+        return self.head(F.relu(found.sum(1)).mean((2, 3)))
+
+
+class Llama(nn.Module):
+    """A block as of language models: RMSNorm, fewer heads of keys than of queries, gated linear units."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.norms = nn.ModuleList([nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-5), nn.RMSNorm(8)])
+        self.q, self.k, self.v, self.o = (nn.Linear(8, n, bias=False) for n in (8, 4, 4, 8))
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, 2)).transpose(1, 2)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        y = self.norms[0](x)
+        y = F.scaled_dot_product_attention(
+            self.heads(self.q(y)),
+            self.heads(self.k(y)),
+            self.heads(self.v(y)),
+            is_causal=True,
+            enable_gqa=True,
+        )
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.head(self.norms[2](x).mean(1))
+
+
+class Patches(nn.Module):
+    """Patches of the image by Tensor.unfold."""
+
+    def __init__(self, size, step):
+        super().__init__()
+        self.size, self.step = size, step
+        self.embed, self.hidden, self.head = nn.Linear(3 * size * size, 6), nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = x.unfold(2, self.size, self.step).unfold(3, self.size, self.step)
+        x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return self.head(F.gelu(self.hidden(self.embed(x))).mean(1))
+
+
+class Linear(nn.Module):
+    """Linear attention without heads: keys with values first."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(7, 3)
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 7)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        return self.head((self.q(x).softmax(-1) @ (self.k(x).softmax(1).mT @ self.v(x))).mean(1))
+
+
+def channel_attention(m, x):
+    y = x.flatten(2)
+    return x + m.scale * ((y @ y.transpose(1, 2)).softmax(-1) @ y).view_as(x)
+
+
+def global_context(m, x):
+    weights = m.mask(x).flatten(2).softmax(-1).transpose(1, 2)
+    return x + m.change((x.flatten(2) @ weights)[..., None])
+
+
+def written_over(m, x):
+    y = x.clone()
+    y[y < 0] = 0.1
+    return y
+
+
+def spelled(m, x):
+    """What torch writes as other calls."""
+    x = torch.lerp(x, torch.hstack(x.tensor_split(2, 1)), 0.3) + torch.rot90(x, 1, (2, 3))
+    x = torch.sub(x, x.clamp(min=x.tanh() - 1), alpha=2)
+    return x / (1 + torch.std_mean(x, (2, 3), keepdim=True)[0]) + torch.where(m.mask, x, x.sin())
+
+
+LINES = {
+    "spatial transformer": (Transformer, IMAGE),
+    "mixture of experts": (Experts, IMAGE),
+    "rms norm and fewer keys": (Llama, IMAGE),
+    "patches side by side": (lambda: Patches(4, 4), IMAGE),
+    "patches that overlap": (lambda: Patches(4, 2), IMAGE),
+    "linear attention in one head": (Linear, IMAGE),
+    "channel attention in one head": (
+        lambda: Around(channel_attention, scale=nn.Parameter(torch.tensor(0.4))), IMAGE),
+    "global context": (
+        lambda: Around(global_context, mask=nn.Conv2d(4, 1, 1), change=nn.Conv2d(4, 4, 1)), IMAGE),
+    "written over": (lambda: Around(written_over), IMAGE),
+    "written by torch": (lambda: Around(spelled, mask=torch.arange(8) > 3), IMAGE),
+    "sorted places": (
+        lambda: Around(lambda m, x: x.flatten(2).topk(16, 2)[0].cumsum(2).unflatten(2, (4, 4))), IMAGE),
+    "norms of instances as of batches": (
+        lambda: Around(lambda m, x: m.norm(x), norm=nn.InstanceNorm2d(4, track_running_stats=True)), IMAGE),
+}  # fmt: skip
