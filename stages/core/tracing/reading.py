@@ -66,7 +66,7 @@ CALLS = (
     | linear.MAPS
     | norms.NORM_CALLS
     | reductions.REDUCTION_CALLS
-    | lines.LINES
+    | lines.LINE_CALLS
     | moving.MOVING
     | places.PLACES
 )

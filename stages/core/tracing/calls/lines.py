@@ -91,7 +91,7 @@ def _affine_grid(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
     reader.node(fx, "affine_grid", [given["theta"]], settings)
 
 
-LINES = {
+LINE_CALLS = {
     **{
         name: partial(_along, name=name) for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
     },
