@@ -50,6 +50,11 @@ def checked_network(network: Any, what: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         more = ", with its weights loaded" if isinstance(network, Mapping) else ""
         raise InputError(f"{what}: found {kind_of(network)}; allowed: a torch.nn.Module{more}")
+    packed = [name for name, held in network.state_dict().items() if not isinstance(held, Tensor)]
+    if packed:
+        raise InputError(
+            f"{what}: {packed[0]} is no tensor; allowed: a network before it was quantised or packed"
+        )
     tensors = [*network.named_parameters(), *network.named_buffers()]
     for name, tensor in tensors:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):

@@ -411,3 +411,32 @@ def test_images_with_which_a_network_reckons_otherwise_than_with_floats_are_refu
         InputError, match=r"task a: found torch\.uint8, with which .* allowed: images.float\(\)"
     ):
         merge(made, images, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda merged, folder: load_merged(None), "path: found None; allowed: a text or a Path"),
+        (lambda merged, folder: merged.save(3), "path: found 3; allowed: a text or a Path"),
+        (lambda merged, folder: merged.save(folder), "cannot be written"),
+        (lambda merged, folder: merged(None), "input: found NoneType; allowed: a tensor"),
+        (lambda merged, folder: merged(np.zeros((2, 1, 6, 6))), "input: found ndarray; allowed: a tensor"),
+        (lambda merged, folder: merged.tune("images"), "example: found str; allowed: a tensor of images"),
+    ],
+)
+def test_a_merged_network_is_told_what_it_cannot_take(call, line, tmp_path):
+    merged = merge(networks(), batches(), 1.3, progress=False)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=line) as error:
+        call(merged, tmp_path)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_network_is_refused():
+    packed = {name: torch.ao.quantization.quantize_dynamic(own) for name, own in networks().items()}
+    with pytest.raises(
+        InputError, match=r"task a: .* is no tensor; allowed: a network before it was quantised"
+    ):
+        merge(packed, batches(), progress=False)

@@ -19,6 +19,8 @@ def as_taken(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
     tensors, which floats must be of unless torch casts them (autocast). Sizes of images are left to the layers that
     fix them.
     """
+    if not isinstance(x, Tensor):
+        raise InputError(f"input: found {type(x).__name__}; allowed: a tensor")
     first = trace.graph.nodes[0]
     if first.attributes.get("counts") and not x.is_floating_point() and not x.is_complex():
         x = x.to(dtype)

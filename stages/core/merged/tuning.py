@@ -76,6 +76,8 @@ class Ordinary:
 @torch.no_grad()
 def tune(network: nn.Module, example: Tensor) -> Tuning:
     """Decide for each layer, then for all of them together and for the whole: what makes it no faster is undone."""
+    if not isinstance(example, Tensor):
+        raise InputError(f"example: found {type(example).__name__}; allowed: a tensor of images")
     first = network.trace.graph.nodes[0].name
     if example.shape[1:] != network.trace.shapes[first][1:] or not len(example):
         shape = ("n", *network.trace.shapes[first][1:])

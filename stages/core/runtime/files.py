@@ -18,7 +18,16 @@ from typing import Any
 from stages.core.runtime.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond the size that the system lets a file have
-CLOSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+CLOSED = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 HEADER = 1 << 25  # bytes of a safetensors file that describe its tensors
 
 
@@ -29,7 +38,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     What a killed process left in the folder is removed first. Raises InputError when the folder cannot be written or
     the disk is full.
     """
-    path = Path(path)
+    path = as_path(path)
     temporary = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +60,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+
+def as_path(path: str | Path) -> Path:
+    """What a user gives as one. Raises InputError for anything else."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path: found {path!r:.60}; allowed: a text or a Path")
+    return Path(path)
 
 
 def _temporary(path: Path) -> tuple[Path, int]:
@@ -140,9 +156,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a safetensors file: (tensors by name, metadata). Raises InputError when missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = as_path(path)
+    if not path.is_file():
         raise InputError(f"{path}: no such file")
-    _check_header(Path(path))
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -154,9 +171,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """A safetensors file's own texts alone. Raises InputError when it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = as_path(path)
+    if not path.is_file():
         raise InputError(f"{path}: no such file")
-    _check_header(Path(path))
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
