@@ -146,6 +146,8 @@ LINES = {
         lambda: Around(channel_attention, scale=nn.Parameter(torch.tensor(0.4))), IMAGE),
     "global context": (
         lambda: Around(global_context, mask=nn.Conv2d(4, 1, 1), change=nn.Conv2d(4, 4, 1)), IMAGE),
+    "beside nothing": (
+        lambda: Around(lambda m, x: torch.cat([x[:, :, :0], x.sin(), x[:, :, 8:].cos()], 2)), IMAGE),
     "written over": (lambda: Around(written_over), IMAGE),
     "written by torch": (lambda: Around(spelled, mask=torch.arange(8) > 3), IMAGE),
     "sorted places": (

@@ -61,15 +61,22 @@ def _tie(units: Units, node: Node, a: Tensor, b: Tensor) -> None:
     units.tie(node.name, a, b)
 
 
-def kept_beside(node: Node, inputs: Sequence[Value], found: Value, elementwise: bool) -> Value:
-    """What an operation gives, with the units on the columns of its inputs. Raises InputError where it loses them."""
+def check_beside(node: Node, inputs: Sequence[Value], elementwise: bool) -> None:
+    """Raises InputError for an operation that would lose the units on the columns of its inputs."""
     held = [value for value in inputs if value.beside is not None]
     if not held or node.operation in ("matmul", "attention"):
-        return found
+        return
     others = {d for value in inputs if value.beside is None for d in value.dims}
     if len(held) > 1 or not (elementwise or node.operation == "softmax") or others - set(held[0].dims):
         raise InputError(
             f"{node.name}: {node.operation} of a product of units with units; allowed: what is elementwise, softmax, "
             "or another product"
         )
-    return dataclasses.replace(found, beside=held[0].beside)
+
+
+def kept_beside(node: Node, inputs: Sequence[Value], found: Value) -> Value:
+    """What an operation gives, with the units on the columns of its inputs."""
+    held = [value.beside for value in inputs if value.beside is not None]
+    if not held or node.operation in ("matmul", "attention"):
+        return found
+    return dataclasses.replace(found, beside=held[0])

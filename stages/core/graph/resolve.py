@@ -66,7 +66,7 @@ class Resolved:
         if not names & free:  # images, logits: alike in every network
             dim = varying[-1] if varying else (value.dims[0] if value.dims else len(value.shape) - 1)
             only = names.pop() if len(names) == 1 else ""
-            known = only and self.spec.groups[only].size == value.shape[dim]
+            known = only in self.spec.groups and self.spec.groups[only].size == value.shape[dim]
             return Layout(dim, (Segment(only if known else "", value.shape[dim]),))
         if len(varying) > 1:
             raise SeveralDimensionsError(

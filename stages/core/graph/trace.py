@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.core.graph import rules
 from stages.core.graph.apart import heads_apart
 from stages.core.graph.axes import SeveralDimensionsError, Units, Value
-from stages.core.graph.crossed import kept_beside
+from stages.core.graph.crossed import check_beside, kept_beside
 from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout, Segment
@@ -181,12 +181,13 @@ def _laid_out(
             operation = OPERATIONS[node.operation]
             if operation.rule in (rules.linear, rules.channels, rules.group_norm):
                 inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
+            elementwise = operation.rule is rules.same
+            check_beside(node, inputs, elementwise)
             out = _try_node(node, [tensors[name] for name in node.inputs], state)
             check_value(node.name, out)
             tensors[node.name], shapes[node.name] = out, out.shape
             found = operation.rule(units, node, inputs, out.shape, own)
-            elementwise = operation.rule is rules.same
-            found = kept_beside(node, inputs, found, elementwise)
+            found = kept_beside(node, inputs, found)
             seen[node.name] = carried(units, node, inputs, found, operation.run, elementwise, own)
         for name in last.get(node.name, ()):
             del tensors[name]
