@@ -26,7 +26,7 @@ from stages.core.settings.params import first_line, load_params
 from stages.core.settings.profiles import Architecture, Data, Profile
 from stages.core.settings.sections import Name, Section
 from stages.core.tracing.sources import make_sources
-from stages.own.checkpoint import classes_of, norms, recognise
+from stages.own.checkpoint import norms, recognise, with_classes_of
 from stages.own.folder import Folder, look
 from stages.own.profile import add, place_of, profile_text
 from stages.own.trial import Tried, channels, compare, one_image, right, scalings, sizes
@@ -64,9 +64,7 @@ def main(*words: str) -> None:
     say(f"{'found':<10}{described(architecture)}")
     owns = []
     for name, path in checkpoints.items():
-        own = examine(
-            name, path, with_classes(architecture, classes_of(states[name])), look(images[name]), given
-        )
+        own = examine(name, path, with_classes_of(architecture, states[name]), look(images[name]), given)
         owns.append(own)
         say(f"{name:<10}{path}: {len(own.folder.classes)} classes, {norms(own.network)}")
         say(f"{'':<10}{own.folder.path}: {own.folder.described()}")
@@ -169,12 +167,6 @@ def network(given: argparse.Namespace, state: Mapping[str, torch.Tensor]) -> str
             say(str(error).removeprefix(": "))
             return ask("--network NAME or package.module:function", "--network")
     return given.network
-
-
-def with_classes(architecture: Architecture, classes: int) -> Architecture:
-    """The architecture with another head, if its constructor takes a number of classes."""
-    own = {"classes": classes} if "classes" in architecture.arguments else {}
-    return Architecture(name=architecture.name, arguments={**architecture.arguments, **own})
 
 
 def examine(

@@ -37,10 +37,12 @@ def watched_values(trace: Trace, features: str) -> list[str]:
         return []
     found = list(trace.graph.head.inputs) if trace.graph.head is not None else []
     if features == "stages":
+        logits = trace.graph.logits
         maps = {trace.shapes[node.name][2:] for node in trace.graph.nodes if node.operation == "conv2d"}
         ends = {
             trace.shapes[node.name][2:]: node.name
             for node in trace.graph.nodes[1:]
+            if node.name not in logits
             if len(trace.shapes[node.name]) == 4 and trace.layouts[node.name].dim == 1
             if trace.shapes[node.name][2:] in maps and trace.shapes[node.name][2:].numel() > 1
         }

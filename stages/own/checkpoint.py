@@ -33,20 +33,25 @@ def recognise(
 
 
 def _recognised(state: Tensors, where: str, network: str | None, given: Mapping[str, Any]) -> Architecture:
-    classes = classes_of(state, where)
-    if network is not None and ":" in network:
-        tried = list(_imported(network, given, classes))
-    else:
-        known = _known(state, classes)
-        tried = [own for own in known if network in (None, own.name)]
-        if network is not None and not tried:
-            build(network, {**given, "classes": classes})  # a name that is not known is said there
-            tried = [Architecture(name=network, arguments={**given, "classes": classes})]
-    differences = {}
-    for architecture in tried:
-        differences[architecture.name] = found = difference(_shapes(architecture), state)
-        if not found:
-            return architecture
+    differences: dict[str, list[str]] = {}
+    for classes in class_counts(state, where):
+        if network is not None and ":" in network:
+            tried = list(_imported(network, given, classes))
+        else:
+            known = _known(state, classes)
+            tried = [own for own in known if network in (None, own.name)]
+            if network is not None and not tried:
+                build(network, {**given, "classes": classes})  # a name that is not known is said there
+                tried = [Architecture(name=network, arguments={**given, "classes": classes})]
+        for architecture in tried:
+            found = difference(_shapes(architecture), state)
+            if not found:
+                return architecture
+            if (
+                len(found) < len(differences.get(architecture.name, state))
+                or architecture.name not in differences
+            ):
+                differences[architecture.name] = found
     name = min(differences, key=lambda name: len(differences[name]))
     raise InputError(
         f"{where}: not known by its keys and shapes; nearest is {name}, which differs in {len(differences[name])} "
@@ -54,12 +59,29 @@ def _recognised(state: Tensors, where: str, network: str | None, given: Mapping[
     )
 
 
-def classes_of(state: Tensors, where: str = "checkpoint") -> int:
-    """The rows of the last matrix: the outputs of the head. Raises InputError where there is no matrix."""
-    matrices = [tensor for name, tensor in state.items() if tensor.dim() == 2 and name.endswith("weight")]
-    if not matrices:
-        raise InputError(f"{where}: has no linear layer; allowed: a network with a linear head")
-    return int(matrices[-1].shape[0])
+def class_counts(state: Tensors, where: str = "checkpoint") -> list[int]:
+    """How many outputs the head may have: the rows of the last matrix, or else of the last convolution.
+
+    Raises InputError where there is neither.
+    """
+    weights = [tensor for name, tensor in state.items() if tensor.dim() > 1 and name.endswith("weight")]
+    last = [own for own in weights if own.dim() == 2][-1:] + [own for own in weights if own.dim() > 2][-1:]
+    if not last:
+        raise InputError(f"{where}: has no linear layer and no convolution; allowed: a network with a head")
+    return list(dict.fromkeys(int(own.shape[0]) for own in last))
+
+
+def with_classes_of(architecture: Architecture, state: Tensors) -> Architecture:
+    """The architecture with the head that a checkpoint has, if its constructor takes a number of classes."""
+    if "classes" not in architecture.arguments:
+        return architecture
+    counts = class_counts(state)
+    made = [
+        Architecture(name=architecture.name, arguments={**architecture.arguments, "classes": count})
+        for count in counts
+    ]
+    fit = (own for own in made if any(not difference(_shapes(own), names) for names in unprefixed(state)))
+    return next(fit, made[0]) if len(made) > 1 else made[0]
 
 
 def norms(network: nn.Module) -> str:

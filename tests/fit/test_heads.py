@@ -40,8 +40,12 @@ def test_methods_merge_them_and_they_are_probed(head, labels, row):
 def test_more_classes_in_one_head_than_in_the_other():
     networks, images = two("convolutional head")
     networks["b"].head = torch.nn.Conv2d(5, 4, 1)
-    for budget in (1.0, 2.0):
-        found = merge(networks, images, budget, "average", progress=False)
+    refined = {
+        "match": "identity",
+        "fit": {"solver": "average", "refine": {"steps": 2, "images": 20, "every": 1}},
+    }
+    for budget, method in ((1.0, "average"), (2.0, "progressive"), (1.4, refined)):
+        found = merge(networks, images, budget, method, progress=False)
         assert found(images["a"][0]).shape == (24, 7)
         assert found(images["a"][0], task="b").shape == (24, 4)
         plain = found.plain("b")

@@ -9,7 +9,7 @@ from torch import nn
 
 from stages.core.networks.architectures import ARCHITECTURES, build
 from stages.core.runtime.errors import InputError
-from stages.own.checkpoint import classes_of, norms, recognise
+from stages.own.checkpoint import class_counts, norms, recognise, with_classes_of
 
 ARGUMENTS = {
     "resnet": {"depth": 14, "width": 5, "channels": 1},
@@ -84,8 +84,35 @@ def test_an_imported_constructor_with_and_without_a_number_of_classes(monkeypatc
 
 
 def test_classes_and_norms():
-    assert classes_of(state("vgg11_bn", 9)) == 9
+    assert class_counts(state("vgg11_bn", 9))[0] == 9
     assert norms(plain(4)) == "1 GroupNorm"
     assert norms(fixed()) == "no norm layers"
     with pytest.raises(InputError, match="has no linear layer"):
-        classes_of({"conv.weight": torch.empty(1, 1, 1, 1)})
+        class_counts({"conv.weight": torch.empty(1)})
+
+
+def test_a_convolution_may_be_the_head():
+    with torch.device("meta"):
+        found = {n: build("torchvision.models:squeezenet1_1", {"classes": n}).state_dict() for n in (2, 5)}
+    architecture = recognise(found[2], "x.pth", "torchvision.models:squeezenet1_1")
+    assert architecture.arguments == {"classes": 2}
+    assert with_classes_of(architecture, found[5]).arguments == {"classes": 5}
+
+
+def test_other_names_of_the_number_of_classes():
+    made = types.ModuleType("spelled")
+    made.torch, made.Net = (
+        torch,
+        type("Net", (nn.Module,), {"__init__": lambda self, n_classes: _head(self, n_classes)}),
+    )
+    made.Net.__module__ = "spelled"
+    sys.modules["spelled"] = made
+    try:
+        assert build("spelled:Net", {"classes": 4}).head.out_features == 4
+    finally:
+        del sys.modules["spelled"]
+
+
+def _head(module, classes):
+    nn.Module.__init__(module)
+    module.head = nn.Linear(3, classes)

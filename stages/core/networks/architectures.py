@@ -151,7 +151,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     `resnet` takes depth, width, channels and classes (``ResNet``), `mlp` inputs, widths and classes (``mlp``). The
     other names are torchvision's, without weights, and take classes; `vit_b_16` also size, in pixels. A name
     `package.module:function` is any other constructor that can be imported, `timm:create_model` say: it is called
-    with the arguments as they are, `classes` as `num_classes` where it knows no `classes`.
+    with the arguments as they are, `classes` as `num_classes`, `n_classes` or the like where it knows no `classes`.
 
     Raises InputError for an unknown name or argument, a missing one, a value that is not allowed, and a constructor
     that cannot be imported or called.
@@ -213,6 +213,19 @@ def _value(key: str, arguments: Mapping[str, Any], spec: _Argument) -> int | lis
     return found
 
 
+SPELLED = (
+    "num_classes",
+    "n_classes",
+    "nb_classes",
+    "num_class",
+    "n_class",
+    "nclasses",
+    "nclass",
+    "num_labels",
+)
+"""What other constructors call the number of classes."""
+
+
 def _imported(name: str, arguments: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     """What ``package.module:function`` names, and the arguments as it calls them."""
     where, _, attribute = name.partition(":")
@@ -230,8 +243,9 @@ def _imported(name: str, arguments: Mapping[str, Any]) -> tuple[Callable[..., nn
         )
     given = dict(arguments)
     try:
-        if "classes" in given and "classes" not in inspect.signature(constructor).parameters:
-            given["num_classes"] = given.pop("classes")
+        known = inspect.signature(constructor).parameters
+        if "classes" in given and "classes" not in known:
+            given[next((name for name in SPELLED if name in known), "num_classes")] = given.pop("classes")
     except (TypeError, ValueError):
         pass  # no signature that could be read: as they are
     return constructor, given
