@@ -118,8 +118,11 @@ class Units:
             self.tie(node, known, labels)
 
 
-def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Value:
-    """What is elementwise of two values: units are tied, or inside one another where one value is coarser."""
+def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size, places: bool = False) -> Value:
+    """What is elementwise of two values: units are tied, or inside one another where one value is coarser.
+
+    places: whether the shapes are those of the values: a coarser one has other entries wherever its extent says.
+    """
     a, b = _ranked(a, shape), _ranked(b, shape)
     dims, common = tuple(sorted({*a.dims, *b.dims})), a.common and b.common
     for one, other in ((a, b), (b, a)):
@@ -139,6 +142,12 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Valu
             few, many = (a, b) if a.labels.numel() <= b.labels.numel() else (b, a)
             units.fixed.append(few.labels)  # one for each of several places: experts, taps of a kernel
             return Value(many.labels, many.dims, shape, common)
+        whole = a if coarse is x else b
+        apart = places and any(whole.shape[d] > 1 for d in dims if d not in whole.dims)
+        if apart and not any(single) and not whole.common:
+            # paths of selective kernels: what weighs a unit at several places is there for each of them, in their order
+            units.tie(node, fine, coarse)
+            return Value(whole.labels, whole.dims, shape, common)
         _nest(units, node, coarse, fine)
         return Value(fine.contiguous(), dims, shape, common)
     if a.labels.shape != b.labels.shape and a.labels.numel() != b.labels.numel():

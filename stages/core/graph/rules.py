@@ -34,7 +34,7 @@ def same(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sha
             value.common and not node.parameters,
         )
     for other in inputs[1:]:
-        value = join(units, node.name, value, other, out)
+        value = join(units, node.name, value, other, out, places=True)
     for role, name in node.parameters.items():
         shape = node.attributes.get("view", shapes[role])
         place_parameter(units, node, name, shape, shapes[role], value)
