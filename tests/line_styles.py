@@ -112,6 +112,38 @@ class Linear(nn.Module):
         return self.head((self.q(x).softmax(-1) @ (self.k(x).softmax(1).mT @ self.v(x))).mean(1))
 
 
+class Together(nn.Module):
+    """Attention by torch.bmm, images and heads on one dimension; sequence, or heads, first."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.embed, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def joined(self, x):
+        if self.way == "images":
+            return x.view(-1, 16, 2, 4).transpose(1, 2).reshape(-1, 16, 4)
+        if self.way == "heads":
+            return x.view(-1, 16, 2, 4).permute(2, 0, 1, 3).contiguous().view(-1, 16, 4)
+        return x.transpose(0, 1).contiguous().view(16, -1, 4).transpose(0, 1)
+
+    def apart(self, x):
+        if self.way == "images":
+            return x.view(-1, 2, 16, 4).transpose(1, 2).reshape(-1, 16, 8)
+        if self.way == "heads":
+            return x.view(2, -1, 16, 4).permute(1, 2, 0, 3).contiguous().view(-1, 16, 8)
+        return x.transpose(0, 1).contiguous().view(16, -1, 8).transpose(0, 1)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        q, k, v = (self.joined(own(x)) for own in (self.q, self.k, self.v))
+        scores = torch.bmm(q * 0.5, k.transpose(1, 2)).masked_fill(torch.ones(16, 16).triu(1).bool(), -1e9)
+        return self.head(
+            self.o(self.apart(torch.bmm(F.dropout(scores.softmax(-1), 0.1, self.training), v))).mean(1)
+        )
+
+
 def channel_attention(m, x):
     y = x.flatten(2)
     return x + m.scale * ((y @ y.transpose(1, 2)).softmax(-1) @ y).view_as(x)
@@ -146,6 +178,9 @@ LINES = {
         lambda: Around(channel_attention, scale=nn.Parameter(torch.tensor(0.4))), IMAGE),
     "global context": (
         lambda: Around(global_context, mask=nn.Conv2d(4, 1, 1), change=nn.Conv2d(4, 4, 1)), IMAGE),
+    "images and heads on one dimension": (lambda: Together("images"), IMAGE),
+    "heads and images on one dimension": (lambda: Together("heads"), IMAGE),
+    "images and heads behind a sequence": (lambda: Together("sequence"), IMAGE),
     "beside nothing": (
         lambda: Around(lambda m, x: torch.cat([x[:, :, :0], x.sin(), x[:, :, 8:].cos()], 2)), IMAGE),
     "written over": (lambda: Around(written_over), IMAGE),

@@ -16,6 +16,7 @@ from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
 from stages.core.tracing.export import export, opname, unwrap
 from stages.core.tracing.folding import Folding
+from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
 
 
@@ -49,6 +50,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     """
     module = unwrap(module)
     exported = export(module, example, _has_rule)
+    heads_apart(exported.graph)
     folding = Folding(exported.graph, exported.tensors)
     reader = Reader(module, exported.graph, folding, CALLS)
     return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)
