@@ -176,7 +176,7 @@ LINES = {
     "linear attention in one head": (Linear, IMAGE),
     "channel attention in one head": (
         lambda: Around(channel_attention, scale=nn.Parameter(torch.tensor(0.4))), IMAGE),
-    "global context": (
+    "context by one mask": (
         lambda: Around(global_context, mask=nn.Conv2d(4, 1, 1), change=nn.Conv2d(4, 4, 1)), IMAGE),
     "images and heads on one dimension": (lambda: Together("images"), IMAGE),
     "heads and images on one dimension": (lambda: Together("heads"), IMAGE),

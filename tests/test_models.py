@@ -34,18 +34,20 @@ def test_the_page_has_no_network_refused_that_should_not_be():
 
 
 class Alike(nn.Module):
-    """Whose units are not alike: each sums those before it."""
+    """With a call that has no rule."""
 
     def __init__(self):
         super().__init__()
         self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.head(self.first(x).cumsum(1))
+        return self.head(torch.special.erfcx(self.first(x)))
 
 
 def test_what_has_no_rule_gives_the_line_that_says_so():
-    model = Model(lambda: nn.Sequential(nn.Flatten(), Alike()), (1, 2, 2), refused="no rule for cumsum")
+    model = Model(
+        lambda: nn.Sequential(nn.Flatten(), Alike()), (1, 2, 2), refused="no rule for special_erfcx"
+    )
     assert model.refused in outcome(model)
     assert "| refused | " in told("alike", model, outcome(model))
 

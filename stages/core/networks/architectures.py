@@ -213,7 +213,7 @@ def _value(key: str, arguments: Mapping[str, Any], spec: _Argument) -> int | lis
     return found
 
 
-SPELLED = (
+CLASSES_SPELLED = (
     "num_classes",
     "n_classes",
     "nb_classes",
@@ -245,7 +245,9 @@ def _imported(name: str, arguments: Mapping[str, Any]) -> tuple[Callable[..., nn
     try:
         known = inspect.signature(constructor).parameters
         if "classes" in given and "classes" not in known:
-            given[next((name for name in SPELLED if name in known), "num_classes")] = given.pop("classes")
+            given[next((name for name in CLASSES_SPELLED if name in known), "num_classes")] = given.pop(
+                "classes"
+            )
     except (TypeError, ValueError):
         pass  # no signature that could be read: as they are
     return constructor, given
