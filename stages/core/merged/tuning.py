@@ -23,6 +23,7 @@ from stages.core.runtime.errors import InputError
 logger = logging.getLogger(__name__)
 
 REPEATS = 10  # of each way to run a layer; the shortest counts
+ENOUGH = 5.0  # seconds of one comparison
 GAIN = 0.97  # of the time of blocks: what is no faster than that stays as it is
 
 
@@ -145,14 +146,18 @@ def _with(
 
 
 def fastest(runs: Sequence[Callable[[], Any]], like: Tensor, repeats: int = REPEATS) -> list[float]:
-    """The shortest time of each, in seconds; they alternate, and the first two of each warm up and are left out."""
+    """The shortest time of each, in seconds; they alternate, and the first two of each warm up and are left out.
+
+    Of what takes long, fewer than ``repeats`` are enough, down to two.
+    """
     times: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
     for repeat in range(repeats + 2):
         for run, own in zip(runs, times, strict=True):
-            seconds = timed(run, like)
-            if repeat >= 2:
-                own.append(seconds)
-    return [min(own) for own in times]
+            own.append(timed(run, like))
+        if repeat >= 3 and time.perf_counter() - start > ENOUGH:
+            break
+    return [min(own[2:]) for own in times]
 
 
 def timed(run: Callable[[], Any], like: Tensor) -> float:
