@@ -62,7 +62,7 @@ class Llama(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
-        self.norms = nn.ModuleList([nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-5), nn.RMSNorm(8)])
+        self.norms = nn.ModuleList([nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-5)])
         self.q, self.k, self.v, self.o = (nn.Linear(8, n, bias=False) for n in (8, 4, 4, 8))
         self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
 
@@ -82,7 +82,7 @@ class Llama(nn.Module):
         x = x + self.o(y.transpose(1, 2).flatten(2))
         y = self.norms[1](x)
         x = x + self.down(F.silu(self.gate(y)) * self.up(y))
-        return self.head(self.norms[2](x).mean(1))
+        return self.head(F.rms_norm(x, (8,)).mean(1))
 
 
 class Patches(nn.Module):
@@ -183,6 +183,8 @@ LINES = {
     "images and heads behind a sequence": (lambda: Together("sequence"), IMAGE),
     "beside nothing": (
         lambda: Around(lambda m, x: torch.cat([x[:, :, :0], x.sin(), x[:, :, 8:].cos()], 2)), IMAGE),
+    "a mean that is put back": (
+        lambda: Around(lambda m, x: (x - x.mean(1)[:, None]) / (1 + x.var(1).unsqueeze(1))), IMAGE),
     "written over": (lambda: Around(written_over), IMAGE),
     "written by torch": (lambda: Around(spelled, mask=torch.arange(8) > 3), IMAGE),
     "sorted places": (

@@ -116,18 +116,11 @@ def copied(module: nn.Module) -> nn.Module:
             elif isinstance(found, list | tuple):
                 stack += found
     try:
-        found = copy.deepcopy(module, known).train().eval()
+        return copy.deepcopy(module, known).train().eval()
     except Exception as error:  # locks, files, generators: whatever a user's module holds
         raise InputError(
             f"{type(module).__name__}: cannot be copied ({_first_line(error)}); allowed: tensors and settings"
         ) from error
-    kind = next((p.dtype for p in found.parameters() if p.is_floating_point()), torch.float32)
-    for part in found.modules():
-        if (
-            isinstance(part, nn.RMSNorm) and part.eps is None
-        ):  # what is meant in its own type, in any other too
-            part.eps = torch.finfo(kind).eps
-    return found
 
 
 def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node], bool]) -> Exported:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.core.graph.nodes import Graph
@@ -70,7 +71,9 @@ def _perturbed_run(
     generator: torch.Generator,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Tensors, images and what the module makes of them."""
-    module = copied(unwrap(module)).cpu().double()
+    module = copied(unwrap(module)).cpu()
+    kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    module = module.double()
     x = _images(example, graph, generator)
     for name, tensor in _distinct(module):
         tensor.copy_(_perturbed(name, tensor, generator))
@@ -81,6 +84,7 @@ def _perturbed_run(
             "a forward that takes its weights' type",
         ),
         _Double(),
+        _Smallest(kind),
     ):
         return state, x, module(x)
 
@@ -99,6 +103,21 @@ class _Double(TorchDispatchMode):
         if made and isinstance(found, Tensor) and found.dtype in self.LESS:
             return found.double()  # of the numbers that it has in single precision
         return found
+
+
+class _Smallest(TorchFunctionMode):
+    """An RMSNorm that is given no epsilon takes that of its numbers' type: of the network's, not of double."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = kwargs.get("eps", args[3] if len(args) > 3 else None)
+        if getattr(func, "__name__", "") == "rms_norm" and given is None:
+            args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(self.kind).eps}
+        return func(*args, **kwargs)
 
 
 def _images(example: Tensor, graph: Graph, generator: torch.Generator) -> Tensor:

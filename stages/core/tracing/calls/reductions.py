@@ -10,7 +10,7 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.operations import ADAPTIVE, POOLS
 from stages.core.tracing.calls.joins import binary
 from stages.core.tracing.calls.moving import repeated
-from stages.core.tracing.export import INPUT
+from stages.core.tracing.export import INPUT, opname
 from stages.core.tracing.reader import Reader
 
 INTERPOLATION = {
@@ -63,7 +63,27 @@ def reduce(
     if any(reader.shape(given["self"])[d] % INPUT == 0 for d in dims):
         raise reader.unknown(fx, f"{operation} over the images")
     settings = {"dims": dims, "keepdim": bool(given.get("keepdim", False)), **more}
+    again = (
+        _put_back(reader, fx, dims[0] % len(reader.shape(given["self"])))
+        if len(dims) == 1 and not name
+        else []
+    )
+    if again and not settings["keepdim"]:  # x.mean(1)[:, None]
+        first, *others = again
+        reader.node(first, operation, [given["self"]], {**settings, "keepdim": True})
+        reader.same |= dict.fromkeys(others, first)
+        reader.skipped |= set(again)
+        return
     reader.node(fx, operation, [given["self"]], settings, name=name)
+
+
+def _put_back(reader: Reader, fx: torch.fx.Node, dim: int) -> list[torch.fx.Node]:
+    """The readers of a call where all of them give its value one dimension more, at ``dim``."""
+    users, rank = list(fx.users), len(reader.shape(fx)) + 1
+    alike = not isinstance(fx.meta["val"], tuple | list) and all(
+        opname(user) == "unsqueeze" and user.args[1] % rank == dim for user in users
+    )
+    return users if alike else []
 
 
 def _correction(given: Mapping[str, Any]) -> int | float:
