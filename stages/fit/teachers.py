@@ -125,17 +125,17 @@ class Teacher:
         self.joint = joint if self.separate and len(self.members) == 1 else 0.0
         like = next(iter(sources[0].state.values()))
         self._known = {name: _Known(network, alignment, name, self.members, like) for name in self.names}
-        output = network.trace.graph.scores.name
-        self._classes = [own.to(like.device) for own in network.arrangement(output).positions]
+        self.output = network.trace.graph.scores.name
+        self._classes = [own.to(like.device) for own in network.arrangement(self.output).positions]
         self.variance: dict[str, float] = dict.fromkeys(self.names, 1.0)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Lesson:
         """What the members say about a batch: their mean, weighted by their shares."""
-        graph, output = self.network.trace.graph, self.network.trace.graph.scores.name
+        graph = self.network.trace.graph
         found = [values_at(self.sources[m], graph, x, self.names) for m in self.members]
         values = {name: self._together(name, [own[name] for own in found]) for name in self.names}
-        logits = [_precise(own[output]) for own in found]
+        logits = [_precise(own[self.output]) for own in found]
         if self.separate:
             return Lesson(values, dict(zip(self.members, logits, strict=True)))
         return Lesson(values, {self.members[0]: sum(logits) / len(logits)})
@@ -174,9 +174,8 @@ class Teacher:
 
     def losses(self, values: Values, lesson: Lesson) -> Tensor:
         """How far the merged network is from the lesson, image by image. values: the network's own. Returns (n,)."""
-        output = self.network.trace.graph.scores.name
-        at = self.network.trace.layouts[output].dim
-        logits = _precise(values[output])
+        at = self.network.trace.layouts[self.output].dim
+        logits = _precise(values[self.output])
         found = logits.new_zeros(len(logits))
         for name, goal in lesson.values.items():
             dim = self.network.trace.layouts[name].dim

@@ -47,11 +47,7 @@ def _recognised(state: Tensors, where: str, network: str | None, given: Mapping[
             found = difference(_shapes(architecture), state)
             if not found:
                 return architecture
-            if (
-                len(found) < len(differences.get(architecture.name, state))
-                or architecture.name not in differences
-            ):
-                differences[architecture.name] = found
+            differences[architecture.name] = min(differences.get(architecture.name, found), found, key=len)
     name = min(differences, key=lambda name: len(differences[name]))
     raise InputError(
         f"{where}: not known by its keys and shapes; nearest is {name}, which differs in {len(differences[name])} "

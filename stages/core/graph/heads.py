@@ -19,9 +19,8 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logit
 
     masked: the shape of a mask, () without one. logits: whether it gives the network's logits, or follows them.
     """
-    if node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes:
-        return _whole(node, inputs[0])
-    if node.operation == "softmax" and not logits:
+    looks = node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes
+    if looks or (node.operation == "softmax" and not logits):
         return _whole(node, inputs[0])
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
@@ -105,16 +104,13 @@ def _whole(node: Node, value: Value) -> list[Node]:
         return [node]
     (dim,), shape, name = value.dims, value.shape, f"{node.name}_part"
     apart = _to_heads(name, node.inputs[0], shape, dim, False, dim)
-    if node.operation == "local_response_norm":
+    if node.operation in ("local_response_norm", "softmax"):
         attributes = {**node.attributes, "part": True}
+        if node.operation == "softmax":
+            if node.attributes["dim"] % len(shape) != dim:
+                return [node]
+            attributes = {"dim": dim - len(shape)}
         inside = dataclasses.replace(node, name=f"{name}s", inputs=(name,), attributes=attributes)
-        return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
-    if node.operation == "softmax":
-        if node.attributes["dim"] % len(shape) != dim:
-            return [node]
-        inside = dataclasses.replace(
-            node, name=f"{name}s", inputs=(name,), attributes={"dim": dim - len(shape)}
-        )
         return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
     if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
         return [node]

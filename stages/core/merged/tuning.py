@@ -70,8 +70,8 @@ class Ordinary:
         if task is None:
             return found
         widths = [len(own.classes) for own in self.network.tasks]
-        last = (self.network.head, *self.network.trace.graph.tail)[-1]
-        return found.narrow(self.network.trace.layouts[last.name].dim, sum(widths[:task]), widths[task])
+        trace = self.network.trace
+        return found.narrow(trace.layouts[trace.graph.output.name].dim, sum(widths[:task]), widths[task])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.fx
 
 from stages.core.graph.operations import UNARY
 from stages.core.tracing.calls.joins import BINARY_CALLS
-from stages.core.tracing.calls.moving import PERMUTES
+from stages.core.tracing.calls.moving import PERMUTES, order_of
 from stages.core.tracing.export import INPUT, opname
 from stages.core.tracing.reader import RESHAPES, SKIPPED
 
@@ -98,7 +98,7 @@ def _at(node: torch.fx.Node, where: dict[torch.fx.Node, int], extent: int) -> in
     if opname(node) in RESHAPES:
         shape = _shape(node)
         return shape.index(extent) if len(shape) == 3 and extent in shape else None
-    return _order(node).index(where[first]) if opname(node) in PERMUTES else where[first]
+    return order_of(node, len(_shape(node))).index(where[first]) if opname(node) in PERMUTES else where[first]
 
 
 def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
@@ -118,12 +118,6 @@ def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
     small = all(len(_shape(own)) < 3 or _shape(own)[0] == 1 for own in others)
     joins = name in BINARY_CALLS or name in ("rsub", "masked_fill", "where")
     return joins and (not others or (at == {0} and small))
-
-
-def _order(node: torch.fx.Node) -> list[int]:
-    rank = len(_shape(node))
-    line = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-    return [n - 2 for n in node.target(line, *node.args[1:], **node.kwargs).shape]
 
 
 def _write(
@@ -148,7 +142,11 @@ def _write(
     elif name in PRODUCTS:
         target = aten.matmul.default
     elif name in PERMUTES:
-        order = [n for d in _order(node) for n in ((d, d + 1) if d == before else (d + (d > before),))]
+        order = [
+            n
+            for d in order_of(node, len(_shape(node)))
+            for n in ((d, d + 1) if d == before else (d + (d > before),))
+        ]
         target, args, kwargs = aten.permute.default, (args[0], order), {}
     elif name in SOFTMAXES:
         dim = args[1] % len(_shape(node))

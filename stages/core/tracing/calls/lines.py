@@ -11,13 +11,9 @@ from stages.core.tracing.export import INPUT
 from stages.core.tracing.reader import Reader
 
 
-def _along(
-    reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str, settings: tuple[str, ...] = ()
-) -> None:
+def _along(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     """Along one dimension that counts no images; of a call that gives several, the first."""
-    dim = _dim(reader, fx, given)
-    more = {key: given[key] for key in settings}
-    _first(reader, fx, name, given["self"], {"dim": dim, **more})
+    _first(reader, fx, name, given["self"], {"dim": _dim(reader, fx, given)})
 
 
 def _dim(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> int:

@@ -34,10 +34,13 @@ def _reshaped(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> No
 
 
 def _permuted(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    """In the order that the call itself gives to dimensions of different extents."""
-    rank = len(reader.shape(fx))
+    _rearrange(reader, fx, order_of(fx, len(reader.shape(fx))))
+
+
+def order_of(fx: torch.fx.Node, rank: int) -> list[int]:
+    """Which dimension a call has in each place: what it does with dimensions of different extents."""
     line = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-    _rearrange(reader, fx, [n - 2 for n in fx.target(line, *fx.args[1:], **fx.kwargs).shape])
+    return [n - 2 for n in fx.target(line, *fx.args[1:], **fx.kwargs).shape]
 
 
 def _pixel_shuffle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
