@@ -1,9 +1,9 @@
 """What refining brings, by what it starts from: python -m benchmarks refining [ROW ...] [--images N ...]
 
 Rows of the full list, without their own refining, then refined for so many steps on so many images a task (statistics
-and fit see no more of them either), at every budget; 0 steps: as it is. The networks are those that the finetune stage
-left in this workspace, with the parameters of its params.yaml. One line of JSON for each network, on standard output or
-at the end of a file; --draw makes a picture of such files and runs nothing.
+and fit see no more of them either), at every budget, in blocks or dense; 0 steps: as it is. The networks are those
+that the finetune stage left in this workspace, with the parameters of its params.yaml. One line of JSON for each
+network, on standard output or at the end of a file; --draw makes a picture of such files and runs nothing.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -51,6 +52,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--images", nargs="+", default=[2500], type=lambda n: n if n == ALL else int(n))
     parser.add_argument("--steps", nargs="+", default=[400], type=int)
     parser.add_argument("--budget", nargs="+", default=[1.0], type=float)
+    parser.add_argument("--layout", nargs="+", default=["blocks"], choices=("blocks", "dense"))
     parser.add_argument("--to", type=Path, help="a file of lines that the results are added to")
     parser.add_argument("--draw", nargs="+", type=Path, metavar="FILE", help="draw these lines into --to")
     given = parser.parse_args(words)
@@ -58,7 +60,7 @@ def main(words: list[str]) -> None:
         lines = [json.loads(line) for path in given.draw for line in path.read_text().splitlines()]
         draw(lines, given.to or Path("refining.png"))
         return
-    for found in study(given.rows, given.images, given.steps, given.budget):
+    for found in study(given.rows, given.images, given.steps, given.budget, given.layout):
         line = json.dumps(found) + "\n"
         if given.to:
             with given.to.open("a") as file:
@@ -69,7 +71,11 @@ def main(words: list[str]) -> None:
 
 
 def study(
-    rows: Sequence[str], images: Sequence[int | str], steps: Sequence[int], budgets: Sequence[float]
+    rows: Sequence[str],
+    images: Sequence[int | str],
+    steps: Sequence[int],
+    budgets: Sequence[float],
+    layouts: Sequence[str] = ("blocks",),
 ) -> Iterator[dict[str, Any]]:
     """Accuracies in percent, means over the tasks, and CPU seconds of fit and refining of every combination."""
     params, known = load_params(), known_methods()
@@ -94,14 +100,15 @@ def study(
         for name in rows:
             row, settings = known.methods[name], known.match[known.methods[name].match]
             matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
-            for budget in budgets:
-                splits, *_ = split_units(
+            for budget, layout in product(budgets, layouts):
+                allocated = recipe.allocate.model_copy(update={"layout": layout}).spent(settings.allocate)
+                splits, spent, base = split_units(
                     sources[0],
                     benefits,
                     budget,
                     len(sources),
                     labels,
-                    recipe.allocate.spent(settings.allocate),
+                    allocated,
                 )
                 aligned = align(sources, matching, splits)
                 alignment = make_alignment(settings, sources, lambda kept=statistics: kept, matching, splits)
@@ -115,7 +122,7 @@ def study(
                         batches,
                         row.fit.model_copy(update={"refine": refine}),
                         labels=labels,
-                        dense=recipe.allocate.dense,
+                        dense=allocated.dense,
                         alignment=alignment,
                         ridge=section.ridge,
                         **sweep,
@@ -132,6 +139,8 @@ def study(
                         "row": name,
                         "images": n,
                         "budget": budget,
+                        "layout": layout,
+                        "cost": round(spent.cost / base, 3),
                         "steps": count,
                         **scores(OneForAll(network), test, widths),
                         **{f"{kind} {of}": v for of, own in references.items() for kind, v in own.items()},

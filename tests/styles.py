@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from channel_styles import CHANNELS
 from head_styles import HEADS
 from input_styles import INPUTS
+from key_styles import KEYS
 from line_styles import LINES
 from torch import nn
 
@@ -513,5 +514,6 @@ STYLES = {
     **CHANNELS,
     **INPUTS,
     **HEADS,
+    **KEYS,
     **LINES,
 }  # fmt: skip

@@ -13,7 +13,6 @@ that is better.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,11 +21,9 @@ from stages.core.units.groups import Axis, Inner, PermutationSpec, Span, State, 
 from stages.core.units.matching import inside_order
 from stages.match.assign import Assigner, assign_inside, gained, part_pairs
 from stages.match.gains import Gains
+from stages.match.turns import Kernel, solve_pairs, take_turns, worth_of
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-TURNS = 50  # at most, inside one pair of parts; each gains, and few are needed
-PAIRS = 64  # of parts that are solved side by side
-CANDIDATES = 8  # for each part that are solved by turns; the others keep the order they start from
 
 
 def match_weights(
@@ -82,28 +79,6 @@ def ascend(
         if objectives[-1] - objectives[-2] <= tolerance * abs(objectives[-1]):
             break
     return objectives
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """The kernel of a grouped convolution as seen from the units on one of its axes: (parts, size, across, taps).
-
-    unit, across: whose units lie on the second and third dimension; across is None where these are not to be ordered.
-    mine is in the network's own order, theirs, of all other networks, in the reference's.
-    """
-
-    unit: str
-    across: str | None
-    theirs: Tensor
-    mine: Tensor
-
-    def gain(self, a: Tensor, b: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
-        """Of units of parts b in the place of those of parts a, given the orders (K, across): (K, size, size)."""
-        mine = self.mine[b]
-        if self.across is not None:
-            index = orders[self.across][:, None, :, None].expand(-1, *self.mine.shape[1:])
-            mine = mine.gather(2, index)
-        return self.theirs[a].flatten(2) @ mine.flatten(2).mT
 
 
 class WeightProblem:
@@ -201,13 +176,13 @@ class WeightProblem:
         kept = {i.name: units[i.name][network].clone() for i in contents if i.name != name}
         present = {what: kept.get(what, torch.zeros(parts, 1, dtype=torch.int64)) for what in gains}
         if kernels:
-            orders, worth = _solve_pairs(gains, kernels, parts)
-            turned, at = _take_turns(gains, kernels, every, old, present)
+            orders, worth = solve_pairs(gains, kernels, parts)
+            turned, at = take_turns(gains, kernels, every, old, present)
             better = at >= worth[every, old]
             worth[every, old] = torch.maximum(at, worth[every, old])
             for what, own in orders.items():
                 own[every[better], old[better]] = turned[what][better]
-            before = _worth(gains, kernels, every, old, present).sum()
+            before = worth_of(gains, kernels, every, old, present).sum()
         else:
             orders = {what: assign_inside(own) for what, own in gains.items()}
             worth = sum(gained(gains[what], own) for what, own in orders.items())
@@ -215,14 +190,14 @@ class WeightProblem:
         new = self._assigners[name, network](worth) if name in units else every
         inside = {what: own[every, new] for what, own in orders.items()}
         if kernels:  # those that were not improved by turns, and are chosen
-            inside, found = _take_turns(gains, kernels, every, new, inside)
+            inside, found = take_turns(gains, kernels, every, new, inside)
             change = float(found.sum() - before)
         else:
             change = float(worth[every, new].sum() - before)
         if change <= 0:
             return 0.0
         twice = self._twice(contents)
-        value = self._part(units, twice, network)
+        value = self._part(units, twice, network) if twice else 0.0
         _set(
             units,
             network,
@@ -237,7 +212,7 @@ class WeightProblem:
 
     def _kernels(
         self, units: Mapping[str, Tensor], contents: Sequence[Inner], network: int
-    ) -> list[tuple[_Kernel, _Kernel | None]]:
+    ) -> list[tuple[Kernel, Kernel | None]]:
         """The kernels of grouped convolutions that read these units, seen from the units they read and they write."""
         found = []
         for inner in contents:
@@ -248,15 +223,16 @@ class WeightProblem:
                 mine = self.states[network][parameter].reshape(view)
                 rows = [own.name for own, span in self.on[parameter] if span.axis == Axis(parameter, 0)]
                 across = rows[0] if rows else None
-                read = _Kernel(inner.name, across, theirs.transpose(1, 2), mine.transpose(1, 2))
-                found.append((read, _Kernel(across, inner.name, theirs, mine) if across else None))
+                read = Kernel(inner.name, across, theirs.transpose(1, 2), mine.transpose(1, 2))
+                found.append((read, Kernel(across, inner.name, theirs, mine) if across else None))
         return found
 
     def _twice(self, contents: Sequence[Inner]) -> list[str]:
-        """All parameters of a group's units, if one has them in several places: the objective may not be linear."""
-        spans = [span.axis.parameter for inner in contents for span in self._linear(inner)]
-        kernels = [parameter for parameter, inner in self.inside.items() if inner in contents]
-        return sorted({*spans, *kernels}) if len(set(spans)) < len(spans) else []
+        """All parameters of a group's units, if one has them on several axes: the objective may not be linear."""
+        spans = {span.axis for inner in contents for span in self._linear(inner)}
+        parameters = {axis.parameter for axis in spans}
+        kernels = {parameter for parameter, inner in self.inside.items() if inner in contents}
+        return sorted(parameters | kernels) if len(parameters) < len(spans) else []
 
     def _part(self, units: Mapping[str, Tensor], parameters: Sequence[str], network: int) -> float:
         return sum(
@@ -272,78 +248,6 @@ class WeightProblem:
             whole = sum(tensors)
             total += float((whole * whole).sum() - sum((t * t).sum() for t in tensors)) / 2
         return total
-
-
-Kernels = Sequence[tuple[_Kernel, _Kernel | None]]
-
-
-def _solve_pairs(
-    gains: Mapping[str, Tensor], kernels: Kernels, parts: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Every pair of parts from the order that is best without the kernels; the most promising are improved by turns.
-
-    Returns {what: (parts, parts, size)} and what these are worth, (parts, parts).
-    """
-    a, b = torch.cartesian_prod(torch.arange(parts), torch.arange(parts)).unbind(1)
-    orders = {what: assign_inside(gain[a, b]) for what, gain in gains.items()}
-    worth = torch.cat([_worth(gains, kernels, a[i], b[i], _of(orders, i)) for i in _batches(len(a))])
-    chosen = _promising(worth.view(parts, parts)).flatten().nonzero().flatten()
-    for at in _batches(len(chosen)):
-        i = chosen[at]
-        turned, worth[i] = _take_turns(gains, kernels, a[i], b[i], _of(orders, i))
-        for what, own in turned.items():
-            orders[what][i] = own
-    return {what: own.view(parts, parts, -1) for what, own in orders.items()}, worth.view(parts, parts)
-
-
-def _of(orders: Mapping[str, Tensor], pairs: Tensor) -> dict[str, Tensor]:
-    return {what: own[pairs] for what, own in orders.items()}
-
-
-def _batches(count: int) -> Sequence[Tensor]:
-    return torch.arange(count).split(PAIRS)
-
-
-def _promising(worth: Tensor) -> Tensor:
-    """For each part, as row or column, the CANDIDATES that are worth most: bool (parts, parts)."""
-    most = min(CANDIDATES, len(worth))
-    chosen = torch.zeros_like(worth, dtype=torch.bool)
-    chosen.scatter_(1, worth.topk(most, 1).indices, True)
-    return chosen.scatter_(0, worth.topk(most, 0).indices, True)
-
-
-def _take_turns(
-    gains: Mapping[str, Tensor], kernels: Kernels, a: Tensor, b: Tensor, start: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Improve the orders inside parts b, (K, size) for each kind of unit, in the place of parts a, kind by kind.
-
-    Each pair until its own turn gains nothing, so that it ends the same whichever pairs are beside it.
-    """
-    orders = {what: own.clone() for what, own in start.items()}
-    seen = [own for pair in kernels for own in pair if own is not None]
-    worth, left = _worth(gains, kernels, a, b, orders), torch.arange(len(a))
-    for _ in range(TURNS):
-        a_left, b_left, before = a[left], b[left], worth[left]
-        tried = {what: own[left] for what, own in orders.items()}
-        for what, gain in gains.items():
-            whole = gain[a_left, b_left]
-            whole = whole + sum(own.gain(a_left, b_left, tried) for own in seen if own.unit == what)
-            tried[what] = assign_inside(whole)
-        worth[left] = _worth(gains, kernels, a_left, b_left, tried)
-        for what, own in tried.items():
-            orders[what][left] = own
-        left = left[worth[left] > before + 1e-12 * before.abs()]
-        if not len(left):
-            break
-    return orders, worth
-
-
-def _worth(
-    gains: Mapping[str, Tensor], kernels: Kernels, a: Tensor, b: Tensor, orders: Mapping[str, Tensor]
-) -> Tensor:
-    """What parts b in these orders give in the place of parts a: (K,)."""
-    linear = sum(gained(gain[a, b], orders[what]) for what, gain in gains.items())
-    return linear + sum(gained(read.gain(a, b, orders), orders[read.unit]) for read, _ in kernels)
 
 
 def _set(units: Mapping[str, Tensor], network: int, orders: Mapping[str, Tensor]) -> None:

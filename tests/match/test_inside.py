@@ -21,7 +21,8 @@ from stages.core.units.matching import Matching, check_matching, full_split, uni
 from stages.core.units.moments import pool
 from stages.match.assign import assign_inside, assign_parts
 from stages.match.matching import make_matching
-from stages.match.weights import STATISTICS, _Kernel, _solve_pairs, _take_turns, match_weights
+from stages.match.turns import Kernel, solve_pairs, take_turns
+from stages.match.weights import STATISTICS, match_weights
 from stages.statistics.moments import gather
 
 STRUCTURED = ["resnext", "grouped", "group norm", "written attention", "vit"]
@@ -201,16 +202,16 @@ def test_a_pair_of_parts_ends_the_same_whichever_pairs_are_solved_beside_it(acro
     parts, size = 5, 4
     draw = torch.Generator().manual_seed(3)
     theirs, mine = torch.randn(2, parts, size, size, 9, generator=draw, dtype=torch.float64)
-    written = _Kernel("rows", "units", theirs, mine)
-    read = _Kernel("units", "rows" if across else None, theirs.transpose(1, 2), mine.transpose(1, 2))
+    written = Kernel("rows", "units", theirs, mine)
+    read = Kernel("units", "rows" if across else None, theirs.transpose(1, 2), mine.transpose(1, 2))
     gains = {
         what: torch.randn(parts, parts, size, size, generator=draw, dtype=torch.float64)
         for what in ("units", "rows")
     }
     kernels = [(read, written if across else None)]
-    orders, worth = _solve_pairs(gains, kernels, parts)
+    orders, worth = solve_pairs(gains, kernels, parts)
     for i, j in itertools.product(range(parts), repeat=2):
         a, b = torch.tensor([i]), torch.tensor([j])
-        alone, own = _take_turns(gains, kernels, a, b, {w: assign_inside(g[a, b]) for w, g in gains.items()})
+        alone, own = take_turns(gains, kernels, a, b, {w: assign_inside(g[a, b]) for w, g in gains.items()})
         torch.testing.assert_close(worth[i, j], own[0], rtol=1e-12, atol=0)
         assert all(torch.equal(orders[what][i, j], alone[what][0]) for what in gains)

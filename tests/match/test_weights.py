@@ -92,6 +92,33 @@ def test_no_sweep_lowers_the_objective_of_units_on_both_axes(networks, randomise
         assert values[-1] == pytest.approx(objective(spec, states, units))
 
 
+class Doubled(nn.Module):
+    """The hidden units lie twice on one axis of the second layer: the gain of a step stays linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(6, 8), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(torch.cat([x.relu(), x.sigmoid()], 1))
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+def test_the_objective_is_found_without_valuing_units_that_lie_twice_on_one_axis(
+    networks, randomise, monkeypatch
+):
+    monkeypatch.setattr(WeightProblem, "_part", None)  # it values all weights of a group again
+    for seed in range(10):
+        made = [randomise(Doubled(), 10 * seed + m).double() for m in range(networks)]
+        spec = trace(made[0], torch.zeros(1, 6, dtype=torch.float64)).spec
+        states = [network.state_dict() for network in made]
+        units, values = match_weights(spec, states, torch.Generator().manual_seed(seed))
+        identity = {name: torch.arange(rows.shape[1]).repeat(networks, 1) for name, rows in units.items()}
+        assert values[-1] > objective(spec, states, identity)
+        assert values[-1] == pytest.approx(objective(spec, states, units), rel=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("networks", [2, 3])
 @pytest.mark.parametrize("noise", [0.0, 0.02])

@@ -84,6 +84,7 @@ class Units:
     fixed: list[Tensor] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)  # (parts, size): the order inside is one for all parts
     across: list[Tensor] = field(default_factory=list)  # (1,): the whole of what lies across other units
+    common: list[Tensor] = field(default_factory=list)  # a head of those with common keys
     hints: list[tuple[Tensor, str]] = field(default_factory=list)  # units, the end of their group's name
 
     def new(self, size: int, name: str) -> Tensor:

@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from stages.core.graph.axes import Value
+from stages.core.graph.common_keys import with_keys_repeated
 from stages.core.graph.nodes import REDUCTIONS, Node
+from stages.core.graph.part_moves import from_heads, rearranged, to_heads
 
 
 def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool) -> list[Node]:
@@ -22,11 +24,15 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logit
     looks = node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes
     if looks or (node.operation == "softmax" and not logits):
         return _whole(node, inputs[0])
+    if node.operation in ("attention", "matmul"):
+        repeated = with_keys_repeated(node, inputs)
+        if len(repeated) > 1:
+            return repeated
     if node.operation == "attention" and all(_on_last(value) for value in inputs[:3]):
         return _attention(node, inputs, masked)
     if node.operation == "matmul_parameter" and _on_last(inputs[0]) and inputs[0].shape[1:2] == (1,):
         name = f"{node.name}_head"
-        apart = _to_heads(name, node.inputs[0], inputs[0].shape, len(inputs[0].shape) - 1, True, 1)
+        apart = to_heads(name, node.inputs[0], inputs[0].shape, len(inputs[0].shape) - 1, True, 1)
         return [apart, dataclasses.replace(node, inputs=(name,))]
     if node.operation == "rearrange":
         return [_lifted(node, inputs[0])]
@@ -61,7 +67,7 @@ def _weighted(node: Node, shape: Sequence[int]) -> list[Node]:
     turned, times, rank = f"{node.name}_turned", f"{node.name}_times", len(shape)
     groups = [[d] for d in (*range(rank - 2), rank - 1, rank - 2)]
     return [
-        _rearrange(turned, node.inputs[1], [[n] for n in shape], groups),
+        rearranged(turned, node.inputs[1], [[n] for n in shape], groups),
         Node(times, "multiply", (node.inputs[0], turned)),
         Node(node.name, "sum", (times,), {"dims": [rank - 1], "keepdim": True}),
     ]
@@ -103,7 +109,7 @@ def _whole(node: Node, value: Value) -> list[Node]:
     if value.common or len(value.dims) != 1:
         return [node]
     (dim,), shape, name = value.dims, value.shape, f"{node.name}_part"
-    apart = _to_heads(name, node.inputs[0], shape, dim, False, dim)
+    apart = to_heads(name, node.inputs[0], shape, dim, False, dim)
     if node.operation in ("local_response_norm", "softmax"):
         attributes = {**node.attributes, "part": True}
         if node.operation == "softmax":
@@ -111,7 +117,7 @@ def _whole(node: Node, value: Value) -> list[Node]:
                 return [node]
             attributes = {"dim": dim - len(shape)}
         inside = dataclasses.replace(node, name=f"{name}s", inputs=(name,), attributes=attributes)
-        return [apart, inside, _from_heads(node.name, inside.name, shape, dim, False, dim)]
+        return [apart, inside, from_heads(node.name, inside.name, shape, dim, False, dim)]
     if [d % len(shape) for d in node.attributes["dims"]] != [dim] or not node.attributes["keepdim"]:
         return [node]
     # the part stays in the place of its units
@@ -143,7 +149,7 @@ def _product(
     nodes, names = [], list(node.inputs)
     for i, dim in moved.items():
         names[i] = f"{node.name}_head{i}"
-        nodes.append(_to_heads(names[i], node.inputs[i], inputs[i].shape, dim, spare))
+        nodes.append(to_heads(names[i], node.inputs[i], inputs[i].shape, dim, spare))
     if not back:
         return [*nodes, dataclasses.replace(node, inputs=tuple(names))]
     whole = f"{node.name}_heads"
@@ -152,48 +158,4 @@ def _product(
     rows, columns = inputs[0].shape[-2], inputs[2 if len(inputs) > 2 else 1].shape[-1]
     lead = list(inputs[1].shape[: rank - 2])
     at = rank - 2 if rank - 2 in (moved.get(0), moved.get(1)) else rank - 1
-    return [*nodes, _from_heads(node.name, whole, [*lead, rows, columns], at, spare)]
-
-
-def _to_heads(
-    name: str, source: str, shape: Sequence[int], dim: int, spare: bool, at: int | None = None
-) -> Node:
-    """Units of dimension ``dim`` to heads, at ``at`` or before the last two dimensions; spare: on what lies there."""
-    rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
-    heads = heads if at is None else at
-    atoms = [[1, n] if d == dim else [n] for d, n in enumerate(shape)]
-    number = [d + (d > dim) for d in range(rank)]
-    groups = [[dim + 1] if d == dim else [number[d]] for d in range(rank)]
-    if spare:
-        groups[heads].append(dim)
-    else:
-        groups.insert(heads, [dim])
-    return _rearrange(name, source, atoms, groups)
-
-
-def _from_heads(
-    name: str, source: str, shape: Sequence[int], dim: int, spare: bool, at: int | None = None
-) -> Node:
-    """The inverse, to ``shape``, units on dimension ``dim``."""
-    rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
-    heads = heads if at is None else at
-    whole = list(shape) if spare else [*shape[:heads], 1, *shape[heads:]]
-    groups = [[d] for d in range(len(whole))]
-    own = dim if spare else dim + 1
-    groups[own] = [heads, own]
-    if spare:
-        groups[heads] = []
-    else:
-        groups.pop(heads)
-    assert len(groups) == rank
-    return _rearrange(name, source, [[n] for n in whole], groups)
-
-
-def _rearrange(name: str, source: str, atoms: list[list[int]], groups: list[list[int]]) -> Node:
-    attributes = {
-        "atoms": atoms,
-        "free": [0, *[None] * (len(atoms) - 1)],  # images
-        "order": [i for own in groups for i in own],
-        "groups": [len(own) for own in groups],
-    }
-    return Node(name, "rearrange", (source,), attributes)
+    return [*nodes, from_heads(node.name, whole, [*lead, rows, columns], at, spare)]

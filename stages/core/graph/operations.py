@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import apart, lines, mixing, rules, windows
+from stages.core.graph import apart, lines, mixing, moves, products, rules, windows
 from stages.core.graph.nodes import (
     ADAPTIVE,
     CONVOLUTIONS,
@@ -67,7 +67,7 @@ def _spatial(function: Callable[..., Tensor]) -> Operation:
 
 
 def _moving(run: Run) -> Operation:
-    return Operation(run, rules.moving(rules.moved, run=run), moves=True)
+    return Operation(run, moves.moving(moves.moved, run=run), moves=True)
 
 
 def _convolution(function: Callable[..., Tensor]) -> Operation:
@@ -277,9 +277,9 @@ OPERATIONS: dict[str, Operation] = {
     "group_norm": Operation(_group_norm, rules.group_norm),
     "normalize": Operation(lambda x, p, a: F.normalize(x[0], dim=a["dim"], eps=a["eps"]), rules.normalised),
     "attention": Operation(
-        _attention, rules.attention, lambda shapes, a: 2 * shapes[1][-2]
+        _attention, products.attention, lambda shapes, a: 2 * shapes[1][-2]
     ),
-    "matmul": Operation(lambda x, p, a: torch.matmul(*x), rules.matmul, lambda shapes, a: shapes[0][-1]),
+    "matmul": Operation(lambda x, p, a: torch.matmul(*x), products.matmul, lambda shapes, a: shapes[0][-1]),
     "matmul_parameter": Operation(
         lambda x, p, a: x[0] @ p["value"], apart.looked_up, lambda shapes, a: shapes[0][-1]
     ),
@@ -303,14 +303,14 @@ OPERATIONS: dict[str, Operation] = {
     "fill_parameter": Operation(  # value: one where it is filled with a number, zero elsewhere
         lambda x, p, a: torch.where(p["value"] != 0, a["fill"], x[0]), rules.same
     ),
-    "concatenate": Operation(_concatenate, rules.concatenated, moves=True),
-    "concatenate_parameter": Operation(_concatenate, rules.concatenated),
-    "constant_parameter": Operation(_constant, rules.constant),
+    "concatenate": Operation(_concatenate, moves.concatenated, moves=True),
+    "concatenate_parameter": Operation(_concatenate, moves.concatenated),
+    "constant_parameter": Operation(_constant, moves.constant),
     "rearrange": _moving(_rearrange),
     "select": _moving(_select),
     "slice": _moving(_slice),
     "pick": _moving(_pick),
-    "pad": Operation(_pad, rules.padded, moves=True),
+    "pad": Operation(_pad, moves.padded, moves=True),
     "roll": _moving(lambda x, p, a: x[0].roll(a["shifts"], a["dims"])),
     "flip": _moving(lambda x, p, a: x[0].flip(a["dims"])),
     "expand": _moving(_expand),

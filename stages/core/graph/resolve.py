@@ -6,7 +6,7 @@ the group. What may be separate follows: docs/networks.md.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value
+from stages.core.graph.classes import colours_of, tied
 from stages.core.graph.layouts import Layout, Segment
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import Axis, Inner, PermutationGroup, PermutationSpec, Span
@@ -41,7 +42,7 @@ class Resolved:
 
     def __init__(self, units: Units) -> None:
         self.units = units
-        of, outer = _classes(units)
+        of, outer = tied(units)
         places = {where: _numbers(labels, of) for where, labels in units.places.items()}
         fixed = np.zeros(len(outer), dtype=bool)
         for own in units.fixed:
@@ -54,7 +55,8 @@ class Resolved:
         fixed |= np.where(outer >= 0, fixed[outer], False)
         fixed |= whole
         self.across = whole
-        colours, self.kinds = _colours(units, of, outer, places, fixed)
+        self.common = of[torch.cat(units.common).numpy()] if units.common else np.zeros(0, dtype=int)
+        colours, self.kinds = colours_of(units, of, outer, places, fixed)
         self.classes, self.spec = self._groups(of, outer, places, fixed, colours)
 
     def layout(self, node: str, value: Value) -> Layout:
@@ -83,11 +85,12 @@ class Resolved:
         )
         return Layout(dim, self._segments(line, own))
 
-    @staticmethod
-    def _only_dim(value: Value, top: np.ndarray) -> int:
-        """Of the dimensions that may hold a single unit, the one that does: that of nothing else, or the last."""
+    def _only_dim(self, value: Value, top: np.ndarray) -> int:
+        """Of the dimensions that may hold a single unit, the one that does: that of nothing else, that of heads which
+        have their keys in common, or the last."""
         single = [d for d in value.dims if value.labels.shape[d] == 1]
-        return single[0] if single else value.dims[-1]
+        heads = np.isin(top, self.common).any()
+        return single[0] if single else value.dims[0] if heads else value.dims[-1]
 
     def _segments(self, line: np.ndarray, own: np.ndarray) -> tuple[Segment, ...]:
         """Runs of a dimension whose units follow each other."""
@@ -226,107 +229,6 @@ def _repeats(own: np.ndarray, kinds: np.ndarray) -> list[int]:
 def _numbers(labels: Tensor, of: np.ndarray) -> np.ndarray:
     own = labels.numpy()
     return np.where(own == NONE, -1, of[own])
-
-
-def _classes(units: Units) -> tuple[np.ndarray, np.ndarray]:
-    """Class of each unit and, of each class, the class it is inside."""
-    from scipy.sparse import coo_array  # here: slow to import
-    from scipy.sparse.csgraph import connected_components
-
-    def joined(pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
-        a = torch.cat([p[0] for p in pairs]).numpy() if pairs else np.zeros(0, dtype=int)
-        b = torch.cat([p[1] for p in pairs]).numpy() if pairs else np.zeros(0, dtype=int)
-        graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(units.count, units.count))
-        return connected_components(graph, directed=False)[1]
-
-    pairs = [(a, b) for a, b, _ in units.ties]
-    inside = [(c, p) for c, p, _ in units.inside]
-    while True:
-        of = joined(pairs)
-        parents, whole = _same_parents(inside, of), _too_deep(inside, of)
-        if parents is not None:
-            pairs.append(parents)
-        elif whole is not None:
-            pairs.append(inside.pop(whole))
-        else:
-            break
-    outer = np.full(int(of.max()) + 1 if len(of) else 0, -1)
-    for c, p in inside:
-        outer[of[c.numpy()]] = of[p.numpy()]
-    return of, outer
-
-
-Inside = Sequence[tuple[Tensor, Tensor]]
-
-
-def _same_parents(inside: Inside, of: np.ndarray) -> tuple[Tensor, Tensor] | None:
-    """Units that are one class are inside one: pairs of parents to tie, if there are any."""
-    if not inside:
-        return None
-    child, parent = (torch.cat(own) for own in zip(*inside, strict=True))
-    own = torch.from_numpy(of)[child]
-    order = own.argsort(stable=True)
-    same = own[order][1:] == own[order][:-1]
-    a, b = parent[order][1:][same], parent[order][:-1][same]
-    new = torch.from_numpy(of)[a] != torch.from_numpy(of)[b]
-    return (a[new], b[new]) if bool(new.any()) else None
-
-
-def _too_deep(inside: Inside, of: np.ndarray) -> int | None:
-    """A relation that makes no tree of two levels, whose units are then one with what holds them.
-
-    Parts of parts (groups inside groups), or parts that cross others (a channel shuffle between grouped convolutions:
-    every unit of either is in the same part as every other, and they stay whole together).
-    """
-    children = np.unique(np.concatenate([of[c.numpy()] for c, _ in inside])) if inside else np.zeros(0)
-    for number, (_, parent) in enumerate(inside):
-        own = np.unique(parent.numpy())
-        parts = np.unique(of[own])
-        if len(parts) < len(own) or np.isin(parts, children).any():
-            return number
-    return None
-
-
-def _colours(
-    units: Units,
-    of: np.ndarray,
-    outer: np.ndarray,
-    places: Mapping[tuple[str, int], np.ndarray],
-    fixed: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each class: equal for those that may change places; the same without what pins an order."""
-    seen: list[list[tuple]] = [[] for _ in outer]
-    for number, own in enumerate(places.values()):
-        for cls, count in zip(*np.unique(own[own >= 0], return_counts=True), strict=True):
-            seen[cls].append((number, int(count)))
-    for number, own in enumerate(units.kernels.values()):
-        for cls in np.unique(of[own.numpy()]):
-            seen[cls].append((-1, number))
-    for number, own in enumerate(units.pinned):
-        for column, line in enumerate(own.T):
-            for cls in np.unique(of[line[line != NONE].numpy()]):
-                seen[cls].append((-2, number, column))
-    for number, own in enumerate(
-        units.beside
-    ):  # units of one layer that were cut, and came here on several ways
-        for way, labels in enumerate(own):
-            for cls in np.unique(of[labels[labels != NONE].numpy()]):
-                seen[cls].append((-3, number, way))
-    keys: list[tuple] = [(bool(fixed[cls]), *own) for cls, own in enumerate(seen)]
-    below: dict[int, list[tuple]] = {}
-    for cls in np.flatnonzero(outer >= 0).tolist():
-        below.setdefault(int(outer[cls]), []).append(keys[cls])
-    whole = [(key, tuple(sorted(below.get(cls, ()), key=repr))) for cls, key in enumerate(keys)]
-    numbers: dict[tuple, int] = {}
-    result = np.zeros(len(outer), dtype=int)
-    for cls in np.flatnonzero(outer < 0).tolist():
-        result[cls] = numbers.setdefault(("top", whole[cls]), len(numbers))
-    kinds = result.copy()
-    for cls in np.flatnonzero(outer >= 0).tolist():
-        result[cls] = numbers.setdefault((result[outer[cls]], keys[cls]), len(numbers))
-        loose = tuple(key for key in keys[cls] if not (isinstance(key, tuple) and key[0] == -2))
-        kinds[cls] = numbers.setdefault((result[outer[cls]], loose, "kind"), len(numbers))
-    return result, kinds
 
 
 Positions = Mapping[tuple[str, int], Mapping[int, np.ndarray]]

@@ -7,14 +7,11 @@ one image, (1, ...). A rule that does not apply is an InputError that names the 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value, compact, join
-from stages.core.graph.crossed import crosses, product
+from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value, join
 from stages.core.graph.nodes import Node
 from stages.core.runtime.errors import InputError
 
@@ -243,100 +240,7 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
     return Value(labels, dims, out, value.common)
 
 
-# -- products of two values -----------------------------------------------------------------------------------------
-
-
-def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """(..., m, k) times (..., k, n): what it sums over is tied, and lies inside the parts that both share."""
-    if crosses(*inputs):
-        return product(units, node, *inputs, out)
-    a, b = (_batched(value, len(out)) for value in inputs)
-    last, before = len(out) - 1, len(out) - 2
-    if (
-        before in a.dims and last not in a.dims and not {before, last} & set(b.dims)
-    ):  # values times turned scores
-        both = torch.Size([*out[:-1], 1])
-        found = join(units, node.name, _at(a, both), _at(b, both), both)
-        units.hints += [(found.labels, ".value")] if len(found.dims) > 1 else []
-        return Value(found.labels, found.dims, out, a.common and b.common)
-    if before in a.dims or (last in b.dims and last in a.dims):
-        raise InputError(
-            f"{node.name}: {node.operation} of units with units; allowed: sums over what lies in parts"
-        )
-    if last in a.dims or before in b.dims:  # scores: queries with keys
-        if not (last in a.dims and before in b.dims) or last in b.dims:
-            raise InputError(
-                f"{node.name}: {node.operation} sums over units of one side; allowed: units of both"
-            )
-        return _scores(units, node, a, b, out)
-    weights = Value(a.labels, a.dims, a.shape)  # (..., m, k): one for each part
-    both = torch.Size([*out[:-2], 1, out[-1]])
-    found = join(units, node.name, _at(weights, both), _at(b, both), both)
-    units.hints += [(found.labels, ".value")] if len(found.dims) > 1 else []
-    return Value(found.labels, found.dims, out, a.common and b.common)
-
-
-def _batched(value: Value, rank: int) -> Value:
-    ahead = rank - len(value.shape)
-    return Value(
-        value.labels.reshape([1] * ahead + list(value.labels.shape)),
-        tuple(d + ahead for d in value.dims),
-        torch.Size([1] * ahead + list(value.shape)),
-        value.common,
-    )
-
-
-def _at(value: Value, shape: torch.Size) -> Value:
-    """A value that has no units on the dimension before the last, seen in another shape."""
-    return Value(value.labels, value.dims, shape, value.common)
-
-
-def _scores(units: Units, node: Node, a: Value, b: Value, out: torch.Size) -> Value:
-    x, y = a.labels.transpose(-1, -2), b.labels  # (..., k, 1) both
-    parts = [d for d in a.dims if d < len(out) - 2]
-    if [d for d in b.dims if d < len(out) - 2] != parts or len(parts) > 1 or x.numel() != y.numel():
-        raise InputError(
-            f"{node.name}: {node.operation} of units that do not lie alike; allowed: equal layouts"
-        )
-    units.tie(node.name, x, y)
-    units.hints.append((x, ".query"))
-    return _heads(units, node, x, parts, out)
-
-
-def _heads(units: Units, node: Node, x: Tensor, parts: Sequence[int], out: torch.Size) -> Value:
-    """New units, one for each part of the units x."""
-    dim = parts[0] if parts else 1
-    rows = x.movedim(dim, 0).flatten(1) if parts else x.reshape(1, -1)
-    heads = units.new(len(rows), f"{_origin(units, x)}.heads")
-    if (len(rows) == 1 and len(rows[0].unique()) > 1) or len(rows) > 1:
-        units.put_inside(node.name, rows, heads)
-    return on_dim(heads, dim, out)
-
-
-def _origin(units: Units, x: Tensor) -> str:
-    first = int(x[x != NONE].min()) if bool((x != NONE).any()) else 0
-    return next(n for n, start, size in reversed(units.origins) if start <= first < start + size)
-
-
-def attention(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """Scaled dot products: scores of queries with keys, and a mean of values for each part. A mask has parts too."""
-    query, key, value, *masks = inputs
-    swapped = Value(key.labels.transpose(-1, -2), tuple(_swap(key.dims, len(out))), key.shape)
-    scores = torch.Size([*out[:-1], key.shape[-2]])
-    found = matmul(units, node, [query, swapped], scores, shapes)
-    for mask in masks:
-        found = join(units, node.name, found, _batched(mask, len(out)), scores)
-    for role, name in node.parameters.items():
-        place_parameter(units, node, name, shapes[role], shapes[role], found)
-    return matmul(units, node, [found, value], out, shapes)
-
-
-def _swap(dims: Sequence[int], rank: int) -> list[int]:
-    swap = {rank - 1: rank - 2, rank - 2: rank - 1}
-    return sorted(swap.get(d, d) for d in dims)
-
-
-# -- what moves entries about ---------------------------------------------------------------------------------------
+# -- places ---------------------------------------------------------------------------------------
 
 
 def spatial(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
@@ -360,119 +264,8 @@ def neighbours(units: Units, node: Node, inputs: Sequence[Value], out: torch.Siz
     return Value(inputs[0].labels, inputs[0].dims, out, inputs[0].common)
 
 
-def moved(
-    units: Units,
-    node: Node,
-    inputs: Sequence[Value],
-    out: torch.Size,
-    shapes: Shapes,
-    run: Callable[..., Tensor],
-) -> Value:
-    """Labels go where their entries go; what is new has none."""
-    labels = run([value.full + 1 for value in inputs], {}, node.attributes) - 1
-    dims = _dims_of_ones(node, inputs, out, run)
-    return compact(labels, out, dims, all(value.common for value in inputs))
-
-
-def _dims_of_ones(
-    node: Node, inputs: Sequence[Value], out: torch.Size, run: Callable[..., Tensor]
-) -> set[int]:
-    """Where a dimension of a single unit goes, which labels do not show; of what is cut out, where units were."""
-    if node.operation in ("slice", "pick"):
-        return set(inputs[0].dims)
-    ones = [d for d in inputs[0].dims if inputs[0].shape[d] == 1]
-    if node.operation == "rearrange":
-        return _ones_rearranged(node, inputs[0], ones)
-    if not ones or len(inputs) > 1:
-        return {d for d in ones if len(inputs[0].shape) == len(out)}
-    if node.operation == "select":
-        return {d - (d > node.attributes["dim"] % len(inputs[0].shape)) for d in ones}
-    return {d + len(out) - len(inputs[0].shape) for d in ones}
-
-
-def _ones_rearranged(node: Node, value: Value, ones: Sequence[int]) -> set[int]:
-    """The same of a rearrangement, where a dimension of units may also be cut into one head and what is in it."""
-    line = [(d, i) for d, own in enumerate(node.attributes["atoms"]) for i in range(len(own))]
-    heads = {(d, 0) for d, own in enumerate(node.attributes["atoms"]) if d and own[0] == 1 < len(own)}
-    where = [g for g, own in enumerate(node.attributes["groups"]) for _ in range(own)]
-    return {
-        where[at]
-        for at, i in enumerate(node.attributes["order"])
-        if line[i][0] in ones or (line[i] in heads and line[i][0] in value.dims)
-    }
-
-
-def constant(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """The same for each image: a table, or a parameter with units on its last dimension (of maps, the channels)."""
-    if node.attributes.get("common"):
-        even = node.attributes.get("even", False)
-        return Value(torch.full([1] * len(out), NONE), (), out, True, even=even)
-    dim = 1 if len(out) > 3 else len(out) - 1
-    new = units.new(out[dim], node.path)
-    units.place(node.name, node.parameters["value"], dim, new)
-    return on_dim(new, dim, out)
-
-
-def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """Units side by side, or places side by side of the same units. A parameter (a class token) is such a place."""
-    dim = node.attributes["dim"] % len(out)
-    held = {d for value in inputs for d in value.dims}
-    if dim in held:
-        if node.parameters:
-            raise InputError(
-                f"{node.name}: a parameter beside the units of a value; allowed: another dimension"
-            )
-        units.beside.append([value.labels for value in inputs])
-        labels = torch.cat([value.full for value in inputs], dim)
-        return compact(labels, out, {dim, *(held - {dim})}, all(value.common for value in inputs))
-    found = Value(
-        inputs[0].labels, inputs[0].dims, out, all(v.common for v in inputs) and not node.parameters
-    )
-    for other in inputs[1:]:
-        found = join(units, node.name, found, Value(other.labels, other.dims, out, other.common), out)
-    for role, name in node.parameters.items():
-        place_parameter(units, node, name, shapes[role], shapes[role], found)
-    return found
-
-
 def expect(node: Node, value: Value, dim: int) -> None:
     if value.dims and value.dims != (dim,):
         raise InputError(
             f"{node.name}: {node.operation} reads dimension {dim}, its units lie on {list(value.dims)}"
         )
-
-
-def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
-    """Beside units come entries of no unit; places beside others have the same units."""
-    value, pad = inputs[0], list(node.attributes["pad"])
-    for i in range(len(pad) // 2):
-        if len(out) - 1 - i not in value.dims:
-            pad[2 * i : 2 * i + 2] = 0, 0
-    if any(pad) and node.attributes.get("mode", "constant") != "constant":
-        raise InputError(f"{node.name}: pads units with units; allowed: with zeros")
-    shape = torch.Size([out[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)])
-    held = value.labels.expand(
-        [value.shape[d] if d in value.dims else n for d, n in enumerate(value.labels.shape)]
-    )
-    labels = F.pad(held + 1, pad) - 1
-    assert labels.shape == shape
-    inside = 2 * (len(out) - 1 - value.dims[-1]) if value.dims else 0
-    within = len(value.dims) == 2 and any(pad[inside : inside + 2])
-    if any(pad) and not within and not value.common and node.attributes.get("value"):
-        raise InputError(f"{node.name}: pads units with {node.attributes['value']}; allowed: with zeros")
-    if within:
-        labels = torch.where(labels == NONE, _parts_of(units, node, value), labels)
-    found = compact(labels, out, value.dims, value.common)
-    return Value(found.labels, found.dims, out, value.common)
-
-
-def _parts_of(units: Units, node: Node, value: Value) -> Tensor:
-    """A unit for each part of a value with units inside parts, as it broadcasts, for what is padded there."""
-    dim = value.dims[0]
-    rows = value.labels.movedim(dim, 0).flatten(1)
-    outer = units.new(len(rows), f"{node.path}.parts")
-    units.put_inside(node.name, rows, outer)
-    return on_dim(outer, dim, value.shape).labels
-
-
-moving = partial  # moving(moved, run=...) makes a rule

@@ -1,0 +1,49 @@
+"""Nodes that give units which are one part (a head) a dimension of its own, on which a merged network has several."""
+
+from collections.abc import Sequence
+
+from stages.core.graph.nodes import Node
+
+
+def to_heads(
+    name: str, source: str, shape: Sequence[int], dim: int, spare: bool, at: int | None = None
+) -> Node:
+    """Units of dimension ``dim`` to heads, at ``at`` or before the last two dimensions; spare: on what lies there."""
+    rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
+    heads = heads if at is None else at
+    atoms = [[1, n] if d == dim else [n] for d, n in enumerate(shape)]
+    number = [d + (d > dim) for d in range(rank)]
+    groups = [[dim + 1] if d == dim else [number[d]] for d in range(rank)]
+    if spare:
+        groups[heads].append(dim)
+    else:
+        groups.insert(heads, [dim])
+    return rearranged(name, source, atoms, groups)
+
+
+def from_heads(
+    name: str, source: str, shape: Sequence[int], dim: int, spare: bool, at: int | None = None
+) -> Node:
+    """The inverse, to ``shape``, units on dimension ``dim``."""
+    rank, heads = len(shape), len(shape) - 3 if spare else len(shape) - 2
+    heads = heads if at is None else at
+    whole = list(shape) if spare else [*shape[:heads], 1, *shape[heads:]]
+    groups = [[d] for d in range(len(whole))]
+    own = dim if spare else dim + 1
+    groups[own] = [heads, own]
+    if spare:
+        groups[heads] = []
+    else:
+        groups.pop(heads)
+    assert len(groups) == rank
+    return rearranged(name, source, [[n] for n in whole], groups)
+
+
+def rearranged(name: str, source: str, atoms: list[list[int]], groups: list[list[int]]) -> Node:
+    attributes = {
+        "atoms": atoms,
+        "free": [0, *[None] * (len(atoms) - 1)],  # images
+        "order": [i for own in groups for i in own],
+        "groups": [len(own) for own in groups],
+    }
+    return Node(name, "rearrange", (source,), attributes)
