@@ -17,6 +17,7 @@ from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
 from stages.core.graph.inputs import of_shape, taking_counts
 from stages.core.graph.source import Source, Task
+from stages.core.merged.cost import relative
 from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.known import known_methods
@@ -108,7 +109,11 @@ def _merge(
     spent = rare.allocate.spent(settings.allocate)
     splits, allocation, base = split_units(sources[0], benefits, float(budget), len(names), labels, spent)
     alignment = make_alignment(settings, sources, lambda: statistics, matching, splits)
-    reached = {"asked": float(budget), "reached": allocation.cost / base, "counted": rare.allocate.cost}
+    reached = {
+        "asked": float(budget),
+        "reached": relative(allocation.cost, base),
+        "counted": rare.allocate.cost,
+    }
     network, record = fit_network(
         sources,
         matching,

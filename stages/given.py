@@ -55,13 +55,16 @@ def checked_network(network: Any, what: str) -> nn.Module:
         raise InputError(
             f"{what}: {packed[0]} is no tensor; allowed: a network before it was quantised or packed"
         )
-    tensors = [*network.named_parameters(), *network.named_buffers()]
+    tensors, kept = [*network.named_parameters(), *network.named_buffers()], network.state_dict().keys()
     for name, tensor in tensors:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise InputError(f"{what}: {name} is lazy; allowed: a network that has seen images once")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_quantized:
             raise InputError(f"{what}: {name} is {_unusual(tensor)}; allowed: ordinary tensors")
-        if (tensor.is_floating_point() and str(tensor.dtype) not in FLOATS) or tensor.is_complex():
+        saved = name in kept  # a table of turns that is made anew each time may be complex
+        if (tensor.is_floating_point() and str(tensor.dtype) not in FLOATS) or (
+            tensor.is_complex() and saved
+        ):
             raise InputError(f"{what}: {name} holds {tensor.dtype}; allowed: {some(sorted(FLOATS))}")
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise InputError(f"{what}: {name} holds a negative variance; allowed: zero or more")

@@ -279,7 +279,7 @@ class Factorised(nn.Module):
         x = self.stem(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
         n, t, _ = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, 3, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).reshape(n, t, 3, 3, 2).transpose(1, 3).unbind(dim=2)
         y = q @ (k.softmax(2).transpose(-1, -2) @ v)
         seen = v[:, :, 1:].transpose(-1, -2).reshape(n, 6, 4, 4).split([2, 4], 1)
         seen = torch.cat([conv(own) for conv, own in zip(self.convs, seen, strict=True)], 1)

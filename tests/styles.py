@@ -9,6 +9,8 @@ from head_styles import HEADS
 from input_styles import INPUTS
 from key_styles import KEYS
 from line_styles import LINES
+from place_styles import PLACES
+from text_styles import TEXTS
 from torch import nn
 
 
@@ -516,4 +518,6 @@ STYLES = {
     **HEADS,
     **KEYS,
     **LINES,
+    **PLACES,
+    **TEXTS,
 }  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 
 from stages.allocate.splits import split_units
 from stages.core.handover.networks import load_sources
+from stages.core.merged.cost import relative
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
@@ -36,7 +37,8 @@ def main() -> None:
         gap = {"benefit": found.benefit, "bound": found.bound}
         groups = {group: asdict(split) for group, split in splits.items()}
         write_json(
-            f"models/allocate/{name}.json", {**about, "reached": found.cost / base, **gap, "splits": groups}
+            f"models/allocate/{name}.json",
+            {**about, "reached": relative(found.cost, base), **gap, "splits": groups},
         )
         rows = [
             {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.source import Source
-from stages.core.merged.cost import built_cost, source_cost
+from stages.core.merged.cost import built_cost, relative, source_cost
 from stages.core.merged.file import load_merged
 from stages.core.runtime.errors import InputError
 from stages.probe.evaluate import Candidate, Ensemble, OneForAll, Oracle
@@ -36,7 +36,9 @@ def merged_row(path: Path, sources: Sequence[Source], labels: str, device: torch
         if found.get(source.task.name) != source.about["sha256"]:
             raise InputError(f"{path}: made from another network for task {source.task.name}; run: dvc repro")
     cost = {
-        kind: built_cost(network, kind) / source_cost(sources[0].trace, sources[0].state, labels, kind)
+        kind: relative(
+            built_cost(network, kind), source_cost(sources[0].trace, sources[0].state, labels, kind)
+        )
         for kind in ("macs", "parameters")
     }
     told = network.tasks[0].name if network.corrected else None  # then one task at a time is how it runs
@@ -44,7 +46,7 @@ def merged_row(path: Path, sources: Sequence[Source], labels: str, device: torch
 
     def tune(x: Tensor) -> float:
         network.tune(x)
-        return built_cost(network, "macs", executed=True) / one
+        return relative(built_cost(network, "macs", executed=True), one)
 
     return Row(OneForAll(network), cost, network.about["budget"]["asked"], lambda x: network(x, told), tune)
 

@@ -23,6 +23,8 @@ PROGRESSIVE = Fit(solver="exact", inputs="merged", targets="own", norm="fold")
 HELD = (
     "spatial transformer",
     "mixture of experts",
+    "several hops",
+    "points that are turned",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

@@ -13,13 +13,17 @@ from collections.abc import Mapping, Sequence
 from stages.core.graph.axes import Value
 from stages.core.graph.common_keys import with_keys_repeated
 from stages.core.graph.nodes import REDUCTIONS, Node
+from stages.core.graph.operations import BINARY
 from stages.core.graph.part_moves import from_heads, rearranged, to_heads
 
 
-def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool) -> list[Node]:
+def with_heads(
+    node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool, last: bool
+) -> list[Node]:
     """The node, or what it is with a dimension for its one head.
 
-    masked: the shape of a mask, () without one. logits: whether it gives the network's logits, or follows them.
+    masked: the shape of a mask, () without one. logits: whether it gives the network's logits, or follows them. last:
+    whether no other product reads what this one gives.
     """
     looks = node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes
     if looks or (node.operation == "softmax" and not logits):
@@ -36,13 +40,20 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logit
         return [apart, dataclasses.replace(node, inputs=(name,))]
     if node.operation == "rearrange":
         return [_lifted(node, inputs[0])]
+    if len(inputs) == 2 and node.operation in BINARY and _face_to_face(*inputs):
+        return _product(node, {i: own.dims[0] for i, own in enumerate(inputs)}, inputs, False, back=False)
     if node.operation != "matmul":
         return [node]
     a, b = inputs
     rank = len(b.shape)
-    if len(a.shape) == rank and a.dims == (rank - 2,) and b.dims == (rank - 1,) and b.labels.numel() == 1:
-        return _weighted(node, b.shape)
+    if len(a.shape) == rank and a.dims == (rank - 2,) and b.dims == (rank - 1,):
+        if b.labels.numel() == 1:
+            return _weighted(node, b.shape)
+        if a.labels.numel() == 1 == a.shape[-2] and not a.common:
+            return _weighted(node, a.shape, first=True)
     crossed = _crossed(a, b)
+    if last and crossed == {0: rank - 2, 1: rank - 1}:
+        return [dataclasses.replace(node, attributes={"weights": True})]
     if crossed:
         return _product(node, crossed, inputs, len(a.shape) == rank > 3, back=len(crossed) == 1)
     if len(a.shape) == rank and a.dims == (rank - 1,) and b.dims == (rank - 2,):  # queries with keys
@@ -62,14 +73,24 @@ def with_heads(node: Node, inputs: Sequence[Value], masked: Sequence[int], logit
     return [node]
 
 
-def _weighted(node: Node, shape: Sequence[int]) -> list[Node]:
-    """A sum over places, each with a weight, (..., units, places) times (..., places, 1), as a product and a sum."""
+def _face_to_face(a: Value, b: Value) -> bool:
+    """Whether each is one unit for each place, on rows and on columns: scores of every two places (GAT)."""
+    single = all(own.labels.numel() == 1 and not own.common for own in (a, b))
+    return single and len(a.shape) == len(b.shape) == 3 and {a.dims, b.dims} == {(1,), (2,)}
+
+
+def _weighted(node: Node, shape: Sequence[int], first: bool = False) -> list[Node]:
+    """A sum over places, each with a weight, as a product and a sum. shape: of the weights.
+
+    (..., units, places) times (..., places, 1), or, first, (..., 1, places) times (..., places, units).
+    """
     turned, times, rank = f"{node.name}_turned", f"{node.name}_times", len(shape)
     groups = [[d] for d in (*range(rank - 2), rank - 1, rank - 2)]
+    weights, values = node.inputs if first else node.inputs[::-1]
     return [
-        rearranged(turned, node.inputs[1], [[n] for n in shape], groups),
-        Node(times, "multiply", (node.inputs[0], turned)),
-        Node(node.name, "sum", (times,), {"dims": [rank - 1], "keepdim": True}),
+        rearranged(turned, weights, [[n] for n in shape], groups),
+        Node(times, "multiply", (values, turned)),
+        Node(node.name, "sum", (times,), {"dims": [rank - 2 if first else rank - 1], "keepdim": True}),
     ]
 
 

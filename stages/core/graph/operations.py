@@ -235,7 +235,8 @@ def _where(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """Of two values, or a value and a number (true, false): the first where the condition, given first, is not zero."""
     rest = iter(x[1:])
     chosen = [a[role] if role in a else next(rest) for role in ("true", "false")]
-    return torch.where(x[0] != 0, *chosen).to(x[0].dtype)
+    found = torch.where(x[0] != 0, *chosen)
+    return found if a.get("integers") else found.to(x[0].dtype)  # integers: what tokens decide
 
 
 ROUNDING = ("remainder", "fmod", "floor_divide")

@@ -17,10 +17,22 @@ from stages.core.runtime.errors import InputError
 
 def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """(..., m, k) times (..., k, n): what it sums over is tied, and lies inside the parts that both share."""
+    if node.attributes.get(
+        "weights"
+    ):  # several sums over places, each with weights of its own (hops of attention)
+        units.fixed.append(inputs[0].labels)
+        return Value(inputs[1].labels, inputs[1].dims, out)
     if crosses(*inputs):
         return product(units, node, *inputs, out)
     a, b = (_batched(value, len(out)) for value in inputs)
     last, before = len(out) - 1, len(out) - 2
+    if a.common != b.common and last in a.dims and before in b.dims:
+        met = (
+            b if a.common else a
+        )  # features of the input, which have one order (PointNet's transformation of points)
+        found = units.new(out[last], f"{node.name}.features")
+        units.fixed += [met.labels, found]
+        return on_dim(found, last, out)
     if (
         before in a.dims and last not in a.dims and not {before, last} & set(b.dims)
     ):  # values times turned scores

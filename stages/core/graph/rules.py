@@ -34,7 +34,24 @@ def same(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sha
         value = join(units, node.name, value, other, out, places=True)
     for role, name in node.parameters.items():
         shape = node.attributes.get("view", shapes[role])
+        if len(inputs) == 1 and _widens(inputs[0], out, shape):
+            return _table(units, node, name, shape, shapes[role], out)
         place_parameter(units, node, name, shape, shapes[role], value)
+    return value
+
+
+def _widens(value: Value, out: torch.Size, shape: Sequence[int]) -> bool:
+    """Whether a parameter gives each number of the input a row of its own (tokens of a table's columns)."""
+    return value.common and len(shape) > 1 and value.shape[-1:] == (1,) and shape[-1] == out[-1] > 1
+
+
+def _table(
+    units: Units, node: Node, name: str, seen: Sequence[int], own: Sequence[int], out: torch.Size
+) -> Value:
+    """The columns of a parameter are units, as those of an embedding are; its rows are in the input's order."""
+    new = units.new(out[-1], node.path)
+    value = on_dim(new, len(out) - 1, out)
+    place_parameter(units, node, name, seen, own, value)
     return value
 
 
@@ -153,7 +170,8 @@ def channels(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size,
     """What acts on every channel of dimension 1 alone (batch norm, PReLU)."""
     value = inputs[0]
     for role, name in node.parameters.items():
-        if math.prod(shapes[role]) > 1 or (value.dims == (1,) and value.shape[1] == 1):
+        several = math.prod(shapes[role]) > 1 or node.operation != "prelu"
+        if several or (value.dims == (1,) and value.shape[1] == 1):
             expect(node, value, 1)
             units.place(node.name, name, 0, value.along(1))
     return Value(value.labels, value.dims, out, value.common and not node.parameters)

@@ -19,7 +19,7 @@ from stages.core.graph.extent import check_value, most_entries, place_for
 from stages.core.graph.heads import with_heads
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
-from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
+from stages.core.graph.nodes import REDUCTIONS, Graph, Node, check_graph, node_parameters
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.places import PlaceOf, nowhere, placed
 from stages.core.graph.resolve import Resolved
@@ -163,6 +163,7 @@ def _laid_out(
         lambda node: OPERATIONS[node.operation].rule,
     )
     settled, waiting, logits = [first], list(reversed(graph.nodes[1:])), graph.logits
+    last_products = _last_products(graph)
     while waiting:
         node = waiting.pop()
         with placed(node, place_of):
@@ -173,6 +174,7 @@ def _laid_out(
                 inputs,
                 own.get("mask", ()),
                 node.name in logits,
+                node.name in last_products,
             )
             if rest:
                 waiting += [*reversed(rest), node]
@@ -209,6 +211,23 @@ def _laid_out(
         nodes.append(node)
     own = {name: tuple(shape) for name, shape in parameters.items()}
     return Trace(Graph(tuple(nodes)), resolved.spec, layouts, shapes, own, moved)
+
+
+def _last_products(graph: Graph) -> set[str]:
+    """Products that no other reads through what keeps their entries: normalised, scaled, turned."""
+    users, reaching = graph.users(), set[str]()
+    for node in reversed(graph.nodes[1:]):
+        plain = OPERATIONS[node.operation].rule is rules.same or node.operation in (
+            "softmax",
+            "rearrange",
+            *REDUCTIONS,
+        )
+        if node.operation in ("matmul", "attention") or (
+            plain and any(u.name in reaching for u in users[node.name])
+        ):
+            reaching.add(node.name)
+    products = [node for node in graph.nodes if node.operation == "matmul"]
+    return {node.name for node in products if not any(user.name in reaching for user in users[node.name])}
 
 
 def _input(units: Units, node: Node, example: tuple[int, ...]) -> Value:

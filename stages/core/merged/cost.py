@@ -51,6 +51,11 @@ def _alone(node: Node) -> list[str]:
     return [role for role in roles if role in node.parameters]
 
 
+def relative(cost: int, one: int) -> float:
+    """To one source network; 1 where nothing of it counts (tables and heads alone)."""
+    return cost / one if one else 1.0
+
+
 def source_cost(trace: Trace, state: State, labels: str, kind: str) -> int:
     """Multiply-accumulates per image (of linear maps and attention), or trained parameters, of one source network."""
     total = 0

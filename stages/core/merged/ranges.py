@@ -60,14 +60,21 @@ def _check_numbers(where: str, value: Any, key: str = "") -> None:
             _check_numbers(where, own, "counts" if key == "groups" else key)  # of a rearrangement
     elif isinstance(value, int | float):
         least, most = LIMITS.get(key, (-MOST_WHOLE, MOST_WHOLE))
-        endless = (
-            isinstance(value, float) and math.isinf(value) and key not in LIMITS
-        )  # of a clamp, of a padding
+        entry = most == MOST_NUMBER or key not in LIMITS
+        endless = isinstance(value, float) and math.isinf(value) and entry  # of a clamp, of a padding
         if not endless and not least <= value <= most:
             raise InputError(f"{where}: {key}: found {value:.3g}; allowed: from {least} to {most}")
 
 
-LIMITS = {"eps": (0, 1), "groups": (1, MOST_WHOLE), "scale_factor": (0, 1024)}
+MOST_NUMBER = torch.finfo(torch.float64).max
+LIMITS = {
+    "eps": (0, 1),
+    "groups": (1, MOST_WHOLE),
+    "scale_factor": (0, 1024),
+    **dict.fromkeys(
+        ("fill", "true", "false", "value", "min", "max"), (-MOST_NUMBER, MOST_NUMBER)
+    ),  # entries, not sizes
+}
 
 
 def check_sizes(graph: Graph, shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> None:

@@ -42,9 +42,15 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     shapes = [reader.shape(t) for t in tensors]
     refused = reader.unknown(fx, f"einsum {given['equation']}")
     letters, out = spelled_out(given["equation"], [len(shape) for shape in shapes])
-    if len(tensors) > 2 or any(len({*t}) < len(t) for t in (*letters, out)):
+    if any(len({*t}) < len(t) for t in (*letters, out)):
         raise refused
-    values = [reader.is_value(t) for t in tensors]
+    while len(tensors) > 2:
+        tensors[:2], letters[:2] = zip(_first_two(reader, fx, tensors, letters, out), strict=True)
+        shapes = [reader.shape(t) for t in tensors]
+    values = [
+        reader.is_value(t) or any(n % INPUT == 0 for n in shape)
+        for t, shape in zip(tensors, shapes, strict=True)
+    ]
     sizes = {c: n for t, shape in zip(letters, shapes, strict=True) for c, n in zip(t, shape, strict=True)}
     if len(tensors) == 1:
         _of_one(reader, fx, tensors[0], letters[0], out, sizes)
@@ -71,6 +77,29 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
         product.scaled()
     else:
         raise refused
+
+
+def _first_two(
+    reader: Reader, fx: torch.fx.Node, tensors: Sequence[torch.fx.Node], letters: Sequence[str], out: str
+) -> tuple[torch.fx.Node, str]:
+    """The product of the first two of several tensors, with the letters that the others or the result have."""
+    left = {*out, *"".join(letters[2:])}
+    kept = "".join(c for c in dict.fromkeys(letters[0] + letters[1]) if c in left)
+    sizes = {
+        c: n
+        for t, own in zip(letters[:2], tensors[:2], strict=True)
+        for c, n in zip(t, reader.shape(own), strict=True)
+    }
+    equation = f"{letters[0]},{letters[1]}->{kept}"
+    with reader.graph.inserting_before(fx):
+        found = reader.graph.call_function(torch.ops.aten.einsum.default, (equation, [*tensors[:2]]))
+    like = fx.meta["val"]
+    found.meta = {**fx.meta, "val": torch.empty([sizes[c] for c in kept], dtype=like.dtype, device="meta")}
+    if all(own in reader.known for own in tensors[:2]):
+        reader.known.add(found)
+    else:
+        read_einsum(reader, found, {"equation": equation, "tensors": list(tensors[:2])})
+    return found, kept
 
 
 def _of_one(

@@ -27,10 +27,11 @@ from torch.overrides import TorchFunctionMode
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import place_of
 from stages.core.tracing.decomposed import decomposed
-from stages.core.tracing.recurrent import written_out
+from stages.core.tracing.recurrent import both_ways, written_out
 
 INPUT = 10007  # a prime
 MOST_ALONE = 100  # that a forward may look at one by one
+HERE = str(Path(__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel")
 VIEW_CALLS = {
@@ -153,6 +154,7 @@ def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node
             if steps or not _functional(program.graph_module.graph):
                 program = program.run_decompositions(steps)
             program = decomposed(program, has_rule)
+            _leave_buffers(program)
             program.graph_module.graph.eliminate_dead_code()  # what only a shape was asked of
         except InputError as error:
             raise InputError(
@@ -197,6 +199,13 @@ def _batch_norm_forward(part: nn.SyncBatchNorm):
     return forward
 
 
+def _leave_buffers(program: torch.export.ExportedProgram) -> None:
+    """What a forward writes into its buffers (counters) is not among its results."""
+    written = program.graph_signature.buffers_to_mutate.keys()
+    end = program.graph_module.graph.output_node()
+    end.args = (tuple(own for own in end.args[0] if getattr(own, "name", None) not in written),)
+
+
 def _dtype(module: nn.Module, example: Tensor) -> torch.dtype:
     if not example.is_floating_point():
         return example.dtype
@@ -204,7 +213,8 @@ def _dtype(module: nn.Module, example: Tensor) -> torch.dtype:
 
 
 class _Images(TorchFunctionMode):
-    """A loop over images would make a graph of ``INPUT`` networks: InputError says so at its start."""
+    """A loop over images would make a graph of ``INPUT`` networks: InputError says so at its start. Recurrent layers of
+    both directions are written out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,20 +222,25 @@ class _Images(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (INPUT,):
-            one = _takes_one(func, args[1:])
+            one = _takes_one(func, args[1:], kwargs or {})
             self.taken += one
-            unbound = func in (Tensor.unbind, torch.unbind) and args[1:] in ((), (0,))
+            unbound = func in (Tensor.unbind, torch.unbind) and _dim(args[1:], kwargs or {}) == 0
             if unbound or (one and self.taken > MOST_ALONE):
                 raise InputError("no rule for one of the images after the other")
-        return func(*args, **(kwargs or {}))
+        known = both_ways(getattr(func, "__name__", ""), args) if not kwargs else None
+        return func(*args, **(kwargs or {})) if known is None else known
 
 
-def _takes_one(func: Any, args: Sequence[Any]) -> bool:
+def _dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return kwargs.get("dim", args[0] if args else 0)
+
+
+def _takes_one(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call takes one entry of the first dimension."""
     if func is Tensor.__getitem__:
         first = args[0][0] if isinstance(args[0], tuple) and args[0] else args[0]
         return type(first) is int
-    return func in (Tensor.select, torch.select) and args[:1] == (0,)
+    return func in (Tensor.select, torch.select) and _dim(args, kwargs) == 0
 
 
 def _users_frames(_: Any, found: traceback.StackSummary) -> traceback.StackSummary:
@@ -233,7 +248,7 @@ def _users_frames(_: Any, found: traceback.StackSummary) -> traceback.StackSumma
     start = max(
         (i for i, f in enumerate(found) if (f.filename, f.name) == (__file__, export.__name__)), default=-1
     )
-    inside = [f for f in found[start + 1 :] if f.filename != __file__ and not f.filename.startswith(TORCH)]
+    inside = [f for f in found[start + 1 :] if not f.filename.startswith((TORCH, HERE))]
     return traceback.StackSummary.from_list(inside)
 
 

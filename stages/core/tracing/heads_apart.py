@@ -67,7 +67,8 @@ def heads_apart(graph: torch.fx.Graph) -> None:
         graph.eliminate_dead_code()
 
 
-def _shape(node: torch.fx.Node) -> list[int]:
+def tensor_shape(node: torch.fx.Node) -> list[int]:
+    """Of what a call gives; of several tensors none."""
     value = node.meta.get("val")
     return list(value.shape) if isinstance(value, torch.Tensor) else []
 
@@ -80,7 +81,7 @@ def _first(node: torch.fx.Node) -> tuple[int, tuple[int, int]] | None:
         or not isinstance(node.args[0], torch.fx.Node)
     ):
         return None
-    shape, before = _shape(node), _shape(node.args[0])
+    shape, before = tensor_shape(node), tensor_shape(node.args[0])
     for at in range(min(2, len(shape)) if len(shape) == 3 <= len(before) else 0):
         heads = shape[at] // INPUT
         if shape[at] % INPUT or heads < 2 or shape[:at] != before[:at]:
@@ -96,9 +97,13 @@ def _at(node: torch.fx.Node, where: dict[torch.fx.Node, int], extent: int) -> in
     """The dimension of a call's value that images and heads are on, None where a view takes them apart."""
     (first, *_) = (own for own in node.all_input_nodes if own in where)
     if opname(node) in RESHAPES:
-        shape = _shape(node)
+        shape = tensor_shape(node)
         return shape.index(extent) if len(shape) == 3 and extent in shape else None
-    return order_of(node, len(_shape(node))).index(where[first]) if opname(node) in PERMUTES else where[first]
+    return (
+        order_of(node, len(tensor_shape(node))).index(where[first])
+        if opname(node) in PERMUTES
+        else where[first]
+    )
 
 
 def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
@@ -110,12 +115,12 @@ def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
     if name in RESHAPES or name in PERMUTES:
         return True
     if name in PRODUCTS:
-        return at == {0} and not others and all(len(_shape(own)) == 3 for own in node.all_input_nodes)
+        return at == {0} and not others and all(len(tensor_shape(own)) == 3 for own in node.all_input_nodes)
     if name in SOFTMAXES:
-        return node.args[1] % len(_shape(node)) not in at
+        return node.args[1] % len(tensor_shape(node)) not in at
     if name in SKIPPED or name.strip("_") in UNARY:
         return not others
-    small = all(len(_shape(own)) < 3 or _shape(own)[0] == 1 for own in others)
+    small = all(len(tensor_shape(own)) < 3 or tensor_shape(own)[0] == 1 for own in others)
     joins = name in BINARY_CALLS or name in ("rsub", "masked_fill", "where")
     return joins and (not others or (at == {0} and small))
 
@@ -133,7 +138,7 @@ def _write(
         opname(node),
         torch.fx.node.map_arg(node.args, lambda own: made.get(own, own)),
     )
-    shape, target, kwargs = _shape(node), node.target, dict(node.kwargs)
+    shape, target, kwargs = tensor_shape(node), node.target, dict(node.kwargs)
     if node in where:
         shape[where[node] : where[node] + 1] = lead
     before = next((where[own] for own in node.all_input_nodes if own in where), 0)
@@ -144,12 +149,12 @@ def _write(
     elif name in PERMUTES:
         order = [
             n
-            for d in order_of(node, len(_shape(node)))
+            for d in order_of(node, len(tensor_shape(node)))
             for n in ((d, d + 1) if d == before else (d + (d > before),))
         ]
         target, args, kwargs = aten.permute.default, (args[0], order), {}
     elif name in SOFTMAXES:
-        dim = args[1] % len(_shape(node))
+        dim = args[1] % len(tensor_shape(node))
         args = (args[0], dim + (dim > before), *args[2:])
     with graph.inserting_after(node):
         found = graph.call_function(target, args, kwargs)

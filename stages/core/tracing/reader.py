@@ -249,6 +249,14 @@ class Reader:
             return fx
         return self.folding.value(fx, self.module).item()
 
+    def one_number(self, argument: Any) -> Any:
+        """The same of a constant whose entries are all one number, as a tensor that is made like a value."""
+        found = self.number(argument)
+        if not isinstance(found, torch.fx.Node) or self.is_value(found) or self.from_parameters(found):
+            return found
+        entries = self.folding.value(found, self.module).flatten()
+        return entries[0].item() if len(entries) and bool((entries == entries[0]).all()) else found
+
     def from_parameters(self, fx: torch.fx.Node) -> bool:
         """Whether a constant is computed from a tensor of the state."""
         stack, seen = [fx], set()

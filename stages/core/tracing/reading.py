@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Graph
 from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
+from stages.core.tracing.complex_pairs import pairs_apart
 from stages.core.tracing.export import export, opname, unwrap
 from stages.core.tracing.folding import Folding
 from stages.core.tracing.heads_apart import heads_apart
+from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
 
 
@@ -50,7 +52,9 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     """
     module = unwrap(module)
     exported = export(module, example, _has_rule)
+    pairs_apart(exported.graph)
     heads_apart(exported.graph)
+    unit_kept(exported.graph)
     folding = Folding(exported.graph, exported.tensors)
     reader = Reader(module, exported.graph, folding, CALLS)
     return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)

@@ -85,6 +85,25 @@ def _layers(
     return (x.transpose(0, 1) if batch_first else x, *(torch.stack(kind) for kind in zip(*last, strict=True)))
 
 
+def _plain(weights: Sequence[Any], biases: bool, layers: int, both: bool) -> bool:
+    """Whether no state is projected."""
+    return len(weights) == layers * (1 + both) * (4 if biases else 2)
+
+
+def both_ways(name: str, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """A recurrent layer of both directions, by its call, step by step; None for other calls and what stays.
+
+    While torch.export traces it, torch 2.11 has its last states in a wrong shape.
+    """
+    if name not in CELLS or len(args) != 9 or not isinstance(args[2], list | tuple):
+        return None
+    x, state, weights, biases, layers, dropout, train, both, batch_first = args
+    short = x.dim() == 3 and x.shape[int(batch_first)] <= MOST_STEPS
+    if not (both and short and _plain(weights, biases, layers, both)):
+        return None
+    return _layers(CELLS[name], x, state, weights, biases, layers, dropout, train, both, batch_first)
+
+
 def written_out(
     graph: torch.fx.Graph, name_of: Callable[[torch.fx.Node], str]
 ) -> dict[Any, Callable[..., Any]]:
@@ -98,8 +117,7 @@ def written_out(
         if name in CELLS and node.target._overloadname == "input":
             x, weights, (biases, layers, *_, both, batch_first) = node.args[0], node.args[2], node.args[3:]
             steps = x.meta["val"].shape[int(batch_first)]
-            plain = len(weights) == layers * (1 + both) * (4 if biases else 2)
-            if steps <= MOST_STEPS and plain:
+            if steps <= MOST_STEPS and _plain(weights, biases, layers, both):
                 found[node.target] = partial(_layers, CELLS[name])
         elif name.removesuffix("_cell") in CELLS and name.endswith("_cell"):
             found[node.target] = partial(_cell, CELLS[name.removesuffix("_cell")])

@@ -38,8 +38,16 @@ def verify(
     with torch.no_grad():
         state, x, expected = _perturbed_run(module, traced.graph, example, state_of, generator)
         if not _close(run_graph(traced.graph, state, x), expected, tolerance):
+            again = torch.Generator().manual_seed(0)
+            *_, other = _perturbed_run(module, traced.graph, example, state_of, again)
             raise InputError(
-                f"{type(module).__name__}: the traced graph does not compute what the module does"
+                f"{type(module).__name__}: "
+                + (
+                    "the traced graph does not compute what the module does"
+                    if other.equal(expected)
+                    else "gives other numbers each time for the same images in evaluation mode; allowed: dropout and "
+                    "noise in training alone (F.dropout(x, training=self.training))"
+                )
             )
         orders = {n: _cycle(g.size, generator) for n, g in traced.spec.free.items()}
         for name, inner in traced.spec.inner.items():

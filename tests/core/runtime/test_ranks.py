@@ -26,22 +26,23 @@ def run(count, path, *rest, launch=(sys.executable,)):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What one and two ranks find."""
+    """What one, two and four ranks find."""
     folder, results = tmp_path_factory.mktemp("ranks"), {}
-    for count in (1, 2):
+    for count in (1, 2, 4):
         done = run(count, folder / f"{count}.safetensors")
         assert done.returncode == 0, done.stderr
         results[count] = load_file(folder / f"{count}.safetensors")
     return results
 
 
-def test_two_ranks_find_what_one_finds(found):
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_find_what_one_finds(count, found):
     """In float64: sums in another order, through up to a hundred solves and steps."""
-    one, two = found[1], found[2]
-    assert one.keys() == two.keys()
+    one, several = found[1], found[count]
+    assert one.keys() == several.keys()
     for name, own in one.items():
         torch.testing.assert_close(
-            two[name], own, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
+            several[name], own, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
         )
     curve = one["separate refined curve"]
     assert curve[0, 1] != curve[1, 1]  # it learnt something to agree on

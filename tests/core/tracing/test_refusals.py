@@ -96,7 +96,8 @@ FAILING = {
     "a loop by number": (
         lambda m, x: torch.stack([F.relu(x[i]) for i in range(len(x))]), "one of the images after the other"),
     "a loop by slices": (
-        lambda m, x: torch.stack([F.relu(x.select(0, i)) for i in range(len(x))]), "one of the images after"),
+        lambda m, x: torch.stack([F.relu(x.select(dim=0, index=i)) for i in range(len(x))]), "one of the images after"),
+    "unbound images": (lambda m, x: torch.stack([F.relu(own) for own in x.unbind(dim=0)]), "one of the images after"),
 }  # fmt: skip
 
 

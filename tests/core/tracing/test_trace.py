@@ -185,8 +185,26 @@ def test_what_is_changed_in_place_is_read_as_what_it_does(body):
 
 def test_chance_is_caught():
     network = Spelled(lambda m, x: F.dropout(m.conv(x)), head=False).double()
-    with pytest.raises(InputError, match="does not compute"):
+    with pytest.raises(InputError, match="other numbers each time for the same images"):
         verify(network, trace(network, example()), example())
+
+
+def test_a_buffer_that_counts_calls_is_no_result():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.fc(self.conv(x).relu().mean((2, 3)))
+
+    network = Counting().double()
+    traced = trace(network, example())
+    verify(network, traced, example())
+    assert list(traced.spec.free) == ["conv"]
+    assert int(network.calls) == 0
 
 
 # -- spellings ----------------------------------------------------------------------------------------------------

@@ -157,18 +157,31 @@ def _pow(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
 def _where(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """By a condition that depends on the input, or by a mask."""
     condition, sides = given["condition"], {"true": given["self"], "false": given["other"]}
-    found = {role: reader.number(side) for role, side in sides.items()}
+    found = {role: reader.one_number(side) for role, side in sides.items()}
     numbers = {role: side for role, side in found.items() if isinstance(side, int | float)}
     values = [side for side in found.values() if reader.is_value(side)]
     if len(numbers) + len(values) < 2:
         raise reader.unknown(fx, "where with a tensor that does not depend on the input")
     if reader.is_value(condition):
-        reader.node(fx, "where", [condition, *values], numbers)
+        whole = {"integers": True} if _of_integers(condition) else {}
+        reader.node(fx, "where", [condition, *values], numbers | whole)
     elif not numbers:
         _of_two(reader, fx, condition, *values)
     else:
         ((role, number),) = numbers.items()
         _fill(reader, fx, values[0], condition, number, role == "true")
+
+
+def _of_integers(condition: torch.fx.Node) -> bool:
+    """Whether what decides is whole numbers: tokens that are compared."""
+    stack, kinds = [condition], set()
+    while stack:
+        node = stack.pop()
+        if node.meta["val"].dtype == torch.bool and node.op == "call_function":
+            stack += node.all_input_nodes
+        else:
+            kinds.add(node.meta["val"].is_floating_point())
+    return kinds == {False}
 
 
 def _of_two(

@@ -9,7 +9,9 @@ import torch.fx
 
 from stages.core.graph.nodes import CONVOLUTIONS, TRANSPOSED, Node
 from stages.core.tracing.einsum import read_einsum
-from stages.core.tracing.reader import Reader
+from stages.core.tracing.export import opname
+from stages.core.tracing.reader import RESHAPES, Reader
+from stages.core.tracing.rearranging import Factors
 
 
 def _linear(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -61,6 +63,9 @@ def _einsum(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
 
 def _convolve(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
     spatial = len(reader.shape(given["input"])) - 2
+    if name == "conv2d" and _spans_last(reader, given):
+        _over_units(reader, fx, given)
+        return
     parameters = reader.roles(fx, given, {"weight": "weight", "bias": "bias"})
     padding = given["padding"]
     attributes = {
@@ -75,6 +80,39 @@ def _convolve(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name:
     reader.node(fx, name, [given["input"]], attributes, parameters)
 
 
+def _spans_last(reader: Reader, given: Mapping[str, Any]) -> bool:
+    """Whether a kernel reads the whole of the last dimension at once, where an embedding's columns lie (Kim 2014)."""
+    shape, kernel, source = reader.shape(given["input"]), reader.shape(given["weight"]), given["input"]
+    while source.op == "call_function" and opname(source) in RESHAPES:
+        source = source.args[0]
+    padding = given["padding"]
+    flat = padding == "valid" or (not isinstance(padding, str) and _each(padding, 2)[1] == 0)
+    plain = flat and given["groups"] == 1 and _each(given["dilation"], 2)[1] == 1
+    return plain and shape[1] == 1 < shape[3] == kernel[3] and source.op != "placeholder"
+
+
+def _over_units(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """(n, 1, places, units), read whole, as a convolution over places whose channels are the units."""
+    shape, (out, _, taps, units) = reader.shape(given["input"]), reader.shape(given["weight"])
+    name, sizes = reader.name(fx, {}), dict(zip("nctu", shape, strict=True))
+    turned = reader.arranged(f"{name}_units", reader.value(given["input"]), "nctu", ["n", "cu", "t"], sizes)
+    weight = reader.folding.want(
+        reader.through(given["weight"]), order=(0, 1, 3, 2), shape=(out, units, taps)
+    )
+    parameters = {"weight": weight}
+    if given.get("bias") is not None:
+        parameters["bias"] = reader.parameter(given["bias"])
+    first = {key: _each(given[key], 2)[:1] for key in ("stride", "dilation")}
+    first["padding"] = (
+        given["padding"] if isinstance(given["padding"], str) else _each(given["padding"], 2)[:1]
+    )
+    reader.add(Node(f"{name}_places", "conv1d", (turned,), first, parameters))
+    factors = Factors.of(reader.shape(fx)[:3])
+    factors.reshape(reader.shape(fx))
+    reader.add(Node(name, "rearrange", (f"{name}_places",), factors.attributes()))
+    reader.names[fx] = name
+
+
 def _convolution(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     kind = "conv_transpose" if given["transposed"] else "conv"
     own = {k: v for k, v in given.items() if k != "output_padding" or given["transposed"]}
@@ -83,6 +121,25 @@ def _convolution(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
 
 def _embedding(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "embedding", [given["indices"]], {}, reader.roles(fx, given, {"weight": "weight"}))
+
+
+def _embedding_bag(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Bags of equal size, of tokens that lie side by side: the mean, sum or largest of their rows."""
+    tokens, sums = given["indices"], ("sum", "mean", "amax")
+    flat = (
+        tokens.op == "call_function" and opname(tokens) in RESHAPES and len(reader.shape(tokens.args[0])) == 2
+    )
+    whole = reader.is_value(tokens) and flat and not reader.is_value(given["offsets"])
+    even = whole and reader.shape(given["offsets"])[0] == reader.shape(tokens.args[0])[0]
+    left_out = given.get("padding_idx") is not None and given["padding_idx"] >= 0
+    if not even or left_out or given.get("per_sample_weights") is not None:
+        raise reader.unknown(fx, "bags of other tokens than those of one input each, or without some of them")
+    name = reader.name(fx, {})
+    weight = {"weight": reader.parameter(given["weight"])}
+    reader.add(Node(f"{name}_rows", "embedding", (reader.value(tokens.args[0]),), {}, weight))
+    reader.add(Node(name, sums[given["mode"]], (f"{name}_rows",), {"dims": [1], "keepdim": False}))
+    reader.names[fx] = name
+    reader.parts[fx, 0] = lambda user: reader.same.__setitem__(user, fx)
 
 
 def _each(value: Any, count: int) -> list[int]:
@@ -99,5 +156,6 @@ MAPS = {
     "einsum": _einsum,
     "convolution": _convolution,
     "embedding": _embedding,
+    "embedding_bag": _embedding_bag,
     **{name: partial(_convolve, name=name) for name in (*CONVOLUTIONS, *TRANSPOSED)},
 }

@@ -11,7 +11,7 @@ from stages.core.graph.operations import ADAPTIVE, POOLS
 from stages.core.tracing.calls.joins import binary
 from stages.core.tracing.calls.moving import repeated
 from stages.core.tracing.export import INPUT, opname
-from stages.core.tracing.reader import Reader
+from stages.core.tracing.reader import RESHAPES, Reader
 
 INTERPOLATION = {
     "upsample_nearest1d": "nearest", "upsample_nearest2d": "nearest", "upsample_nearest3d": "nearest",
@@ -34,8 +34,16 @@ def _scaled_dot_product_attention(reader: Reader, fx: torch.fx.Node, given: Mapp
         if given.get("enable_gqa") and shape[1] < heads[0]:  # fewer heads of keys and values than of queries
             repeated(reader, f"{own}_{role}", values[i], shape, 1, heads[0] // shape[1])
             values[i] = f"{own}_{role}"
+    if len(values) > 3:
+        values[3] = _unexpanded(reader, values[3])
     reader.add(Node(own, "attention", tuple(values), attributes, parameters), fx)
     reader.names[fx] = own
+
+
+def _unexpanded(reader: Reader, mask: str) -> str:
+    """A mask that is broadcast by attention itself: as it stands there, it says nothing of single heads."""
+    made = next(node for node in reader.nodes if node.name == mask)
+    return _unexpanded(reader, made.inputs[0]) if made.operation == "expand" else mask
 
 
 def _softmax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -79,9 +87,14 @@ def reduce(
 
 def _put_back(reader: Reader, fx: torch.fx.Node, dim: int) -> list[torch.fx.Node]:
     """The readers of a call where all of them give its value one dimension more, at ``dim``."""
-    users, rank = list(fx.users), len(reader.shape(fx)) + 1
-    alike = not isinstance(fx.meta["val"], tuple | list) and all(
-        opname(user) == "unsqueeze" and user.args[1] % rank == dim for user in users
+    users, value = list(fx.users), fx.meta["val"]
+    if isinstance(value, tuple | list):  # of a largest value and where it is, the value alone
+        if any(user.args[1] != 0 for user in users):
+            return []
+        users, value = [own for user in users for own in user.users], value[0]
+    wanted = [*value.shape[:dim], 1, *value.shape[dim:]]
+    alike = all(
+        opname(own) in ("unsqueeze", *RESHAPES) and list(own.meta["val"].shape) == wanted for own in users
     )
     return users if alike else []
 

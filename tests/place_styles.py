@@ -1,0 +1,129 @@
+"""Places that are weighed by one number each, or pair by pair: attention pooling, graphs, points, tokens of columns."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Pooling(nn.Module):
+    """Attention over places as text classifiers write it: the one score of each place loses its dimension."""
+
+    def __init__(self, score=1):
+        super().__init__()
+        self.first, self.score, self.fc = nn.Linear(5, 6), nn.Linear(6, score), nn.Linear(6 * score, 3)
+
+    def weigh(self, h):
+        w = torch.softmax(self.score(torch.tanh(h)).squeeze(-1), -1)
+        return torch.bmm(w.unsqueeze(1), h).squeeze(1)
+
+    def forward(self, x):
+        return self.fc(self.weigh(F.relu(self.first(x))))
+
+
+class MeanOfPlaces(Pooling):
+    """The same as a product and a sum, by a vector of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Parameter(torch.randn(6))
+
+    def weigh(self, h):
+        return (h * F.softmax(h @ self.score, 1)[..., None]).sum(1)
+
+
+class SequencePooling(Pooling):
+    """CCT, and bags of instances."""
+
+    def weigh(self, h):
+        return torch.matmul(F.softmax(self.score(h), dim=1).transpose(-1, -2), h).squeeze(-2)
+
+
+class Hops(Pooling):
+    """Several sums with weights of their own, side by side."""
+
+    def weigh(self, h):
+        return torch.bmm(F.softmax(self.score(h).transpose(2, 1), dim=2), h).flatten(1)
+
+
+class LastAsQuery(nn.Module):
+    """Luong's attention: the last state of a recurrent layer asks all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.states, self.fc = nn.GRU(5, 4, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h, last = self.states(x)
+        w = torch.softmax(torch.bmm(h, last[-1].unsqueeze(2)).squeeze(2), 1)
+        seen = torch.bmm(h.transpose(1, 2), w.unsqueeze(2)).squeeze(2)
+        return self.fc(torch.cat([seen, last[-1]], 1))
+
+
+class GraphAttention(nn.Module):
+    """GAT: a score of every two nodes is the sum of one of each, where an edge is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc = nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
+        self.here, self.there = nn.Linear(6, 1, bias=False), nn.Parameter(torch.randn(6, 1))
+        self.register_buffer("edges", torch.eye(4) + torch.eye(4).roll(1, 0))
+
+    def forward(self, x):
+        h = self.first(x)
+        e = F.leaky_relu(self.here(h) + torch.matmul(h, self.there).transpose(1, 2), 0.2)
+        e = torch.where(self.edges > 0, e, -9e15 * torch.ones_like(e))
+        return self.fc(F.elu(torch.matmul(F.softmax(e, dim=2), h)).mean(1))
+
+
+class Points(nn.Module):
+    """PointNet: a matrix made of all points turns each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.turn = nn.Conv1d(3, 6, 1), nn.Linear(6, 9)
+        self.each, self.norm, self.fc = nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        t = self.turn(F.relu(self.seen(x)).max(2)[0]).view(-1, 3, 3) + torch.eye(3, dtype=x.dtype)[None]
+        x = torch.bmm(x.transpose(2, 1), t).transpose(2, 1)
+        return self.fc(torch.max(F.relu(self.norm(self.each(x))), 2, keepdim=True)[0].view(-1, 5))
+
+
+class Columns(nn.Module):
+    """FT-Transformer: every column of a table is a token, a row of weights times its number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 6))
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 3)
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x):
+        x = x.flatten(1)[:, :, None] * self.weight[None] + self.bias[None]
+        return self.fc(self.block(torch.cat([self.token.expand(len(x), -1, -1), x], 1))[:, 0])
+
+
+class LargestPutBack(nn.Module):
+    """The largest channel of each place, by name and by number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc = nn.Conv2d(3, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        near = torch.max(x, 1)[0].unsqueeze(1) - x.min(1).values.view(-1, 1, 6, 6)
+        return self.fc((x * near.sigmoid()).mean((2, 3)))
+
+
+PLACES = {
+    "attention over places": (Pooling, (4, 5)),
+    "attention by a vector": (MeanOfPlaces, (4, 5)),
+    "sequence pooling": (SequencePooling, (4, 5)),
+    "several hops": (lambda: Hops(2), (4, 5)),
+    "last state as query": (LastAsQuery, (4, 5)),
+    "graph attention": (GraphAttention, (4, 5)),
+    "points that are turned": (Points, (3, 7)),
+    "columns as tokens": (Columns, (4, 1)),
+    "largest of all channels": (LargestPutBack, (3, 8, 8)),
+}
