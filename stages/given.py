@@ -16,7 +16,7 @@ from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.values import ImagesOnDisk
-from stages.core.tracing.export import copied
+from stages.core.tracing.copies import copied
 from stages.loaders import kind_of, read_images
 
 log = logging.getLogger(__name__)

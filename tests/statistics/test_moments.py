@@ -8,7 +8,8 @@ from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch, images_to_batches
 from stages.core.sweep.memory import peak_bytes
 from stages.core.sweep.sweep import Sweep
-from stages.statistics.moments import MomentsVisitor, gather, points
+from stages.statistics.moments import MomentsVisitor, gather
+from stages.statistics.points import points
 
 
 def features_of(network, layers, x):

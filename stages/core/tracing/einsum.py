@@ -9,7 +9,7 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import Node
-from stages.core.tracing.export import INPUT
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
 
 

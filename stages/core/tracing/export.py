@@ -5,14 +5,13 @@ tensors of the export are fake, so it costs nothing.
 """
 
 import contextlib
-import copy
 import functools
 import inspect
 import io
 import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,22 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import place_of
+from stages.core.tracing.copies import copied, said_first
 from stages.core.tracing.decomposed import decomposed
-from stages.core.tracing.recurrent import both_ways, written_out
+from stages.core.tracing.one_by_one import INPUT, OneByOne
+from stages.core.tracing.recurrent import written_out
 
-INPUT = 10007  # a prime
-MOST_ALONE = 100  # that a forward may look at one by one
 HERE = str(Path(__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
-WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "AveragedModel")
 VIEW_CALLS = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze",
     "select", "slice", "expand", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "contiguous",
     "dropout", "feature_dropout", "to", "movedim", "narrow", "diagonal", "unfold", "swapaxes", "squeeze_",
 }  # fmt: skip
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,49 +76,6 @@ def _attention(plain: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """What a wrapper of torch holds. Raises InputError where the wrapper does something of its own."""
-    while type(module).__name__ in WRAPPERS:
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise InputError(
-                f"{type(module).__name__}: a hook on the wrapper; allowed: hooks on the module that it wraps"
-            )
-        log.info("%s: read as the module it wraps", type(module).__name__)
-        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
-    return module
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without what it remembers of its last run (tables made from its weights).
-
-    Results of operations among its attributes (a pruned weight, what a hook has recorded) are copied as values,
-    which torch does not do. Raises InputError where something else cannot be copied.
-    """
-    known: dict[int, Any] = {}
-    seen: set[int] = set()
-    for part in module.modules():
-        stack: list[Any] = [vars(part)]
-        while stack:
-            found = stack.pop()
-            if id(found) in seen:
-                continue
-            seen.add(id(found))
-            if isinstance(found, FakeTensor):  # what a hook has recorded of an export
-                known[id(found)] = found
-            elif isinstance(found, Tensor) and found.grad_fn is not None:
-                known[id(found)] = found.detach().clone()
-            elif isinstance(found, Mapping):
-                stack += found.values()
-            elif isinstance(found, list | tuple):
-                stack += found
-    try:
-        return copy.deepcopy(module, known).train().eval()
-    except Exception as error:  # locks, files, generators: whatever a user's module holds
-        raise InputError(
-            f"{type(module).__name__}: cannot be copied ({_first_line(error)}); allowed: tensors and settings"
-        ) from error
-
-
 def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node], bool]) -> Exported:
     """Export a module, which is left as it is.
 
@@ -148,7 +100,7 @@ def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node
         images = torch.empty(INPUT, *example.shape[1:], dtype=_dtype(kept, example))
     with torch.no_grad(), _quiet():
         try:
-            with _Images():
+            with OneByOne():
                 program = torch.export.export(kept.cpu(), (images,), strict=False)
             steps = written_out(program.graph_module.graph, opname)
             if steps or not _functional(program.graph_module.graph):
@@ -163,7 +115,7 @@ def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node
         except (
             Exception
         ) as error:  # whatever torch or a forward raises is about the user's module: said in one line
-            said = _first_line(error).replace(str(INPUT), "n")  # the number that stands for the batch
+            said = said_first(error).replace(str(INPUT), "n")  # the number that stands for the batch
             raise InputError(
                 f"{type(module).__name__}: torch.export cannot read it ({said}{place_of(error)}); "
                 "allowed: a forward of one tensor without branches on its values"
@@ -212,37 +164,6 @@ def _dtype(module: nn.Module, example: Tensor) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), example.dtype)
 
 
-class _Images(TorchFunctionMode):
-    """A loop over images would make a graph of ``INPUT`` networks: InputError says so at its start. Recurrent layers of
-    both directions are written out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (INPUT,):
-            one = _takes_one(func, args[1:], kwargs or {})
-            self.taken += one
-            unbound = func in (Tensor.unbind, torch.unbind) and _dim(args[1:], kwargs or {}) == 0
-            if unbound or (one and self.taken > MOST_ALONE):
-                raise InputError("no rule for one of the images after the other")
-        known = both_ways(getattr(func, "__name__", ""), args) if not kwargs else None
-        return func(*args, **(kwargs or {})) if known is None else known
-
-
-def _dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get("dim", args[0] if args else 0)
-
-
-def _takes_one(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call takes one entry of the first dimension."""
-    if func is Tensor.__getitem__:
-        first = args[0][0] if isinstance(args[0], tuple) and args[0] else args[0]
-        return type(first) is int
-    return func in (Tensor.select, torch.select) and _dim(args, kwargs) == 0
-
-
 def _users_frames(_: Any, found: traceback.StackSummary) -> traceback.StackSummary:
     """Of the calls that lead to an operation those in the user's files: torch itself keeps those named forward."""
     start = max(
@@ -284,11 +205,6 @@ def _quiet() -> Iterator[None]:
         torch.fx.proxy.TracerBase._filter_traceback_frames = frames
         for own, level in zip(notes, levels, strict=True):
             own.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def opname(node: torch.fx.Node) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from stages.core.tracing.export import INPUT
+from stages.core.tracing.one_by_one import INPUT
 
 PREFIX = "folded"
 

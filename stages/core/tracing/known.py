@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.core.tracing.export import unwrap
+from stages.core.tracing.copies import unwrap
 from stages.core.tracing.reading import Reading, read
 from stages.core.tracing.verify import computes
 

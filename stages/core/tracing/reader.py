@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Node
 from stages.core.graph.places import CodePlace
 from stages.core.runtime.errors import InputError
-from stages.core.tracing.export import INPUT, opname
+from stages.core.tracing.export import opname
 from stages.core.tracing.folding import Folding, made_like
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.rearranging import Factors
 
 SKIPPED = {

@@ -15,7 +15,8 @@ from stages.core.graph.nodes import Graph
 from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
 from stages.core.tracing.complex_pairs import pairs_apart
-from stages.core.tracing.export import export, opname, unwrap
+from stages.core.tracing.copies import unwrap
+from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
 from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.one_unit import unit_kept

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.core.tracing.export import INPUT
+from stages.core.tracing.one_by_one import INPUT
 
 
 @dataclass

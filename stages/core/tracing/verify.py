@@ -13,7 +13,7 @@ from stages.core.graph.operations import run_graph
 from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import users_code
-from stages.core.tracing.export import copied, unwrap
+from stages.core.tracing.copies import copied, unwrap
 from stages.core.tracing.reading import Reading, read
 from stages.core.units.groups import permute
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 
 from stages.core.tracing.calls.reductions import reduce
-from stages.core.tracing.export import INPUT
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
 
 

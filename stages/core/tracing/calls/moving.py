@@ -8,7 +8,8 @@ import torch
 import torch.fx
 
 from stages.core.graph.nodes import Node
-from stages.core.tracing.export import INPUT, opname
+from stages.core.tracing.export import opname
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, Reader
 from stages.core.tracing.rearranging import Factors
 

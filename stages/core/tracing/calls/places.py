@@ -9,7 +9,8 @@ import torch.fx
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
-from stages.core.tracing.export import INPUT, opname
+from stages.core.tracing.export import opname
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
 from stages.core.tracing.rearranging import Factors
 

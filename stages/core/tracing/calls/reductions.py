@@ -10,7 +10,8 @@ from stages.core.graph.nodes import Node
 from stages.core.graph.operations import ADAPTIVE, POOLS
 from stages.core.tracing.calls.joins import binary
 from stages.core.tracing.calls.moving import repeated
-from stages.core.tracing.export import INPUT, opname
+from stages.core.tracing.export import opname
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, Reader
 
 INTERPOLATION = {
