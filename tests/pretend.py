@@ -152,6 +152,7 @@ def pretend_gpu(free=64 * 2**30):
         with contextlib.ExitStack() as stack:
             for name, answer in answers.items():
                 stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=answer))
+            stack.enter_context(mock.patch("torch.accelerator.current_accelerator", return_value=None))
             stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", _submit))
             stack.enter_context(_Mode())
             yield GPU

@@ -53,8 +53,12 @@ def read_torch(path: Path) -> Any:
         if _head(path, 2) == b"PK":
             _check_zip(path)
         # Training scripts (torchvision's among them) save their arguments beside the weights; a Namespace is only data.
-        with warnings.catch_warnings(action="ignore"), safe_globals([argparse.Namespace, *_IGNORED]):
-            return torch.load(path, weights_only=True, map_location="cpu")
+        with (
+            warnings.catch_warnings(action="ignore"),
+            safe_globals([argparse.Namespace, *_IGNORED]),
+            path.open("rb") as file,  # by its name torch takes a file for another format
+        ):
+            return torch.load(file, weights_only=True, map_location="cpu")
     except InputError:
         raise
     # A damaged file raises nearly anything, by where the damage is.

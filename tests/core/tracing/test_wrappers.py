@@ -22,7 +22,7 @@ from stages.core.tracing.verify import verify
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
 def test_a_wrapper_is_read_as_what_it_wraps(small, images, wrap, caplog):
     network = small()
-    with caplog.at_level(logging.INFO, "stages.core.tracing.export"):
+    with caplog.at_level(logging.INFO, "stages.core.tracing.copies"):
         traced = trace(wrap(network), images())
     assert traced == trace(network, images())
     verify(wrap(network), traced, images())
