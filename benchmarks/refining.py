@@ -166,22 +166,38 @@ def scores(
 
 
 def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy relative to the oracle over images a task, a curve for each row, with and without refining."""
+    """Accuracy relative to the oracle over images a task and over time, a curve for each row, steps and budget."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    curves: dict[tuple[str, int], dict[Any, list[Mapping[str, Any]]]] = {}
+    curves: dict[tuple[str, int, float, str], dict[Any, list[Mapping[str, Any]]]] = {}
     for line in lines:
-        own = curves.setdefault((line["row"], line["steps"]), {})
-        own.setdefault(line["images"], []).append(line)
-    for (row, steps), points in sorted(curves.items()):
-        at = sorted((p for p in points if p != ALL), key=int) + [p for p in points if p == ALL]
-        values = [[100 * line["own"] / line["own oracle"] for line in points[p]] for p in at]
+        key = (line["row"], line["steps"], line.get("budget", 1.0), line.get("layout", "blocks"))
+        curves.setdefault(key, {}).setdefault(line["images"], []).append(line)
+    several = [len({key[i] for key in curves}) > 1 for i in (2, 3)]
+    order = sorted(
+        {n for points in curves.values() for n in points}, key=lambda n: (n == ALL, n != ALL and n)
+    )
+    rows = sorted({key[0] for key in curves})
+    for (row, steps, budget, layout), points in sorted(curves.items()):
+        at = [n for n in order if n in points]
+        values = [[100 * line["own"] / line["own oracle"] for line in points[n]] for n in at]
         off = [stdev(v) if len(v) > 1 else 0.0 for v in values]
-        seconds = [mean(line["seconds"] for line in points[p]) for p in at]
-        label = f"{row}, {steps} steps" if steps else row
-        style = {"label": label, "marker": "o", "linestyle": "-" if steps else ":", "capsize": 3}
-        axes[0].errorbar([str(p) for p in at], [mean(v) for v in values], off, **style)
+        seconds = [mean(line["seconds"] for line in points[n]) for n in at]
+        words = [
+            f"{steps} steps" if steps else "",
+            f"{budget:g}x" if several[0] else "",
+            layout if several[1] else "",
+        ]
+        style = {
+            "label": ", ".join([row, *filter(None, words)]),
+            "color": f"C{rows.index(row)}",
+            "marker": "o" if budget == 1.0 else "s",
+            "linestyle": "-" if steps else ":",
+            "capsize": 3,
+        }
+        axes[0].errorbar([order.index(n) for n in at], [mean(v) for v in values], off, **style)
         axes[1].errorbar(seconds, [mean(v) for v in values], off, **{**style, "linestyle": "none"})
+    axes[0].set_xticks(range(len(order)), [str(n) for n in order])
     axes[0].set(xlabel="images a task", ylabel="own heads, % of the oracle")
-    axes[1].set(xlabel="CPU seconds of fit and refining", xscale="log")
+    axes[1].set(xlabel="CPU seconds of fit and refining", xscale="symlog", xlim=(-0.5, None))
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)

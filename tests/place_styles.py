@@ -116,6 +116,18 @@ class LargestPutBack(nn.Module):
         return self.fc((x * near.sigmoid()).mean((2, 3)))
 
 
+class Bilinear(nn.Module):
+    """Bilinear pooling: products of all pairs of channels of two maps, over places."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3), nn.Linear(20, 3)
+
+    def forward(self, x):
+        a, b = F.relu(self.one(x)).flatten(2), F.relu(self.other(x)).flatten(2)
+        return self.fc(torch.bmm(a, b.transpose(1, 2)).flatten(1) / a.size(2))
+
+
 PLACES = {
     "attention over places": (Pooling, (4, 5)),
     "attention by a vector": (MeanOfPlaces, (4, 5)),
@@ -125,5 +137,6 @@ PLACES = {
     "graph attention": (GraphAttention, (4, 5)),
     "points that are turned": (Points, (3, 7)),
     "columns as tokens": (Columns, (4, 1)),
+    "bilinear pooling": (Bilinear, (3, 8, 8)),
     "largest of all channels": (LargestPutBack, (3, 8, 8)),
 }

@@ -25,6 +25,7 @@ HELD = (
     "mixture of experts",
     "several hops",
     "points that are turned",
+    "bilinear pooling",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

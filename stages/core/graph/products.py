@@ -17,9 +17,7 @@ from stages.core.runtime.errors import InputError
 
 def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """(..., m, k) times (..., k, n): what it sums over is tied, and lies inside the parts that both share."""
-    if node.attributes.get(
-        "weights"
-    ):  # several sums over places, each with weights of its own (hops of attention)
+    if node.attributes.get("weights"):  # several sums over places: hops of attention, bilinear pooling
         units.fixed.append(inputs[0].labels)
         return Value(inputs[1].labels, inputs[1].dims, out)
     if crosses(*inputs):
@@ -27,12 +25,7 @@ def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     a, b = (_batched(value, len(out)) for value in inputs)
     last, before = len(out) - 1, len(out) - 2
     if a.common != b.common and last in a.dims and before in b.dims:
-        met = (
-            b if a.common else a
-        )  # features of the input, which have one order (PointNet's transformation of points)
-        found = units.new(out[last], f"{node.name}.features")
-        units.fixed += [met.labels, found]
-        return on_dim(found, last, out)
+        return _of_the_input(units, node, b if a.common else a, out)
     if (
         before in a.dims and last not in a.dims and not {before, last} & set(b.dims)
     ):  # values times turned scores
@@ -56,6 +49,13 @@ def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     units.hints += [(found.labels, ".value")] if len(found.dims) > 1 else []
     labels = _of_each_head(units, node, found) if len(a.dims) == 1 else found.labels
     return Value(labels, found.dims, out, a.common and b.common)
+
+
+def _of_the_input(units: Units, node: Node, met: Value, out: torch.Size) -> Value:
+    """A sum over features of the input: what meets them has their one order (PointNet's transformation of points)."""
+    found = units.new(out[-1], f"{node.name}.features")
+    units.fixed += [met.labels, found]
+    return on_dim(found, len(out) - 1, out)
 
 
 def _of_each_head(units: Units, node: Node, value: Value) -> Tensor:
