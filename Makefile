@@ -30,7 +30,7 @@ lock: $(VENV)/installed
 $(VENV)/installed: requirements.txt requirements-test.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version)'
 	@echo "Installing $$(grep -c == requirements.txt) pinned packages and what they need into $(VENV): torch with its GPU libraries is"
-	@echo "most of it, about 5 GB on disk; this takes some minutes, once. Nothing outside this folder is changed but pip's cache."
+	@echo "most of it, about 6 GB on disk; this takes some minutes, once. Nothing outside this folder is changed but pip's cache."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
 	@touch $@
