@@ -16,10 +16,9 @@ from stages.core.runtime.device import generator, prepare
 from stages.core.sweep.maps import MapSums
 from stages.fit.equations.normal import NormalEquations
 from stages.fit.equations.rows import RowEquations
-from stages.fit.solvers import dense
+from stages.fit.solvers import exact
 from stages.given import checked_batches
-from stages.match import assign
-from stages.match import matching as match
+from stages.match import assign, weights
 from stages.match.gains import Gains
 from stages.statistics import moments
 
@@ -43,7 +42,9 @@ def timed() -> Clock:
         (MapSums, "add"), (NormalEquations, "add"), (RowEquations, "add"), (moments, "add_gram"), (Gains, "of")
     ):  # fmt: skip
         clock.kind(owner, name, "products")
-    for owner, name in ((MapSums, "finish"), (dense, "solve"), (assign, "linear_sum_assignment")):
+    for owner, name in (
+        (MapSums, "finish"), (exact, "decide"), (exact, "solve"), (assign, "linear_sum_assignment")
+    ):  # fmt: skip
         clock.kind(owner, name, "solve")
     return clock
 
@@ -58,9 +59,9 @@ def measure(name: str, images: int | None) -> dict:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found, _ = checked_batches(made, data, None)
     sources, _ = api._sources(made, found, None, None)
-    clock.stage(match, "match_weights", "match by weights")
+    clock.stage(weights, "match_weights", "match by weights")
     states = [source.state for source in sources]
-    match.match_weights(sources[0].trace.spec, states, generator(0))
+    weights.match_weights(sources[0].trace.spec, states, generator(0))
     seconds: dict[str, dict[str, float]] = {}
     for (stage, kind), spent in clock.seconds.items():
         if stage:
