@@ -38,7 +38,7 @@ def with_heads(
         name = f"{node.name}_head"
         apart = to_heads(name, node.inputs[0], inputs[0].shape, len(inputs[0].shape) - 1, True, 1)
         return [apart, dataclasses.replace(node, inputs=(name,))]
-    if node.operation == "rearrange":
+    if node.operation in ("rearrange", "expand"):
         return [_lifted(node, inputs[0])]
     if len(inputs) == 2 and node.operation in BINARY and _face_to_face(*inputs):
         return _product(node, {i: own.dims[0] for i, own in enumerate(inputs)}, inputs, False, back=False)
@@ -111,8 +111,12 @@ def _crossed(a: Value, b: Value) -> dict[int, int]:
 
 
 def _lifted(node: Node, value: Value) -> Node:
-    """A change of places among the last dimensions, of scores that were given a dimension for their one head."""
+    """What moves entries along the last dimensions, of scores that were given a dimension for their one head."""
     a, at = node.attributes, len(value.shape) - 3
+    if node.operation == "expand":
+        short = len(a["sizes"]) == len(value.shape) - 1
+        sizes = [*a["sizes"][:at], -1, *a["sizes"][at:]] if short else a["sizes"]
+        return dataclasses.replace(node, attributes={**a, "sizes": sizes})
     plain = all(n == 1 for n in a["groups"]) and a["order"][:at] == list(range(at))
     if len(value.shape) != len(a["atoms"]) + 1 or value.dims != (at,) or not plain:
         return node

@@ -49,7 +49,7 @@ class MergedLayer(nn.Module):
 def _fixed_sizes(node: Node, trace: Trace) -> dict[int, int]:
     """Dimensions of a value, counted from the last, along which a parameter has an entry for each position."""
     shape, unit = trace.shapes[node.inputs[0]], trace.layouts[node.name].dim - len(trace.shapes[node.name])
-    seen = node.attributes.get("view", trace.parameters[node.parameters["value"]])
+    seen = node.attributes.get("view", trace.parameters[next(iter(node.parameters.values()))])
     dims = range(-min(len(seen), len(shape)), 0)
     return {d: shape[d] for d in dims if seen[d] == shape[d] > 1 and d != unit}
 
