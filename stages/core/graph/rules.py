@@ -218,6 +218,10 @@ def softmax(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
         units.fixed.append(value.labels)
     elif dim in value.dims:
         left = [d for d in value.dims if d != dim]
+        if len(left) > 1 and dim < left[0]:  # branches that are weighed, inside parts (ResNeSt)
+            first = value.labels.narrow(dim, 0, 1)
+            units.tie(node.name, value.labels, first.expand_as(value.labels))
+            return Value(first, tuple(left), out, value.common)
         rows = value.labels.movedim(left[0], 0).flatten(1)
         parts = units.new(len(rows), f"{node.name}.parts")
         units.put_inside(node.name, rows, parts)
