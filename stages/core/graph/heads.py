@@ -42,6 +42,13 @@ def with_heads(
         return [_lifted(node, inputs[0])]
     if len(inputs) == 2 and node.operation in BINARY and _face_to_face(*inputs):
         return _product(node, {i: own.dims[0] for i, own in enumerate(inputs)}, inputs, False, back=False)
+    if len(inputs) == 2 and node.operation in BINARY and _of_places(*inputs):
+        names = [f"{node.name}_head{i}" for i in range(2)]
+        apart = [
+            to_heads(name, source, value.shape, value.dims[0], True, _of_places(*inputs))
+            for name, source, value in zip(names, node.inputs, inputs, strict=True)
+        ]
+        return [*apart, dataclasses.replace(node, inputs=tuple(names))]
     if node.operation != "matmul":
         return [node]
     a, b = inputs
@@ -77,6 +84,17 @@ def _face_to_face(a: Value, b: Value) -> bool:
     """Whether each is one unit for each place, on rows and on columns: scores of every two places (GAT)."""
     single = all(own.labels.numel() == 1 and not own.common for own in (a, b))
     return single and len(a.shape) == len(b.shape) == 3 and {a.dims, b.dims} == {(1,), (2,)}
+
+
+def _of_places(a: Value, b: Value) -> int:
+    """Of units that meet places of others (kernels made for each place, involution with one group): a dimension of one
+    entry ahead of both, which can be that of their one part; or 0."""
+    if len(a.shape) != len(b.shape) or a.common or b.common or not len(a.dims) == len(b.dims) == 1:
+        return 0
+    (p,), (q,) = a.dims, b.dims
+    meets = a.shape[q] == 1 < b.shape[p] or b.shape[p] == 1 < a.shape[q]
+    ahead = [d for d in range(1, min(p, q)) if a.shape[d] == b.shape[d] == 1]
+    return ahead[-1] if p != q and meets and ahead else 0
 
 
 def _weighted(node: Node, shape: Sequence[int], first: bool = False) -> list[Node]:
