@@ -2,8 +2,8 @@
 
 Such a product (..., parts, d, d) has units on its rows, those of the left, and *beside* them other units on its
 columns, those of the right. Both lie inside the same parts (heads), which are shared or separate as a whole. What is
-elementwise, or a softmax, keeps both; a reduction over the columns leaves the rows (DANet); a second product sums over one side, whose units are tied with what it meets, and
-leaves the other:
+elementwise, or a softmax, keeps both; a reduction over the columns leaves the rows (DANet); a second product sums over
+one side, whose units are tied with what it meets, and leaves the other:
 
     (queries x keys) values: rows are left       queries (keys x values): columns are left
 """

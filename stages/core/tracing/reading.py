@@ -19,6 +19,7 @@ from stages.core.tracing.copies import unwrap
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
 from stages.core.tracing.heads_apart import heads_apart
+from stages.core.tracing.mixed_weights import kernels_apart
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
@@ -58,6 +59,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     heads_apart(exported.graph)
     unit_kept(exported.graph)
     radix_apart(exported.graph)
+    kernels_apart(exported.graph, exported.tensors)
     folding = Folding(exported.graph, exported.tensors)
     reader = Reader(module, exported.graph, folding, CALLS)
     return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)

@@ -71,11 +71,11 @@ def reduce(
     dims = list(dims) if isinstance(dims, tuple | list) else [dims]
     if any(reader.shape(given["self"])[d] % INPUT == 0 for d in dims):
         raise reader.unknown(fx, f"{operation} over the images")
-    rank = len(reader.shape(given["self"]))  # from the last: a product may be given a dimension for its one head
+    rank = len(
+        reader.shape(given["self"])
+    )  # from the last: a product may be given a dimension for its one head
     settings = {"dims": [d % rank - rank for d in dims], "keepdim": bool(given.get("keepdim", False)), **more}
-    again = (
-        _put_back(reader, fx, dims[0] % rank) if len(dims) == 1 and not name else []
-    )
+    again = _put_back(reader, fx, dims[0] % rank) if len(dims) == 1 and not name else []
     if again and not settings["keepdim"]:  # x.mean(1)[:, None]
         first, *others = again
         reader.node(first, operation, [given["self"]], {**settings, "keepdim": True})
