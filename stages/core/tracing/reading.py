@@ -18,6 +18,7 @@ from stages.core.tracing.complex_pairs import pairs_apart
 from stages.core.tracing.copies import unwrap
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
+from stages.core.tracing.groups_beside import groups_apart
 from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.mixed_weights import kernels_apart
 from stages.core.tracing.one_unit import unit_kept
@@ -57,6 +58,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     exported = export(module, example, _has_rule)
     pairs_apart(exported.graph)
     heads_apart(exported.graph)
+    groups_apart(exported.graph)
     unit_kept(exported.graph)
     radix_apart(exported.graph)
     kernels_apart(exported.graph, exported.tensors)
