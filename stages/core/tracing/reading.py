@@ -21,6 +21,7 @@ from stages.core.tracing.folding import Folding
 from stages.core.tracing.groups_beside import groups_apart
 from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.mixed_weights import kernels_apart
+from stages.core.tracing.one_channel import channel_kept
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
@@ -60,6 +61,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     heads_apart(exported.graph)
     groups_apart(exported.graph)
     unit_kept(exported.graph)
+    channel_kept(exported.graph)
     radix_apart(exported.graph)
     kernels_apart(exported.graph, exported.tensors)
     folding = Folding(exported.graph, exported.tensors)
