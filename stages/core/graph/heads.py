@@ -59,7 +59,9 @@ def with_heads(
         if a.labels.numel() == 1 == a.shape[-2] and not a.common:
             return _weighted(node, a.shape, first=True)
     if len(a.shape) == rank and a.dims == (rank - 1,) and b.dims == (rank - 2,) and a.shape[-2] == 1:
-        return _weighted(node, a.shape, first=True)  # units with weights, whose sum stays in the place of their part
+        return _weighted(
+            node, a.shape, first=True
+        )  # units with weights, whose sum stays in the place of their part
     crossed = _crossed(a, b)
     if last and crossed == {0: rank - 2, 1: rank - 1}:
         return [dataclasses.replace(node, attributes={"weights": True})]

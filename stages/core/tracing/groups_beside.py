@@ -21,7 +21,19 @@ from stages.core.tracing.rewriting import called
 
 MOST_GROUPS = 32  # each is written out
 LAYERS = (*CONVOLUTIONS, *POOLS, *ADAPTIVE, "batch_norm", "group_norm", "instance_norm", "im2col", "pad")
-ALONG = (*REDUCTIONS, *SOFTMAXES, "std", "max", "min", "cat", "chunk", "split", "split_with_sizes", "slice", "select")
+ALONG = (
+    *REDUCTIONS,
+    *SOFTMAXES,
+    "std",
+    "max",
+    "min",
+    "cat",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "slice",
+    "select",
+)
 
 
 def groups_apart(graph: torch.fx.Graph) -> None:
@@ -36,7 +48,11 @@ def groups_apart(graph: torch.fx.Graph) -> None:
 
 def _groups(node: torch.fx.Node) -> int:
     """How many groups of channels a view puts beside the images; 0 where it does something else."""
-    if node.op != "call_function" or opname(node) not in RESHAPES or not isinstance(node.args[0], torch.fx.Node):
+    if (
+        node.op != "call_function"
+        or opname(node) not in RESHAPES
+        or not isinstance(node.args[0], torch.fx.Node)
+    ):
         return 0
     shape, before = tensor_shape(node), tensor_shape(node.args[0])
     groups = shape[0] // INPUT if shape and before[:1] == [INPUT] and shape[0] % INPUT == 0 else 0
@@ -99,7 +115,9 @@ def _of_images(node: torch.fx.Node, inside: set[torch.fx.Node], groups: int) -> 
         rank = len(tensor_shape(node.all_input_nodes[0]))
         return all(isinstance(d, int) and d % rank for d in dims)
     small = all(len(tensor_shape(own)) < len(shape) or tensor_shape(own)[0] == 1 for own in others)
-    return small and (name in SKIPPED or name.strip("_") in UNARY or name in BINARY_CALLS or name in ("pow", "rsub"))
+    return small and (
+        name in SKIPPED or name.strip("_") in UNARY or name in BINARY_CALLS or name in ("pow", "rsub")
+    )
 
 
 def _write(
@@ -118,7 +136,8 @@ def _write(
             if node in entries:
                 width = tensor_shape(own)[1] // groups
                 parts = [
-                    called(graph, node, aten.slice.Tensor, own, 1, g * width, (g + 1) * width) for g in range(groups)
+                    called(graph, node, aten.slice.Tensor, own, 1, g * width, (g + 1) * width)
+                    for g in range(groups)
                 ]
                 made[node] = [
                     called(graph, node, aten.reshape.default, part, [INPUT, *shape[1:]]) for part in parts

@@ -14,12 +14,11 @@ import torch.fx
 
 from stages.core.graph.nodes import CONVOLUTIONS
 from stages.core.tracing.export import opname
-from stages.core.tracing.folding import made_like
 from stages.core.tracing.heads_apart import tensor_shape
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.radix import DEFAULTS
 from stages.core.tracing.reader import RESHAPES, SKIPPED
-from stages.core.tracing.rewriting import arguments_of, called
+from stages.core.tracing.rewriting import arguments_of, called, of_the_input
 
 MOST_KERNELS = 16  # more are no mixture, but a kernel that a layer makes
 
@@ -34,12 +33,7 @@ class _Mixture:
 
 def kernels_apart(graph: torch.fx.Graph, tensors: Container[str]) -> None:
     """Rewrite a graph of ATen calls in place. tensors: names of the placeholders that are no input."""
-    values: set[torch.fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values |= {node} if node.name not in tensors else set()
-        elif not made_like(node) and any(own in values for own in node.all_input_nodes):
-            values.add(node)
+    values = of_the_input(graph, tensors)
     for node in list(graph.nodes):
         if node.op == "call_function" and opname(node) in CONVOLUTIONS:
             value, weight, *_, groups = arguments_of(node, DEFAULTS)

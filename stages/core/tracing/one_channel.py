@@ -1,7 +1,7 @@
 """A map of one channel whose places are all on one dimension for a while keeps a dimension for that channel.
 
-A mask over places is written ``softmax(conv(x).view(n, -1), 1).view(n, 1, h, w)``: in between, the one unit would lie on
-no dimension of its own, as in ``one_unit``. All that is done to (n, places) is done to (n, 1, places).
+A mask over places is written ``softmax(conv(x).view(n, -1), 1).view(n, 1, h, w)``: in between, the one unit would lie
+on no dimension of its own, as in ``one_unit``. All that is done to (n, places) is done to (n, 1, places).
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,10 @@ def _over_places(node: torch.fx.Node) -> bool:
 
 
 def _write(
-    graph: torch.fx.Graph, start: torch.fx.Node, between: Sequence[torch.fx.Node], ends: Sequence[torch.fx.Node]
+    graph: torch.fx.Graph,
+    start: torch.fx.Node,
+    between: Sequence[torch.fx.Node],
+    ends: Sequence[torch.fx.Node],
 ) -> None:
     images, places = tensor_shape(start)
     reshape = torch.ops.aten.reshape.default

@@ -25,6 +25,7 @@ from stages.core.tracing.one_channel import channel_kept
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
+from stages.core.tracing.rewriting import unrepeated
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     module = unwrap(module)
     exported = export(module, example, _has_rule)
     pairs_apart(exported.graph)
+    unrepeated(exported.graph, exported.tensors)
     heads_apart(exported.graph)
     groups_apart(exported.graph)
     unit_kept(exported.graph)

@@ -1,14 +1,17 @@
 """Calls of ATen in the place of others, before a graph is read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 import torch.fx
 
 from stages.core.graph.operations import UNARY
+from stages.core.tracing.calls.joins import BINARY_CALLS
 from stages.core.tracing.export import opname
+from stages.core.tracing.folding import made_like
+from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import SKIPPED
 
 
@@ -42,3 +45,43 @@ def arguments_of(node: torch.fx.Node, defaults: Sequence[Any]) -> list[Any]:
     names = [own.name for own in node.target._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name, own) for name, own in zip(names, defaults, strict=False)]
+
+
+def of_the_input(graph: torch.fx.Graph, tensors: Container[str]) -> set[torch.fx.Node]:
+    """The calls that depend on the input. tensors: names of the placeholders that are none."""
+    found: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            found |= {node} if node.name not in tensors else set()
+        elif not made_like(node) and any(own in found for own in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def unrepeated(graph: torch.fx.Graph, tensors: Container[str]) -> None:
+    """A constant that is repeated for all images, and for what is beside them, only to be joined with a value, is
+    broadcast as it is (the mask of criss-cross attention)."""
+    values = of_the_input(graph, tensors)
+    for node in list(graph.nodes):
+        if node in values or node.op != "call_function" or opname(node) not in ("repeat", "expand"):
+            continue
+        source, shape = node.args[0], list(node.meta["val"].shape)
+        before = list(source.meta["val"].shape)
+        if len(before) != len(shape) or before != [1, *shape[1:]] or shape[0] % INPUT or shape[0] == INPUT:
+            continue
+        inside, waiting = [node], [node]
+        while waiting:
+            for user in waiting.pop().users:
+                if user not in values and of_each_entry(user):
+                    inside.append(user)
+                    waiting.append(user)
+        ends = {user for own in inside for user in own.users if user not in inside}
+        if all(opname(end) in BINARY_CALLS and _reaches(end, values, shape[0]) for end in ends):
+            for own in inside[1:]:
+                own.meta = {**own.meta, "val": own.meta["val"][:1]}
+            node.replace_all_uses_with(source)
+
+
+def _reaches(node: torch.fx.Node, values: Container[torch.fx.Node], images: int) -> bool:
+    """Whether a call joins a value of so many images."""
+    return any(own in values and own.meta["val"].shape[:1] == (images,) for own in node.all_input_nodes)
