@@ -25,7 +25,7 @@ from stages.core.tracing.one_channel import channel_kept
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
-from stages.core.tracing.rewriting import unrepeated
+from stages.core.tracing.rewriting import reduced_apart, unrepeated
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     groups_apart(exported.graph)
     unit_kept(exported.graph)
     channel_kept(exported.graph)
+    reduced_apart(exported.graph)
     radix_apart(exported.graph)
     kernels_apart(exported.graph, exported.tensors)
     folding = Folding(exported.graph, exported.tensors)

@@ -85,3 +85,44 @@ def unrepeated(graph: torch.fx.Graph, tensors: Container[str]) -> None:
 def _reaches(node: torch.fx.Node, values: Container[torch.fx.Node], images: int) -> bool:
     """Whether a call joins a value of so many images."""
     return any(own in values and own.meta["val"].shape[:1] == (images,) for own in node.all_input_nodes)
+
+
+def reduced_apart(graph: torch.fx.Graph) -> None:
+    """A mean, sum or largest over all channels of what was put side by side, which a layer reads, is made of those of
+    each (LSKNet): the same units may lie there twice."""
+    aten = torch.ops.aten
+    joins = {
+        "mean": aten.add.Tensor,
+        "sum": aten.add.Tensor,
+        "amax": aten.maximum.default,
+        "max": aten.maximum.default,
+    }
+    for node in list(graph.nodes):
+        if (
+            node.op != "call_function"
+            or opname(node) not in joins
+            or len(node.args) < 3
+            or node.args[2] is not True
+        ):
+            continue
+        source, dims = node.args[0], node.args[1]
+        if opname(source) != "cat" or dims not in (1, [1]) or source.args[1:] != (1,) or not node.users:
+            continue
+        parts = source.args[0]
+        if any(own.meta["val"].shape != parts[0].meta["val"].shape for own in parts):
+            continue
+        ends = [node] if opname(node) != "max" else list(node.users)
+        if any(end is not node and (opname(end) != "getitem" or end.args[1] != 0) for end in ends):
+            continue
+        if any(opname(user) != "cat" for end in ends for user in end.users):
+            continue  # norms by hand: each unit meets its mean again
+        kind = aten.amax.default if opname(node) == "max" else node.target
+        with graph.inserting_before(node):
+            whole, *others = (called(graph, node, kind, own, [1], True) for own in parts)
+            for own in others:
+                whole = called(graph, node, joins[opname(node)], whole, own)
+            if opname(node) == "mean":
+                whole = called(graph, node, aten.div.Tensor, whole, len(parts))
+        for end in ends:
+            end.replace_all_uses_with(whole)
+    graph.eliminate_dead_code()
