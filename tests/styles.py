@@ -9,6 +9,7 @@ from head_styles import HEADS
 from input_styles import INPUTS
 from key_styles import KEYS
 from line_styles import LINES
+from module_styles import MODULES
 from place_styles import PLACES
 from text_styles import TEXTS
 from torch import nn
@@ -518,6 +519,7 @@ STYLES = {
     **HEADS,
     **KEYS,
     **LINES,
+    **MODULES,
     **PLACES,
     **TEXTS,
 }  # fmt: skip

@@ -26,6 +26,11 @@ HELD = (
     "several hops",
     "points that are turned",
     "bilinear pooling",
+    "kernels of a larger map",
+    "dynamic convolution",
+    "dynamic depthwise convolution",
+    "dynamic convolution by a sum",
+    "dynamic convolution by einsum",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

@@ -32,7 +32,10 @@ class MergedLayer(nn.Module):
         for role, name in node.parameters.items():
             shape = list(trace.widened(node, role, torch.empty(()).expand(trace.parameters[name])).shape)
             shape[trace.unit_dim(node, role)] = arrangement.width
-            self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
+            if role.startswith("running"):  # statistics, which are not trained
+                self.register_buffer(role, torch.zeros(shape))
+            else:
+                self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
         self._fixed = _fixed_sizes(node, trace) if node.operation.endswith("_parameter") else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -43,7 +46,8 @@ class MergedLayer(nn.Module):
                     f"{self.node.name}: found {inputs[0].shape[dim]} positions; allowed: {size}, as of inputs of the "
                     "size that the sources take"
                 )
-        return OPERATIONS[self.node.operation].run(inputs, dict(self.named_parameters()), self.attributes)
+        own = {role: getattr(self, role) for role in self.node.parameters}
+        return OPERATIONS[self.node.operation].run(inputs, own, self.attributes)
 
 
 def _fixed_sizes(node: Node, trace: Trace) -> dict[int, int]:
