@@ -158,7 +158,6 @@ def _again(
     args = torch.fx.node.map_arg(node.args, lambda own: made[own][group] if own in made else own)
     if opname(node) in RESHAPES:
         return called(graph, node, torch.ops.aten.reshape.default, args[0], [INPUT, *tensor_shape(node)[1:]])
-    found = graph.call_function(node.target, args, dict(node.kwargs))
-    values = torch.fx.node.map_arg(args, lambda own: own.meta["val"])
-    found.meta = {**node.meta, "val": node.target(*values, **node.kwargs)}
-    return found
+    if opname(node) in SKIPPED:
+        return args[0]
+    return called(graph, node, node.target, *args, **node.kwargs)

@@ -42,7 +42,7 @@ def _drops_channel(node: torch.fx.Node) -> bool:
         return False
     while isinstance(source, torch.fx.Node) and source.op == "call_function":
         name = opname(source)
-        if name in CONVOLUTIONS or (name in REDUCTIONS and source.args[1] in (1, [1])):
+        if name in CONVOLUTIONS or (name in REDUCTIONS and source.args[1:2] in ((1,), ([1],))):
             return True
         if not _elementwise(source) and name != "batch_norm":
             return False
@@ -98,10 +98,8 @@ def _write(
         if opname(node) in OVER_PLACES:
             args = (args[0], [-1] if isinstance(node.args[1], list | tuple) else -1, *args[2:])
         with graph.inserting_before(node):
-            found = graph.call_function(node.target, args, dict(node.kwargs))
-        values = torch.fx.node.map_arg(args, lambda own: own.meta["val"])
-        found.meta = {**node.meta, "val": node.target(*values, **node.kwargs)}
-        made[node] = found
+            skipped = opname(node) in SKIPPED
+            made[node] = args[0] if skipped else called(graph, node, node.target, *args, **node.kwargs)
     for node in ends:
         with graph.inserting_before(node):
             whole = called(graph, node, reshape, made[node.args[0]], tensor_shape(node))

@@ -83,7 +83,7 @@ def _viewed(node: torch.fx.Node) -> int:
     while waiting:
         for user in waiting.pop().users:
             name = opname(user)
-            if name in REDUCTIONS and user.args[1] in (1, [1]):
+            if name in REDUCTIONS and user.args[1:2] in ((1,), ([1],)):
                 return parts
             if name == "unbind" and user.args[1:2] == (1,) and _joined(user):
                 return parts

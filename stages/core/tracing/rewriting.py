@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch import Tensor
 
 from stages.core.graph.operations import UNARY
 from stages.core.tracing.calls.joins import BINARY_CALLS
@@ -15,12 +16,21 @@ from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import SKIPPED
 
 
-def called(graph: torch.fx.Graph, like: torch.fx.Node, target: Any, *args: Any) -> torch.fx.Node:
+def called(
+    graph: torch.fx.Graph, like: torch.fx.Node, target: Any, *args: Any, **kwargs: Any
+) -> torch.fx.Node:
     """A call, where ``graph`` inserts, that stands where ``like`` stands in the user's code."""
-    found = graph.call_function(target, args)
-    values = torch.fx.node.map_arg(args, lambda own: own.meta["val"])
-    found.meta = {**like.meta, "val": target(*values)}
+    found = graph.call_function(target, args, kwargs)
+    given, named = torch.fx.node.map_arg((args, kwargs), lambda own: _without_numbers(own.meta["val"]))
+    found.meta = {**like.meta, "val": target(*given, **named)}
     return found
+
+
+def _without_numbers(value: Any) -> Any:
+    """Tensors of the same shapes on the meta device: what is read may stand on others."""
+    if isinstance(value, list | tuple):
+        return [_without_numbers(own) for own in value]
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 def of_each_entry(node: torch.fx.Node) -> bool:
