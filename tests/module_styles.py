@@ -172,7 +172,8 @@ class Dynamic(nn.Module):
         gates, (n, c, h, w) = self.gates(x), x.size()
         weight = torch.mm(gates, self.weight.view(4, -1)).view(-1, c // self.groups, 3, 3)
         bias = torch.mm(gates, self.bias).view(-1)
-        y = F.conv2d(x.view(1, -1, h, w), weight, bias, 1, 1, 1, groups=self.groups * n)
+        x = F.pad(x.view(1, -1, h, w), (0, 1, 1, 1))
+        y = F.conv2d(x, weight, bias, (1, 2), 0, 1, groups=self.groups * n)
         return y.view(n, 8, y.size(-2), y.size(-1))
 
 

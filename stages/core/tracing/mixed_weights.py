@@ -20,6 +20,7 @@ from stages.core.tracing.radix import DEFAULTS
 from stages.core.tracing.reader import RESHAPES, SKIPPED
 from stages.core.tracing.rewriting import arguments_of, called, of_the_input
 
+PADS = ("pad", "constant_pad_nd")
 MOST_KERNELS = 16  # more are no mixture, but a kernel that a layer makes
 
 
@@ -45,15 +46,21 @@ def _write(graph: torch.fx.Graph, node: torch.fx.Node, values: set[torch.fx.Node
     aten = torch.ops.aten
     value, weight, bias, stride, padding, dilation, groups = arguments_of(node, DEFAULTS)
     mixed = [_mixture(own, values) for own in (weight, bias) if own is not None]
-    images = _unviewed(value)
+    pads, images = [], _unviewed(value)
+    while images.op == "call_function" and opname(images) in PADS:  # TensorFlow's "same"
+        pads.insert(0, images)
+        images = _unviewed(images.args[0])
     shape = tensor_shape(images)
-    apart = shape[:1] == [INPUT] and shape[2:] == tensor_shape(value)[2:]
+    spatial = shape[2:] == tensor_shape(pads[0].args[0] if pads else value)[2:]
+    apart = shape[:1] == [INPUT] and spatial and all(len(pad.args[1]) <= 2 * len(shape) - 4 for pad in pads)
     if not apart or any(own is None or own.gates is not mixed[0].gates for own in mixed):
         return
     gates = mixed[0].gates
     count, kernel = tensor_shape(gates)[1], tensor_shape(weight)
     kernel, rank, found = [kernel[0] // INPUT, *kernel[1:]], len(shape), []
     with graph.inserting_before(node):
+        for pad in pads:
+            images = called(graph, node, pad.target, images, *pad.args[1:], **pad.kwargs)
         for k in range(count):
             own = [called(graph, node, aten.select.int, part.kernels, 0, k) for part in mixed]
             own[0] = called(graph, node, aten.reshape.default, own[0], kernel)
