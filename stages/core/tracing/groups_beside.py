@@ -19,7 +19,7 @@ from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, SKIPPED
 from stages.core.tracing.rewriting import called
 
-MOST_GROUPS = 32  # each is written out
+MOST_GROUPS = 64  # each is written out
 LAYERS = (*CONVOLUTIONS, *POOLS, *ADAPTIVE, "batch_norm", "group_norm", "instance_norm", "im2col", "pad")
 ALONG = (
     *REDUCTIONS,
