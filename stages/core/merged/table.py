@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Task
@@ -131,6 +130,9 @@ class Counting(TorchDispatchMode):
 
     def __init__(self, owners: Mapping[int, str]) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # here: with Triton behind it
+
+        self.formulas = flop_registry
         self.owners = owners
         self.macs: dict[str, int] = {}
 
@@ -138,7 +140,7 @@ class Counting(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = self.formulas.get(func.overloadpacket)
         if formula is not None:
             tensors = [value for value in args if isinstance(value, Tensor)]
             names = [self.owners.get(tensor.untyped_storage().data_ptr()) for tensor in tensors]
