@@ -21,7 +21,7 @@ from stages.core.settings.params import load_params
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 BUSY = 2.0  # processor seconds of a machine that others use too, over those of an idle one
-AFTER_ALLOCATE = {"allocate", "fit", "recalibrate", "probe", "report"}
+AFTER_ALLOCATE = {"allocate", "common", "fit", "recalibrate", "probe", "report"}
 
 
 class Clone:
@@ -318,7 +318,7 @@ def test_adding_a_method_as_the_page_says(default):
     follow(default.folder, lambda block: outputs.append(default.run("bash", "-ec", block)))
     solver, matching = (set(re.findall(r"Running stage '([^']+)", own)) for own in outputs if own)
     later = {"artifacts", "match", "allocate", "recalibrate", "probe", "report"}
-    assert {own for own in solver if "@" not in own} == later
+    assert {own for own in solver if "@" not in own} == {*later, "common"}
     assert "fit@scaled" in solver  # beside the others, whose code is in the same folder
     assert matching == {"fit@energy", *later}
     assert default.average("scaled") > default.average("activation_matching")

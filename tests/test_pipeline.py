@@ -33,8 +33,15 @@ def closure(root: Path, stage: str) -> frozenset[str]:
 
 
 def definitions(root: Path) -> dict[str, dict]:
+    """The stages; what the stage `common` names for every fit is a fit's own."""
     found = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    return {name: stage.get("do", stage) for name, stage in found.items()}
+    stages = {name: stage.get("do", stage) for name, stage in found.items()}
+    common, fit = stages.pop("common"), stages["fit"]
+    (file,) = common["outs"]
+    assert file in fit["deps"]
+    fit["deps"] = [dep for dep in fit["deps"] if dep != file] + common["deps"]
+    fit["params"] = fit["params"] + common["params"]
+    return stages
 
 
 def within(path: str, folder: str) -> bool:
@@ -136,7 +143,7 @@ TRAINED = ["statistics", "match", "allocate", *LATER]
         ("recalibrate.images", ["recalibrate"]),
         ("probe.penalty", ["probe"]),
         ("methods.pleas", ["artifacts", "match", "allocate", "fit", "recalibrate", "probe", "report"]),
-        ("full", ["artifacts"]),
+        ("full", []),
         ("profiles.*.finetune.epochs",
          ["artifacts", "finetune", "statistics", "fit", "recalibrate", "probe", "report"]),
         ("profiles.*.labels", ["artifacts", *TRAINED]),
