@@ -38,7 +38,10 @@ def main(*words: str) -> None:
     for name, settings in Bar(names, desc="queue", unit="experiment"):
         queue(name, settings)
         log.info("%s", name)
-    log.info("%d experiments in the queue; run them: dvc queue start; compare: dvc exp show", len(names))
+    log.info(
+        "%d experiments in the queue; run them: dvc queue start; compare: python -m stages.report --experiments",
+        len(names),
+    )
 
 
 def parse(word: str) -> tuple[str, list[str]]:

@@ -1,7 +1,11 @@
 """Experiments by the names of what varies, in a small pipeline of their own."""
 
+import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +75,27 @@ def test_experiments_are_in_the_queue_by_their_names(pipeline):
     assert {"budget-1.0", "budget-1.5"} <= set(shown.stdout.split())
     with pytest.raises(InputError, match=r"vary: sead-1: .*sead"):
         main("sead=1")
+
+
+def test_the_tables_of_the_page_show_what_varies_and_the_averages(pipeline):
+    """docs/vary.md, in a pipeline whose metrics have the names of ours."""
+    own = {"upright": {"accuracy": 99.123}, "average": {"accuracy": 98.456, "probe": 1.5}}
+    Path("given.json").write_text(json.dumps({"progressive": own}))
+    text = Path("dvc.yaml").read_text().replace("echo", "cp given.json metrics.json")
+    Path("dvc.yaml").write_text(f"{text}    metrics:\n      - metrics.json:\n          cache: false\n")
+    for words in (["git", "add", "-A"], ["git", "commit", "-q", "-m", "two"]):
+        subprocess.run(words, check=True, capture_output=True)
+    dvc("exp", "run", "-n", "large", "-S", "budget=1.46")
+    page = (Path(__file__).parents[1] / "docs/vary.md").read_text()
+    (show,) = re.findall(r"^dvc (exp show .*)", page, re.M)
+    header, _, *lines = dvc(*shlex.split(show)).strip().splitlines()
+    assert sorted(header.replace("|", "").split()) == [
+        "Experiment", "budget", "progressive.average.accuracy", "seed"
+    ]  # fmt: skip
+    assert any("[large]" in line and "98.456" in line and "1.46" in line for line in lines)
+
+
+def dvc(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *words], check=True, capture_output=True, text=True
+    ).stdout

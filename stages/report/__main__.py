@@ -4,6 +4,7 @@ Reads reports/{probe,match,allocate,fit}/ and the cards in models/recalibrate/; 
 table.md, plots/*.png, cards/*.md and index.html.
 """
 
+import sys
 from pathlib import Path
 
 from stages.core.recipe.recipe import load_recipe
@@ -86,7 +87,7 @@ def seconds(folder: Path, method: str, match: str) -> float | None:
 
 
 def experiments(option: str, *words: str) -> None:
-    """Write reports/experiments/. Raises InputError for other words, and when there is no experiment."""
+    """Write reports/experiments/ and show its table. Raises InputError for other words, and when there is nothing."""
     from stages.report.comparison import comparisons
     from stages.report.experiments import markdown, read_runs, with_joint
 
@@ -97,11 +98,12 @@ def experiments(option: str, *words: str) -> None:
         raise InputError(f"report: found {found}; allowed: nothing, or --experiments [commits | folder ...]")
     folder, runs = Path("reports/experiments"), read_runs(commits, folders)
     write_text(folder / "runs.csv", runs.to_csv(index=False))
-    write_text(folder / "table.md", markdown(runs))
+    write_text(folder / "table.md", text := markdown(runs))
     drawn = dict(comparisons(with_joint(runs)))
     for name, content in drawn.items():
         write_bytes(folder / name, content)
     write_text(folder / PAGE, experiments_page(runs, drawn))
+    sys.stdout.write(f"{text}\n  {folder / PAGE}\n  {folder / 'runs.csv'}\n")
 
 
 if __name__ == "__main__":
