@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -45,6 +45,13 @@ class Own:
     folder: Folder
     data: Data
     tried: Sequence[Tried]  # ways to preprocess that were compared; none where all was given
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what it cannot read, without the list of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: new: {message}; usage: {self.prog} --help\n")
 
 
 def main(*words: str) -> None:
@@ -82,7 +89,7 @@ def main(*words: str) -> None:
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m stages.new", description=__doc__.split("\n\n")[0])
+    parser = Parser("python -m stages.new", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", help="of the profile, in params.yaml")
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="NAME=PATH", help="of a task; two or more"
@@ -119,7 +126,8 @@ def pairs(flag: str, found: Sequence[str]) -> dict[str, str]:
     split = [word.partition("=") for word in found]
     names = [name for name, _, _ in split]
     if not all(name and value for name, _, value in split) or len(set(names)) < len(names):
-        raise InputError(f"new: {flag}: found {', '.join(found)}; allowed: NAME=VALUE, each name once")
+        what = "VALUE" if flag == "--argument" else "PATH, as first=a.pth"
+        raise InputError(f"new: {flag}: found {', '.join(found)}; allowed: NAME={what}, each name once")
     return {name: value for name, _, value in split}
 
 
@@ -287,4 +295,4 @@ def say(*lines: str) -> None:
 
 
 if __name__ == "__main__":
-    command(main, "...")
+    command(main, "...", helps=False)

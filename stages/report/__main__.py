@@ -2,6 +2,8 @@
 
 Reads reports/{probe,match,allocate,fit}/ and the cards in models/recalibrate/; writes metrics.json, timings.json,
 table.md, plots/*.png, cards/*.md and index.html.
+
+python -m stages.report --experiments [commits | folder ...]    of all experiments: mean and spread, pictures
 """
 
 import sys

@@ -98,7 +98,10 @@ def test_files_below_data_own_are_named_by_key(project, own, capsys):
     [
         (["digits"], "profile 'digits' is in params.yaml already"),
         (["--images=third=x"], "--images: found third, first, second; allowed: the tasks first, second"),
-        (["--checkpoint=first=x"], "--checkpoint: found .*; allowed: NAME=VALUE, each name once"),
+        (
+            ["--checkpoint=first=x"],
+            "--checkpoint: found .*; allowed: NAME=PATH, as first=a.pth, each name once",
+        ),
         (["--mean", "0.5"], "found one of --mean and --std"),
         (["--network", "resnet18"], "nearest is resnet18, which differs"),
         (["--network", "nowhere:build"], "cannot be imported"),
@@ -155,3 +158,12 @@ def test_only_what_is_missing_is_asked_for_on_a_terminal(project, own, monkeypat
     ]  # fmt: skip
     written = yaml.safe_load((project / "params.yaml").read_text())["profiles"]["my_pair"]
     assert list(written["tasks"]) == ["first", "second"]
+
+
+@pytest.mark.parametrize("words", [[], ["my_pair", "a.pth"], ["my_pair", "--size", "large"]])
+def test_words_that_it_cannot_read_are_one_line(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        new.main(*words)
+    line = capsys.readouterr().err
+    assert (ended.value.code, line.count("\n")) == (2, 1)
+    assert line.startswith("error: new: ")

@@ -33,6 +33,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     tensors that no layer holds.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(
+            f"{path}: found a folder; allowed: a checkpoint, as torch.save or safetensors write it"
+        )
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     found = read_tensors(path)[0] if _is_safetensors(path) else read_torch(path)

@@ -67,6 +67,8 @@ def read_torch(path: Path) -> Any:
             raise InputError(f"{path}: not a checkpoint but {other}; allowed: a whole file") from error
         if isinstance(error, pickle.UnpicklingError) and "magic number" not in str(error).lower():
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if named is None and re.fullmatch(rb"[\t\n\r -~]+[ \n][\t\n\r -~]*", _head(path, 64)):
+                raise InputError(f"{path}: not a checkpoint but a text; {ALLOWED}") from error
             what = f"{named[1]}, which could run code" if named else "pickled objects, which could run code"
             raise InputError(f"{path}: refused: it holds more than tensors ({what}); {ALLOWED}") from error
         raise InputError(

@@ -27,12 +27,12 @@ SAID = (
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 
 
-def command(main: Callable[..., None], *arguments: str) -> None:
+def command(main: Callable[..., None], *arguments: str, helps: bool = True) -> None:
     """Call ``main`` with the words of the command line and exit with its status.
 
     ``arguments`` names the words that must be there; a last one of "..." allows more. ``-v`` shows more: time, place
     and level of each line, what else is logged, and where an error comes from. An InputError becomes one line on
-    stderr and status 1; Ctrl-C becomes status 130.
+    stderr and status 1; Ctrl-C becomes status 130. helps: answer ``--help`` with what the module says of itself.
     """
     gc.freeze()  # what was imported stays, at the end too
     gc.enable()
@@ -42,8 +42,14 @@ def command(main: Callable[..., None], *arguments: str) -> None:
     words = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     more = arguments[-1:] == ("...",)
     least = len(arguments) - more
+    usage = " ".join(
+        [f"python -m {stage}", *("[...]" if n == "..." else f"<{n}>" for n in arguments), "[-v]"]
+    )
+    if helps and {"-h", "--help"} & set(words):
+        about = (sys.modules[main.__module__].__doc__ or "").strip()
+        print(f"usage: {usage}\n\n{about}")  # noqa: T201
+        sys.exit(0)
     if len(words) < least or (len(words) > least and not more):
-        usage = " ".join([f"python -m {stage}", *(n if n == "..." else f"<{n}>" for n in arguments)])
         say(f"{stage}: found {len(words)} arguments; usage: {usage}")
         sys.exit(2)
     try:

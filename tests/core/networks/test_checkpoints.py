@@ -232,12 +232,18 @@ def test_what_is_not_a_state_dict_is_one_line(tmp_path, value):
         (b"", "not a checkpoint but empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
         (b"<!DOCTYPE html><html>", "a web page"),
+        (
+            b"profile: digits  # a key\nseed: 0\n" * 9,
+            "not a checkpoint but a text; allowed: a file as torch.save",
+        ),
         (b"GGUF" * 100, "damaged or not a checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint_is_told(tmp_path, content, message):
     with pytest.raises(InputError, match="no such file"):
         read_state(tmp_path / "x.pth")
+    with pytest.raises(InputError, match="found a folder; allowed: a checkpoint"):
+        read_state(tmp_path)
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_state(tmp_path / "x.pth")

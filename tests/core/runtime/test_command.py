@@ -37,6 +37,14 @@ def test_a_fault_of_ours_keeps_its_traceback_and_has_another_status(fault):
     assert "in main" in text
 
 
+@pytest.mark.parametrize("module", ["stages.fit.common", "stages.vary", "stages.doctor"])
+def test_help_is_how_to_call_it_and_what_it_does(module):
+    found = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith(f"usage: python -m {module} ")
+    assert found.stdout.count("\n") > 2
+
+
 def test_interrupted_is_one_line():
     code, text = run("raise KeyboardInterrupt")
     assert code == 130
