@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -22,12 +22,13 @@ from stages.core.graph.source import Task
 from stages.core.networks.checkpoints import load_network, read_state
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
-from stages.core.settings.params import first_line, load_params
+from stages.core.settings.params import Params, first_line, load_params
 from stages.core.settings.profiles import Architecture, Data, Profile
 from stages.core.settings.sections import Name, Section
 from stages.core.tracing.sources import make_sources
 from stages.own.checkpoint import norms, recognise, with_classes_of
 from stages.own.folder import Folder, look
+from stages.own.parser import Parser
 from stages.own.profile import add, place_of, profile_text
 from stages.own.trial import Tried, channels, compare, one_image, right, scalings, sizes
 from stages.probe.chance import at_chance, chance, warning
@@ -45,13 +46,6 @@ class Own:
     folder: Folder
     data: Data
     tried: Sequence[Tried]  # ways to preprocess that were compared; none where all was given
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for what it cannot read, without the list of all options before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: new: {message}; usage: {self.prog} --help\n")
 
 
 def main(*words: str) -> None:
@@ -84,7 +78,7 @@ def main(*words: str) -> None:
     add(Path("params.yaml"), given.name, profile_text(given.name, profile, comment))
     say(*(f"{'not known':<10}{line}" for line in unknown(owns, architecture, given)))
     say(f"{'written':<10}profile {given.name}, in params.yaml")
-    say(f"{'run':<10}{to_run(given.name, profile, params.source)}")
+    say(f"{'run':<10}{to_run(given.name, profile, params)}")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -277,11 +271,13 @@ def unknown(owns: Sequence[Own], architecture: Architecture, given: argparse.Nam
     return lines
 
 
-def to_run(name: str, profile: Profile, source: str) -> str:
-    """The command that merges them."""
+def to_run(name: str, profile: Profile, params: Params) -> str:
+    """The command that merges them, without the methods that train every layer: hours on a CPU."""
     places = [task.checkpoint for task in profile.tasks.values()] + [own.key for own in profile.data.values()]
-    local = source != "local" and not all(place.startswith("/") for place in places)
-    return f"dvc exp run -S profile={name}" + (" -S source=local" if local else "")
+    local = params.source != "local" and not all(place.startswith("/") for place in places)
+    slow = [row for row, own in params.methods.items() if (own.get("fit") or {}).get("solver") == "adam"]
+    words = ["-S source=local"] * local + [f"-S '~methods.{row}'" for row in slow]
+    return " ".join([f"dvc exp run -S profile={name}", *words])
 
 
 def described(architecture: Architecture) -> str:

@@ -57,7 +57,7 @@ def show(word: str, prefix: str = "", *more: str) -> None:
 
     if word != "list" or more:
         raise InputError(
-            f"artifacts: found {' '.join([word, prefix, *more])}; allowed: nothing, or list [PREFIX]"
+            f"artifacts: found {' '.join([word, prefix, *more]).strip()}; allowed: nothing, or list [PREFIX]"
         )
     store, bucket = Store(load_params().artifacts), load_params().artifacts.bucket
     files = profiles_by_file()

@@ -54,7 +54,7 @@ def test_a_whole_profile_is_written_and_nothing_else_changed(project, own, capsy
     )
     assert re.search(r"right on (9\d|100)\.\d % of 32 test images; guessing gives 25.0 %", text)
     assert "WARNING" not in text
-    assert text.endswith("run       dvc exp run -S profile=my_pair\n")
+    assert text.endswith("run       dvc exp run -S profile=my_pair -S '~methods.pleas_adam'\n")
 
 
 def test_what_comes_behind_the_profiles_stays_behind_them(project, own):
@@ -90,7 +90,9 @@ def test_files_below_data_own_are_named_by_key(project, own, capsys):
     profile = load_params().profiles["my_pair"]
     assert profile.tasks["first"].checkpoint == "first.pth"
     assert profile.tasks["first"].data.key == "first.zip"
-    assert capsys.readouterr().out.endswith("dvc exp run -S profile=my_pair -S source=local\n")
+    assert capsys.readouterr().out.endswith(
+        "dvc exp run -S profile=my_pair -S source=local -S '~methods.pleas_adam'\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,12 @@
+"""The command line of ``stages.new``."""
+
+import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what it cannot read, without the list of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"error: new: {message}; usage: {self.prog} --help\n")
