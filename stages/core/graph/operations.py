@@ -133,7 +133,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "matmul": Operation(lambda x, p, a: torch.matmul(*x), products.matmul, lambda shapes, a: shapes[0][-1]),
     "matmul_parameter": Operation(
-        lambda x, p, a: x[0] @ p["value"], apart.looked_up, lambda shapes, a: shapes[0][-1]
+        lambda x, p, a: x[0] @ (p["value"].mT if a.get("turned") else p["value"]),
+        apart.looked_up,
+        lambda shapes, a: shapes[0][-1],
     ),
     "convolve_parameter": Operation(
         lambda x, p, a: apart.convolve(x[0], p["value"], a, *x[0].shape[1:3]),
