@@ -44,6 +44,7 @@ def most_entries(node: Node, inputs: Sequence[Tensor], own: Mapping[str, Tensor]
     for key in ("sizes", "size", "output_size"):
         sizes = _numbers(a.get(key))
         entries = max(entries, math.prod(sizes) * math.prod(first[: max(len(first) - len(sizes), 0)]))
+    entries *= math.prod(max(own, 1) for own in _numbers(a.get("sizes_over")))
     spatial = max(len(first) - 2, 1)
     if node.transposed:
         entries *= max(_numbers(a.get("stride")), default=1) ** spatial * own["weight"].shape[2:].numel()

@@ -73,7 +73,7 @@ class Held:
         return bool(new)
 
     def reads(self, units: Units, node: Node, inputs: list[Value]) -> bool:
-        """Units of held values are on whatever dimension a layer or a norm reads; whether those of the first are now."""
+        """Units of held values are on whatever dimension a layer or a norm reads; whether the first value's moved."""
         dim = _dim_read(node, inputs)
         if dim is None or inputs[0].dims == (dim,) or not (inputs[0].held or node.name in self.nodes):
             return False

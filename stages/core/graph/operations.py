@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import apart, lines, mixing, moves, products, rules, runs, windows
+from stages.core.graph import apart, fourier, lines, mixing, moves, products, rules, runs, windows
 from stages.core.graph.nodes import (
     ADAPTIVE,
     CONVOLUTIONS,
@@ -171,6 +171,7 @@ OPERATIONS: dict[str, Operation] = {
     **{name: _reduction(getattr(torch, name)) for name in REDUCTIONS if name not in runs.LONE},
     **{name: _reduction(run) for name, run in runs.LONE.items()},
     **{name: Operation(run, lines.along) for name, run in lines.RUNS.items()},
+    "fourier": Operation(fourier.transform, fourier.transformed),
     "grid_sample": Operation(lines.sample, lines.sampled),
     "affine_grid": Operation(lines.grid, lines.coordinates),
     "local_response_norm": Operation(runs.neighbours, rules.neighbours),

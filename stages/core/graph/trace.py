@@ -14,19 +14,21 @@ from torch import Tensor
 from stages.core.graph import rules
 from stages.core.graph.apart import heads_apart
 from stages.core.graph.axes import SeveralDimensionsError, Units, Value
+from stages.core.graph.beside_images import images_alone
 from stages.core.graph.crossed import check_beside, kept_beside
-from stages.core.graph.extent import check_value, most_entries, place_for
+from stages.core.graph.extent import check_value, place_for
 from stages.core.graph.heads import last_products_of, with_heads
 from stages.core.graph.held import NOTHING, Held
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
-from stages.core.graph.nodes import Graph, Node, check_graph, node_parameters
-from stages.core.graph.operations import OPERATIONS, run_node
+from stages.core.graph.nodes import Graph, Node, check_graph
+from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.places import PlaceOf, nowhere, placed
 from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
 from stages.core.graph.settled import settle
 from stages.core.graph.spread import Spread
+from stages.core.graph.trial import shapes_of, try_node
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
 
@@ -135,7 +137,11 @@ def lay_out(
         return _laid_out(graph, parameters, example, place_of)
     except InputError as error:
         first, tried = error, [graph]
-    changes = (selected_first, lambda own: heads_apart(own, parameters))
+    changes = (
+        lambda own: images_alone(own, shapes_of(own, parameters, example)),
+        selected_first,
+        lambda own: heads_apart(own, parameters),
+    )
     for change in changes if isinstance(first, SeveralDimensionsError) else ():
         for own in [change(own) for own in tried]:
             if own not in tried:
@@ -186,7 +192,7 @@ def _laid_out(
     spread = Spread(
         graph,
         tensors[first.name],
-        lambda node, x: _try_node(node, x, state),
+        lambda node, x: try_node(node, x, state),
         lambda node: OPERATIONS[node.operation].rule,
     )
     settled, waiting, logits = [first], list(reversed(graph.nodes[1:])), graph.logits
@@ -212,7 +218,7 @@ def _laid_out(
         settled.append(node)
         own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
         with held.lifted(node, inputs), placed(node, place_of):
-            out = _try_node(node, [tensors[name] for name in node.inputs], state)
+            out = try_node(node, [tensors[name] for name in node.inputs], state)
             check_value(node.name, out)
         tensors[node.name], shapes[node.name] = out, out.shape
         if not held.as_it_is(node, inputs):
@@ -273,18 +279,3 @@ def _input(units: Units, node: Node, example: tuple[int, ...]) -> Value:
     labels = units.new(example[1], "input").view([-1 if d == 1 else 1 for d in range(len(example))])
     units.fixed.append(labels)
     return Value(labels, (1,), shape, True)
-
-
-def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
-    try:
-        own = node_parameters(node, state)
-        place = place_for(most_entries(node, inputs, own))
-        if place == "meta" or any(value.is_meta for value in inputs):
-            inputs, own = [value.to("meta") for value in inputs], {k: v.to("meta") for k, v in own.items()}
-        return run_node(node, inputs, own)
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
-        raise InputError(
-            f"{node.name}: {node.operation} cannot run on {shapes} ({str(error).splitlines()[0]}); "
-            "allowed: an example of the shape that the network takes"
-        ) from error

@@ -87,7 +87,17 @@ def _affine_grid(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
     reader.node(fx, "affine_grid", [given["theta"]], settings)
 
 
+def _fourier_part(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """One part of a transform (stages.core.tracing.complex_pairs)."""
+    if any(reader.shape(given["real"])[d] % INPUT == 0 for d in given["dims"]):
+        raise reader.unknown(fx, "a transform of the images")
+    settings = {key: given[key] for key in ("kind", "dims", "norm", "part")}
+    parts = [given["real"], *([] if given["imaginary"] is None else [given["imaginary"]])]
+    reader.node(fx, "fourier", parts, {**settings, "sizes_over": given["sizes"]})
+
+
 LINE_CALLS = {
+    "fourier": _fourier_part,
     **{
         name: partial(_along, name=name) for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
     },
