@@ -7,7 +7,7 @@ shared at every budget, and everything else may be separate. A layer that reads 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -45,13 +45,22 @@ class Held:
             self._later[node.name] = error
 
     @contextlib.contextmanager
-    def lifted(self, node: Node, inputs: Sequence[Value]) -> Iterator[None]:
-        """Products of units with units were given one dimension more: they are held where that cannot be read."""
+    def lifted(self, node: Node, before: Mapping[str, Node]) -> Iterator[None]:
+        """Products may have been given a dimension for their one head: they are held where that cannot be read.
+
+        before: the nodes that were laid out, by name.
+        """
         try:
             yield
         except InputError as error:
-            crossed = [name for name, own in zip(node.inputs, inputs, strict=True) if own.beside is not None]
-            self._later |= dict.fromkeys(crossed, error)
+            waiting, seen = list(node.inputs), set()
+            while waiting:
+                name = waiting.pop()
+                if name not in seen and before[name].operation in ("matmul", "attention"):
+                    self._later[name] = error
+                elif name not in seen:
+                    waiting += before[name].inputs
+                seen.add(name)
             raise
 
     @contextlib.contextmanager
@@ -109,7 +118,7 @@ class _Nothing(Held):
 
     later = instead
 
-    def lifted(self, node: Node, inputs: Sequence[Value]) -> contextlib.AbstractContextManager[None]:
+    def lifted(self, node: Node, before: Mapping[str, Node]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
 

@@ -22,7 +22,8 @@ from stages.core.graph.held import NOTHING, Held
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
 from stages.core.graph.nodes import Graph, Node, check_graph
-from stages.core.graph.operations import OPERATIONS
+from stages.core.graph.operations import BINARY, OPERATIONS
+from stages.core.graph.part_moves import one_part_more
 from stages.core.graph.places import PlaceOf, nowhere, placed
 from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
@@ -195,6 +196,7 @@ def _laid_out(
         lambda node, x: try_node(node, x, state),
         lambda node: OPERATIONS[node.operation].rule,
     )
+    before = {first.name: first}
     settled, waiting, logits = [first], list(reversed(graph.nodes[1:])), graph.logits
     last_products = last_products_of(graph)
     while waiting:
@@ -203,6 +205,12 @@ def _laid_out(
         inputs, rest = [seen[name] for name in node.inputs], []
         if held.reads(units, node, inputs):
             seen[node.inputs[0]] = inputs[0]
+        if node.operation in BINARY and len(inputs[0].shape) != len(inputs[1].shape):
+            ranks = [len(spread.shapes[name]) if name in spread.shapes else None for name in node.inputs]
+            node, *rest = one_part_more(node, [own.shape for own in inputs], ranks)
+            if rest:
+                waiting += [*reversed(rest), node]
+                continue
         with held.instead(node), placed(node, place_of):
             node, *rest = held.as_it_is(node, inputs) or with_heads(
                 mixing(spread.of(node, inputs), inputs, own),
@@ -216,8 +224,9 @@ def _laid_out(
             waiting += [*reversed(rest), node]
             continue
         settled.append(node)
+        before[node.name] = node
         own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
-        with held.lifted(node, inputs), placed(node, place_of):
+        with held.lifted(node, before), placed(node, place_of):
             out = try_node(node, [tensors[name] for name in node.inputs], state)
             check_value(node.name, out)
         tensors[node.name], shapes[node.name] = out, out.shape

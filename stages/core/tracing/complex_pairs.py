@@ -49,7 +49,7 @@ def pairs_apart(graph: torch.fx.Graph, constants: Collection[str], kind: str) ->
     constants: placeholders that are no input. kind: the network's type. Raises InputError for what does something
     else with complex numbers that depend on the input.
     """
-    writer = _Writer(graph, kind)
+    writer = _Pairs(graph, kind)
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name not in constants:
             writer.given.add(node)
@@ -66,7 +66,7 @@ def _complex(value: Any) -> bool:
     return isinstance(first, Tensor) and first.is_complex()
 
 
-class _Writer:
+class _Pairs:
     """given: calls that depend on the input. pairs: of complex ones their two parts."""
 
     def __init__(self, graph: torch.fx.Graph, kind: str) -> None:
@@ -132,7 +132,7 @@ class _Writer:
         return self.call(node.target, *args[0], **args[1])
 
 
-def _zeros(writer: _Writer, like: Part) -> torch.fx.Node:
+def _zeros(writer: _Pairs, like: Part) -> torch.fx.Node:
     return writer.call(torch.ops.aten.mul.Scalar, like, 0.0)
 
 
@@ -146,7 +146,7 @@ def _seen(node: torch.fx.Node) -> Any:
     )
 
 
-def _product(writer: _Writer, node: torch.fx.Node) -> Pair:
+def _product(writer: _Pairs, node: torch.fx.Node) -> Pair:
     """(a + ib)(c + id) of what is linear in two arguments."""
     name, rest = opname(node), list(node.args)
     at = (
@@ -173,12 +173,12 @@ def _product(writer: _Writer, node: torch.fx.Node) -> Pair:
     return writer.add(of(a, c), of(b, d), -1), writer.add(of(a, d), of(b, c))
 
 
-def _sum(writer: _Writer, node: torch.fx.Node, times: int) -> Pair:
+def _sum(writer: _Pairs, node: torch.fx.Node, times: int) -> Pair:
     (a, b), (c, d) = (writer.pair(own) for own in node.args[:2])
     return writer.add(a, c, times), writer.add(b, d, times)
 
 
-def _quotient(writer: _Writer, node: torch.fx.Node) -> Pair:
+def _quotient(writer: _Pairs, node: torch.fx.Node) -> Pair:
     """By real numbers."""
     a, b = writer.pair(node.args[0])
     by, none = writer.pair(node.args[1])
@@ -188,7 +188,7 @@ def _quotient(writer: _Writer, node: torch.fx.Node) -> Pair:
     return writer.call(kind, a, by), None if b is None else writer.call(kind, b, by)
 
 
-def _transform(writer: _Writer, node: torch.fx.Node, kind: str) -> Pair | torch.fx.Node:
+def _transform(writer: _Pairs, node: torch.fx.Node, kind: str) -> Pair | torch.fx.Node:
     """Each part of a transform as a call of its own, over all its dimensions at once."""
     given = {a.name: a.default_value for a in node.target._schema.arguments}
     given |= dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(
@@ -210,21 +210,21 @@ def _transform(writer: _Writer, node: torch.fx.Node, kind: str) -> Pair | torch.
     return tuple(found) if len(found) == 2 else found[0]
 
 
-def _from_pairs(writer: _Writer, node: torch.fx.Node) -> Pair:
+def _from_pairs(writer: _Pairs, node: torch.fx.Node) -> Pair:
     return tuple(writer.call(torch.ops.aten.select.int, node.args[0], -1, i) for i in (0, 1))
 
 
-def _to_pairs(writer: _Writer, node: torch.fx.Node) -> torch.fx.Node:
+def _to_pairs(writer: _Pairs, node: torch.fx.Node) -> torch.fx.Node:
     a, b = writer.pair(node.args[0])
     return writer.call(torch.ops.aten.stack.default, [a, _zeros(writer, a) if b is None else b], -1)
 
 
-def _conjugate(writer: _Writer, node: torch.fx.Node) -> Pair:
+def _conjugate(writer: _Pairs, node: torch.fx.Node) -> Pair:
     a, b = writer.pair(node.args[0])
     return a, None if b is None else writer.call(torch.ops.aten.neg.default, b)
 
 
-def _of_parts(writer: _Writer, node: torch.fx.Node, name: str) -> torch.fx.Node:
+def _of_parts(writer: _Pairs, node: torch.fx.Node, name: str) -> torch.fx.Node:
     """A real number of both parts: the length, the angle."""
     a, b = writer.pair(node.args[0])
     b = _zeros(writer, a) if b is None else b
@@ -233,25 +233,25 @@ def _of_parts(writer: _Writer, node: torch.fx.Node, name: str) -> torch.fx.Node:
     return writer.call(torch.ops.aten.hypot.default, a, b)
 
 
-def _part(writer: _Writer, node: torch.fx.Node, i: int) -> Part:
+def _part(writer: _Pairs, node: torch.fx.Node, i: int) -> Part:
     a, b = writer.pair(node.args[0])
     return a if i == 0 else _zeros(writer, a) if b is None else b
 
 
-def _polar(writer: _Writer, node: torch.fx.Node) -> Pair:
+def _polar(writer: _Pairs, node: torch.fx.Node) -> Pair:
     aten, (size, angle) = torch.ops.aten, node.args[:2]
     return tuple(
         writer.call(aten.mul.Tensor, size, writer.call(turn.default, angle)) for turn in (aten.cos, aten.sin)
     )
 
 
-def _converted(writer: _Writer, node: torch.fx.Node) -> Pair | Part:
+def _converted(writer: _Pairs, node: torch.fx.Node) -> Pair | Part:
     """Real numbers that are made complex, or stay what they are."""
     pair = writer.pair(node.args[0])
     return pair if _complex(node.meta["val"]) else pair[0]
 
 
-CALLS_OF_PAIRS: Mapping[str, Callable[[_Writer, torch.fx.Node], Any]] = {
+CALLS_OF_PAIRS: Mapping[str, Callable[[_Pairs, torch.fx.Node], Any]] = {
     "view_as_complex": _from_pairs,
     "view_as_real": _to_pairs,
     "complex": lambda writer, node: tuple(node.args[:2]),
