@@ -116,6 +116,10 @@ def looked_up(
             f"{node.name}: a table over units that lie on {list(value.dims)}; allowed: over what is inside heads"
         )
     head = value.dims[0]
+    if head == last - 1:
+        raise InputError(
+            f"{node.name}: a table over heads that are its rows; allowed: heads ahead of the rows"
+        )
     rows = value.labels.movedim(head, 0).flatten(1)
     heads = units.new(len(rows), f"{node.name}.heads")
     units.put_inside(node.name, rows, heads)

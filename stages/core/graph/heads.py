@@ -46,7 +46,7 @@ def with_heads(
         return [_lifted(node, inputs[0])]
     if len(inputs) == 2 and node.operation in BINARY and _face_to_face(*inputs):
         return _product(node, {i: own.dims[0] for i, own in enumerate(inputs)}, inputs, False, back=False)
-    if node.operation != "matmul":
+    if node.operation != "matmul" or all(value.common for value in inputs):
         return [node]
     a, b = inputs
     rank = len(b.shape)

@@ -27,6 +27,7 @@ class Held:
     def __init__(self) -> None:
         self.nodes: dict[str, InputError] = {}
         self._later: dict[str, InputError] = {}
+        self._before: set[str] = set()  # held from the start of this try
 
     @contextlib.contextmanager
     def instead(self, node: Node) -> Iterator[None]:
@@ -73,13 +74,14 @@ class Held:
                 raise
 
     def again(self) -> bool:
-        """Whether the graph has to be laid out once more."""
-        new = self._later.keys() - self.nodes.keys()
-        if self._later and not new:
-            raise next(iter(self._later.values()))
+        """Whether the graph has to be laid out once more. Raises the error where nothing new would be held then."""
+        if not self._later:
+            return False
         self.nodes |= self._later
-        self._later = {}
-        return bool(new)
+        if self.nodes.keys() == self._before:
+            raise next(iter(self._later.values()))
+        self._before, self._later = set(self.nodes), {}
+        return True
 
     def reads(self, units: Units, node: Node, inputs: list[Value]) -> bool:
         """Units of held values are on whatever dimension a layer or a norm reads; whether the first value's moved."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from stages.core.tracing.calls.moving import PERMUTES, order_of
 from stages.core.tracing.export import opname
+from stages.core.tracing.permuting import PERMUTES, order_of
 from stages.core.tracing.reader import SKIPPED, Reader
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from stages.core.tracing.calls.moving import PERMUTES
 from stages.core.tracing.export import opname
+from stages.core.tracing.permuting import PERMUTES
 from stages.core.tracing.reader import RESHAPES, SKIPPED, place_of
 
 Part = torch.fx.Node | float | None  # of a real number the imaginary part is nothing

@@ -174,7 +174,8 @@ class _Product:
         summed = "".join(c for c in value if c in weight and c not in self.out)
         new = [c for c in weight if c not in value]
         kept, rows = [c for c in value if c not in weight], ""
-        if len(kept) > 1:
+        behind = len(kept) > 1 and value.index(kept[-1]) > min(value.index(c) for c in both)
+        if len(kept) > 2 or behind:  # else what is left may be heads, which are no rows
             *kept, rows = kept
         order = [weight.index(c) for c in (*both, *summed, *new)]
         shape = [self.sizes[c] for c in both]

@@ -21,6 +21,7 @@ from stages.core.tracing.folding import Folding
 from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
+from stages.core.tracing.side_by_side import places_changed
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     module = unwrap(module)
     exported = export(module, example, _has_rule)
     pairs_apart(exported.graph, exported.tensors, type(module).__name__)
+    places_changed(exported.graph)
     heads_apart(exported.graph)
     unit_kept(exported.graph)
     folding = Folding(exported.graph, exported.tensors)
