@@ -26,6 +26,10 @@ HELD = (
     "several hops",
     "points that are turned",
     "bilinear pooling",
+    "lambda layer",
+    "fourier of all",
+    "spectral convolution",
+    "features that are turned",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

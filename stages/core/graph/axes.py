@@ -117,9 +117,10 @@ class Units:
         """A parameter's dimension has these units. One that is used twice has both, which are tied."""
         known = self.places.setdefault((parameter, dim), labels)
         if known is not labels:
-            if known.shape != labels.shape or bool(((known == NONE) != (labels == NONE)).any()):
+            if known.shape != labels.shape:
                 raise InputError(f"{node}: {parameter} is used again on other units; allowed: the same ones")
             self.tie(node, known, labels)
+            self.places[parameter, dim] = torch.where(known == NONE, labels, known)  # zeros the other time
 
 
 def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size, places: bool = False) -> Value:
