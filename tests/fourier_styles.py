@@ -63,14 +63,15 @@ class Spectral(nn.Module):
         super().__init__()
         self.first, self.weight = (
             nn.Conv2d(6, 8, 1),
-            nn.Parameter(torch.randn(8, 8, 2, 2, dtype=torch.cfloat) / 4),
+            nn.Parameter(torch.randn(8, 8, 2, 2, 2) / 4),
         )
         self.second = nn.Conv2d(8, 8, 1)
 
     def forward(self, x):
         x = self.second(F.relu(self.first(x)))
-        seen, low = torch.fft.rfft2(x), torch.zeros(len(x), 8, 4, 3, dtype=torch.cfloat)
-        low[:, :, :2, :2] = torch.einsum("bixy,ioxy->boxy", seen[:, :, :2, :2], self.weight)
+        seen, weight = torch.fft.rfft2(x), torch.view_as_complex(self.weight)
+        low = torch.zeros(len(x), 8, 4, 3, dtype=seen.dtype)
+        low[:, :, :2, :2] = torch.einsum("bixy,ioxy->boxy", seen[:, :, :2, :2], weight)
         return F.gelu(torch.fft.irfft2(low, s=(4, 4)))
 
 
