@@ -29,7 +29,7 @@ def images_alone(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> Graph:
     writer = _Apart(shapes)
     for node in graph.nodes:
         writer.write(node)
-    return Graph(tuple(writer.nodes)) if writer.lead else graph
+    return Graph(tuple(writer.nodes)) if writer.lead and graph.output.name not in writer.lead else graph
 
 
 class _Apart:

@@ -24,6 +24,11 @@ def along(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sh
     held = {d for own in inputs for d in own.dims if not own.common}
     if held & set(over):
         raise InputError(f"{node.name}: {node.operation} along the units; allowed: other dimensions")
+    wide = [d for own in inputs[1:] if own.common for d in value.dims if own.shape[d] > 1]
+    if node.operation == "gather" and wide and not value.common:
+        raise InputError(
+            f"{node.name}: {node.operation} by a constant for each unit; allowed: one for all of them"
+        )
     if value.common:
         return Value(torch.full([1] * rank, NONE), (), out, all(own.common for own in inputs))
     found = Value(value.labels, value.dims, out)
@@ -51,6 +56,12 @@ def _of_one(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, p, a: run(x[0], **a)
 
 
+def gathered(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """An index of one entry along another dimension than ``dim`` is for all entries of that."""
+    sizes = [-1 if d == dim or n != 1 else x.shape[d] for d, n in enumerate(index.shape)]
+    return x.gather(dim, index.expand(sizes))
+
+
 RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "cumsum": _of_one(torch.cumsum),
     "cumprod": _of_one(torch.cumprod),
@@ -63,7 +74,7 @@ RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "topk_index": _of_one(lambda x, **a: x.topk(**a).indices.to(x.dtype)),
     "tril": _of_one(torch.tril),
     "triu": _of_one(torch.triu),
-    "gather": lambda x, p, a: x[0].gather(a["dim"], x[1].long()),
+    "gather": lambda x, p, a: gathered(x[0], x[1].long(), a["dim"]),
 }
 """By name of the operation; places are numbers of the value's type, as whatever is kept."""
 

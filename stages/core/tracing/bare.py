@@ -19,23 +19,26 @@ def unexpanded(reader: Reader, fx: torch.fx.Node) -> torch.fx.Node:
     name, source = opname(fx), fx.args[0]
     if name in SKIPPED:
         return unexpanded(reader, source)
-    if name in ("expand", "expand_as") and len(reader.shape(source)) == len(reader.shape(fx)):
-        return unexpanded(reader, source)
+    if name in ("expand", "expand_as"):
+        inner = unexpanded(reader, source)
+        shape, ahead = reader.shape(inner), len(reader.shape(fx)) - len(reader.shape(inner))
+        return called(reader, torch.ops.aten.reshape.default, inner, [1] * ahead + shape) if ahead else inner
     if name in PERMUTES:
         inner = unexpanded(reader, source)
         if inner is not reader.through(source):
-            return _called(reader, torch.ops.aten.permute.default, inner, order_of(fx, len(reader.shape(fx))))
+            return called(reader, torch.ops.aten.permute.default, inner, order_of(fx, len(reader.shape(fx))))
     return fx
 
 
 def without(reader: Reader, fx: torch.fx.Node, dims: Sequence[int]) -> torch.fx.Node:
     """A constant without dimensions that have one entry."""
     for dim in sorted(dims, reverse=True):
-        fx = _called(reader, torch.ops.aten.select.int, fx, dim, 0)
+        fx = called(reader, torch.ops.aten.select.int, fx, dim, 0)
     return fx
 
 
-def _called(reader: Reader, target: Any, fx: torch.fx.Node, *args: Any) -> torch.fx.Node:
+def called(reader: Reader, target: Any, fx: torch.fx.Node, *args: Any) -> torch.fx.Node:
+    """What a call makes of a constant, as one more constant."""
     with reader.graph.inserting_before(reader.at):
         found = reader.graph.call_function(target, (fx, *args))
     found.meta = {

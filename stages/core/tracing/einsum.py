@@ -76,7 +76,7 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
         product.looked_up()
     elif summed:
         product.linear()
-    elif set(weight) <= set(value) and sorted(out) == sorted(value):
+    elif set(value) <= set(out) and sorted(out) == sorted({*value, *weight}):
         product.scaled()
     else:
         raise refused
@@ -187,14 +187,22 @@ class _Product:
         self._add(own, f"{own}_product", "matmul_parameter", [read], {"value": state}, made)
 
     def scaled(self) -> None:
-        """The parameter multiplies entry by entry."""
+        """The parameter multiplies entry by entry; letters that the value has not are dimensions of one entry there."""
         value, weight = self.letters
+        new = [c for c in weight if c not in value]
         held = [c for c in value if c in weight]
         first = value.index(held[0]) if held else len(value)
-        shape = [self.sizes[c] if c in weight else 1 for c in value[first:]]
-        state, own = self._state([weight.index(c) for c in held], shape), self.reader.name(self.fx, {})
+        shape = [self.sizes[c] if c in weight else 1 for c in (*value[first:], *new)]
+        state, own = (
+            self._state([weight.index(c) for c in (*held, *new)], shape),
+            self.reader.name(self.fx, {}),
+        )
         given = self.reader.value(self.tensors[0])
-        self._add(own, f"{own}_product", "multiply_parameter", [given], {"value": state}, [*value])
+        if new:
+            given = self.reader.arranged(
+                f"{own}_wide", given, value, [*value, *([""] * len(new))], self.sizes
+            )
+        self._add(own, f"{own}_product", "multiply_parameter", [given], {"value": state}, [*value, *new])
 
     def _state(self, order: Sequence[int], shape: Sequence[int]) -> str:
         """The state name of the parameter, its dimensions in another order and shape."""

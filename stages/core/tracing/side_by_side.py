@@ -38,7 +38,11 @@ def _written_as_views(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
     order = [d for d in range(rank + 1) if d != cut]
     order.insert(order.index(dim + (dim > cut)), cut)
     aten, seen, like = torch.ops.aten, source, node.meta["val"]
-    steps = ((aten.reshape.default, apart), (aten.permute.default, order), (aten.reshape.default, list(like.shape)))
+    steps = (
+        (aten.reshape.default, apart),
+        (aten.permute.default, order),
+        (aten.reshape.default, list(like.shape)),
+    )
     with graph.inserting_before(node):
         for target, args in steps:
             value = target(torch.empty(seen.meta["val"].shape, dtype=like.dtype, device="meta"), args)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.fx
 
+from stages.core.tracing.bare import called, unexpanded
 from stages.core.tracing.calls.reductions import reduce
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
@@ -50,9 +52,18 @@ def _triangle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name:
 
 
 def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    if not reader.is_value(given["index"]) or not reader.is_value(given["self"]):
-        raise reader.unknown(fx, "gather by an index that does not depend on the input")
-    reader.node(fx, "gather", [given["self"], given["index"]], {"dim": _dim(reader, fx, given)})
+    """By an index that depends on the input, or by one that is the same for all images."""
+    index, dim = given["index"], _dim(reader, fx, given)
+    if not reader.is_value(given["self"]):
+        raise reader.unknown(fx, "gather of a constant")
+    if reader.is_value(index):
+        reader.node(fx, "gather", [given["self"], index], {"dim": dim})
+        return
+    table = unexpanded(reader, index)
+    if reader.shape(table)[0] > 1:
+        raise reader.unknown(fx, "gather by an index that differs from image to image, and is constant")
+    places = called(reader, torch.ops.aten.to.dtype, table, torch.float32)  # as numbers, as whatever is kept
+    reader.node(fx, "gather", [given["self"], places], {"dim": dim})
 
 
 def _ranked(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
