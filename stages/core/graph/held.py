@@ -28,6 +28,7 @@ class Held:
         self.nodes: dict[str, InputError] = {}
         self._later: dict[str, InputError] = {}
         self._before: set[str] = set()  # held from the start of this try
+        self._of: dict[str, str] = {}  # of nodes that were made of another, that
 
     @contextlib.contextmanager
     def instead(self, node: Node) -> Iterator[None]:
@@ -36,6 +37,12 @@ class Held:
             yield
         except InputError as error:
             self.nodes[node.name] = error
+            if node.name in self._of:  # what it was made of is held, as it was read
+                self._later[self._of[node.name]] = error
+
+    def made(self, node: Node, nodes: Sequence[Node]) -> None:
+        """Nodes that were put in the place of one."""
+        self._of |= {own.name: self._of.get(node.name, node.name) for own in nodes}
 
     @contextlib.contextmanager
     def later(self, node: Node) -> Iterator[None]:
@@ -43,7 +50,7 @@ class Held:
         try:
             yield
         except InputError as error:
-            self._later[node.name] = error
+            self._later[self._of.get(node.name, node.name)] = error
 
     @contextlib.contextmanager
     def lifted(self, node: Node, before: Mapping[str, Node]) -> Iterator[None]:
@@ -119,6 +126,9 @@ class _Nothing(Held):
         return contextlib.nullcontext()
 
     later = instead
+
+    def made(self, node: Node, nodes: Sequence[Node]) -> None:
+        pass
 
     def lifted(self, node: Node, before: Mapping[str, Node]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -33,7 +33,8 @@ def along(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sh
         return Value(torch.full([1] * rank, NONE), (), out, all(own.common for own in inputs))
     found = Value(value.labels, value.dims, out)
     for other in inputs[1:]:
-        found = join(units, node.name, found, Value(other.labels, other.dims, out, other.common), out)
+        seen = other.shape if other.common else out  # a constant of one entry is for all units
+        found = join(units, node.name, found, Value(other.labels, other.dims, seen, other.common), out)
     return found
 
 

@@ -211,6 +211,7 @@ def _laid_out(
             if rest:
                 waiting += [*reversed(rest), node]
                 continue
+        read = node
         with held.instead(node), placed(node, place_of):
             node, *rest = held.as_it_is(node, inputs) or with_heads(
                 mixing(spread.of(node, inputs), inputs, own),
@@ -221,6 +222,7 @@ def _laid_out(
                 own.get("weight", (0,))[0],
             )
         if rest:
+            held.made(read, [node, *rest])
             waiting += [*reversed(rest), node]
             continue
         settled.append(node)
