@@ -64,7 +64,8 @@ class Held:
             waiting, seen = list(node.inputs), set()
             while waiting:
                 name = waiting.pop()
-                if name not in seen and before[name].operation in ("matmul", "attention"):
+                product = before[name].operation in ("matmul", "attention") and name not in self._before
+                if name not in seen and product:
                     self._later[name] = error
                 elif name not in seen:
                     waiting += before[name].inputs
