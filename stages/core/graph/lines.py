@@ -57,10 +57,12 @@ def _of_one(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, p, a: run(x[0], **a)
 
 
-def gathered(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """An index of one entry along another dimension than ``dim`` is for all entries of that."""
-    sizes = [-1 if d == dim or n != 1 else x.shape[d] for d, n in enumerate(index.shape)]
-    return x.gather(dim, index.expand(sizes))
+def gathered(x: Sequence[Tensor], p: Any, a: Attributes) -> Tensor:
+    """wide: whether the index is one for all entries of each dimension, of a constant."""
+    index = x[1].long()
+    if "wide" in a:
+        index = index.expand([x[0].size(d) if wide else -1 for d, wide in enumerate(a["wide"])])
+    return x[0].gather(a["dim"], index)
 
 
 RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
@@ -75,7 +77,7 @@ RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "topk_index": _of_one(lambda x, **a: x.topk(**a).indices.to(x.dtype)),
     "tril": _of_one(torch.tril),
     "triu": _of_one(torch.triu),
-    "gather": lambda x, p, a: gathered(x[0], x[1].long(), a["dim"]),
+    "gather": gathered,
 }
 """By name of the operation; places are numbers of the value's type, as whatever is kept."""
 

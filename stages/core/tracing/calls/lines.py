@@ -63,7 +63,8 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     if reader.shape(table)[0] > 1:
         raise reader.unknown(fx, "gather by an index that differs from image to image, and is constant")
     places = called(reader, torch.ops.aten.to.dtype, table, torch.float32)  # as numbers, as whatever is kept
-    reader.node(fx, "gather", [given["self"], places], {"dim": dim})
+    wide = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(table))]
+    reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
 
 
 def _ranked(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
