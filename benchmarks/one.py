@@ -39,7 +39,8 @@ def timed() -> Clock:
     for owner in (Source, MergedNetwork):
         clock.kind(owner, "run_node", "forward")
     for owner, name in (
-        (MapSums, "add"), (NormalEquations, "add"), (RowEquations, "add"), (moments, "add_gram"), (Gains, "of")
+        (MapSums, "add"), (NormalEquations, "add"), (RowEquations, "add"), (moments, "add_gram"), (moments, "add_pairs"),
+        (Gains, "of")
     ):  # fmt: skip
         clock.kind(owner, name, "products")
     for owner, name in (

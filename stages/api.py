@@ -22,7 +22,7 @@ from stages.core.merged.file import load_merged
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import MatchSettings, Method
-from stages.core.recipe.rooms import check_match, check_row
+from stages.core.recipe.rooms import ALIGNMENTS, check_match, check_row
 from stages.core.recipe.sections import Options
 from stages.core.runtime.device import generator
 from stages.core.runtime.errors import InputError, some
@@ -103,7 +103,9 @@ def _merge(
     sources = [taking_counts(source) for source in sources] if counted else sources
     sweep = {"precision": getattr(torch, rare.precision), "storage": rare.storage, "memory": rare.memory}
     drawn = {"generator": generator(rare.seed), "positions": rare.positions}
-    gathered = gather(sources, found, **sweep, **drawn, progress="statistics" if progress else None)
+    permuted = settings.by not in ALIGNMENTS.names
+    bar = "statistics" if progress else None
+    gathered = gather(sources, found, **sweep, **drawn, pairs_only=permuted, progress=bar)
     statistics = pool(gathered, len(names), len(names))
     matching, benefits = make_matching(sources, settings, statistics, generator(rare.seed))
     spent = rare.allocate.spent(settings.allocate)

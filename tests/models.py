@@ -149,6 +149,8 @@ MODELS: dict[str, Model] = {
     "pit_ti_224": timm("pit_ti_224", OWN),
     "nasnetalarge": timm("nasnetalarge", 96),
     "pnasnet5large": timm("pnasnet5large", 96),
+    "resnest14d": timm("resnest14d"),
+    "tf_efficientnet_cc_b0_4e": timm("tf_efficientnet_cc_b0_4e"),
     "convnextv2_atto": timm("convnextv2_atto"),
     "convmixer_1024_20_ks9_p14": timm("convmixer_1024_20_ks9_p14", 56),
 }

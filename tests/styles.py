@@ -11,6 +11,7 @@ from head_styles import HEADS
 from input_styles import INPUTS
 from key_styles import KEYS
 from line_styles import LINES
+from module_styles import MODULES
 from place_styles import PLACES
 from text_styles import TEXTS
 from torch import nn
@@ -520,6 +521,7 @@ STYLES = {
     **HEADS,
     **KEYS,
     **LINES,
+    **MODULES,
     **PLACES,
     **TEXTS,
     **ATTENTION,

@@ -14,8 +14,9 @@ from stages.core.merged.mixed import MixMap
 from stages.core.runtime import ranks
 from stages.core.sweep.sweep import Sweep
 from stages.fit.equations.normal import NormalEquations
-from stages.fit.equations.ridge import decide, flags
-from stages.fit.equations.solve import left_over, solve
+from stages.fit.equations.ridge import Losses, decide, flags
+from stages.fit.equations.solve import solve
+from stages.fit.equations.trial import Trial, some, trial_bytes
 from stages.fit.features import inputs_of, targets_of
 from stages.fit.problem import LayerSolution, apart
 from stages.fit.setup import Setup
@@ -40,7 +41,10 @@ class Mixing:
         values = sum(network.entries(name) for name in (node.inputs[0], node.name))
         equations = 2 if self.setup.ridge == "auto" else 1
         sums = equations * NormalEquations.bytes(d_in, d_out) + NormalEquations.add_bytes(d_in, d_out)
-        return sums + NormalEquations.solve_bytes(d_in, d_in, d_out) + (2 + equations) * batch * values * size
+        solving = NormalEquations.solve_bytes(d_in, d_in, d_out)
+        if equations > 1:
+            solving = max(solving, trial_bytes(d_in, d_in, d_out))
+        return sums + solving + (2 + equations) * batch * values * size
 
     def fit(self, node: Node, sweep: Sweep) -> LayerSolution | None:
         """Fit the layer and install its weights."""
@@ -63,9 +67,9 @@ class Mixing:
             return None
         every = tuple(torch.arange(n, device=start.device) for n in (d_out, d_in))
         start = start.double()
-        learnt, *others = (own.block(*every) for own in equations)
-        loss = (lambda ridge: left_over(others[0], solve(learnt, start, ridge))) if others else None
-        ridge = decide(self.setup.ridge, loss)
+        losses = _losses_of_copies(*equations, start) if held is not None else None
+        ridge = decide(self.setup.ridge, losses)
+        del losses  # and the matrices it has kept
         for own in equations[1:]:
             equations[0].absorb(own)
         found = solve(equations[0].block(*every), start, ridge)
@@ -76,6 +80,13 @@ class Mixing:
 
     def _module(self, node: Node) -> MixMap:
         return self.setup.network.map_of(node)
+
+
+def _losses_of_copies(learnt: NormalEquations, held: NormalEquations, start: Tensor) -> Losses:
+    """Energy left of the images held out by what is learnt from the others, for each of some ridges."""
+    rows, columns = (torch.arange(n, device=start.device) for n in start.shape)
+    trial = Trial(learnt.block(some(rows), columns), held.block(some(rows), columns), some(start))
+    return lambda ridges: [trial.loss(ridge) for ridge in ridges]
 
 
 def _rows(module: MixMap, value: Tensor) -> Tensor:

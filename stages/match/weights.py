@@ -221,7 +221,11 @@ class WeightProblem:
                 view = (inner.parts, shape[0] // inner.parts, inner.size, -1)
                 theirs = self.reference(units, parameter, network).reshape(view)
                 mine = self.states[network][parameter].reshape(view)
-                rows = [own.name for own, span in self.on[parameter] if span.axis == Axis(parameter, 0)]
+                rows = [
+                    own.name  # not where what it writes has no order inside its parts
+                    for own, span in self.on[parameter]
+                    if span.axis == Axis(parameter, 0) and own.size == view[1]
+                ]
                 across = rows[0] if rows else None
                 read = Kernel(inner.name, across, theirs.transpose(1, 2), mine.transpose(1, 2))
                 found.append((read, Kernel(across, inner.name, theirs, mine) if across else None))

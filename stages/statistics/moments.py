@@ -21,7 +21,7 @@ from stages.core.runtime import ranks
 from stages.core.runtime.cache import Storage
 from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch
-from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes
+from stages.core.sweep.gram import add_gram, add_pairs, complete_gram, complete_pairs, gram_bytes
 from stages.core.sweep.memory import place_values
 from stages.core.sweep.rows import draw_places, place_rows, unit_rows
 from stages.core.sweep.sweep import Sweep
@@ -49,12 +49,17 @@ class MomentsVisitor:
         positions: float,
         generator: torch.Generator,
         itemsize: int = 4,
+        pairs_only: bool = False,
     ) -> None:
-        """itemsize: bytes of an entry of the values that are looked at."""
-        self.itemsize = itemsize
+        """itemsize: bytes of an entry of the values that are looked at. pairs_only: see ``gather``."""
+        self.itemsize, self.pairs_only = itemsize, pairs_only
         self.trace, self.networks, self.tasks = trace, networks, tasks
         self.positions, self.generator = positions, generator
-        self.features = features(trace)
+        self.features = {
+            name: kept
+            for name, seen in features(trace).items()
+            if (kept := [own for own in seen if not (pairs_only and own.point == "before")])
+        }
         self.found: dict[tuple[str, str], _Sums] = {}  # (point, group) -> sums of the points' means
 
     def wants(self, node: Node) -> bool:
@@ -133,7 +138,10 @@ class MomentsVisitor:
             sums[group] = self._zeros(d, rows.device)
         for part in rows.split(max(1, ENTRIES_AT_A_TIME // d)):
             sums[group].mean[task] += part.sum(0).double()
-            add_gram(sums[group].second[task], part, 1.0)
+            if self.pairs_only:
+                add_pairs(sums[group].second[task], part, self.networks)
+            else:
+                add_gram(sums[group].second[task], part, 1.0)
             sums[group].count[task] += len(part)
 
     def _count_alike(self, key: tuple[str, str], own: _Sums) -> None:
@@ -156,7 +164,10 @@ class MomentsVisitor:
         for point, group in list(self.found):
             s = self.found.pop((point, group))
             for second in s.second:
-                complete_gram(second)
+                if self.pairs_only:
+                    complete_pairs(second, self.networks)
+                else:
+                    complete_gram(second)
             s.mean /= s.count[:, None]
             s.second /= s.count[:, None, None]
             gathered[point][group] = TaskMoments(s.mean, s.second)
@@ -178,20 +189,22 @@ def gather(
     storage: Storage = "memory",
     memory: float | None = None,
     generator: torch.Generator | None = None,
+    pairs_only: bool = False,
     progress: str | None = None,
 ) -> dict[str, dict[str, TaskMoments]]:
     """Moments of every free group of the (unaligned) sources, by point and group.
 
     batches: unlabelled images of every task (a proxy's as one more task). positions: share of a feature map's
     positions that is used. precision, storage: type in which values are kept, and where. memory: GiB, None for what is
-    free. Raises InputError when it would not fit in memory, and for features that are not finite or whose squares are
-    not.
+    free. pairs_only: no more than permutations need: nothing before the non-linearity, and among the units of one
+    network only each one's energy, the rest zero. Raises InputError when it would not fit in memory, and for features
+    that are not finite or whose squares are not.
     """
     trace = sources[0].trace
     generator = generator or torch.Generator().manual_seed(0)
     tasks = max(batch.task for batch in batches) + 1
     itemsize = batches[0].images.element_size()
-    visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator, itemsize)
+    visitor = MomentsVisitor(trace, len(sources), tasks, positions, generator, itemsize, pairs_only)
     sweep = Sweep(sources, batches, None, precision)
     place_values(sweep, visitor, storage, memory, "statistics")
     sweep.run(visitor, progress)

@@ -4,10 +4,13 @@ from families import FAMILIES, Normed, Written, spread
 from live import Live
 
 from stages.core.networks.architectures import build
+from stages.core.recipe.known import known_methods
 from stages.core.runtime.errors import InputError
 from stages.core.sweep.batches import Batch, images_to_batches
 from stages.core.sweep.memory import peak_bytes
 from stages.core.sweep.sweep import Sweep
+from stages.core.units.moments import pool
+from stages.match.matching import make_matching
 from stages.statistics.moments import MomentsVisitor, gather
 from stages.statistics.points import points
 
@@ -57,6 +60,31 @@ def test_moments_are_those_of_the_hooked_features(small, images, sources, dtype,
             assert moments.mean.dtype == moments.second.dtype == torch.float64
             torch.testing.assert_close(moments.mean[task], mean, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(moments.second[task], second, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("block", [2, 512])
+def test_pairs_alone_are_those_of_all(small, images, sources, monkeypatch, block):
+    """Three networks; what is left out is nothing that a permutation is found, judged or valued by."""
+    monkeypatch.setattr("stages.core.sweep.gram.BLOCK", block)
+    tasks = [images(n, n) for n in (7, 4, 5)]
+    made, batches = sources([small(m) for m in range(3)], tasks[0]), images_to_batches(tasks, 3)
+    whole, pairs = (gather(made, batches, precision=torch.float64, pairs_only=only) for only in (False, True))
+    assert whole["before"]
+    assert not pairs["before"]
+    for point in ("after", "inside"):
+        assert set(whole[point]) == set(pairs[point])
+        for group, own in whole[point].items():
+            network = torch.arange(own.second.shape[-1]) * 3 // own.second.shape[-1]
+            kept = (network[:, None] != network) | torch.eye(len(network), dtype=torch.bool)
+            torch.testing.assert_close(pairs[point][group].second, own.second * kept)
+            torch.testing.assert_close(pairs[point][group].mean, own.mean)
+    for name in ("activations", "weights", "mudsc", "c2m3"):
+        settings = known_methods().match[name]
+        found = [make_matching(made, settings, pool(own, 3, 3), torch.Generator()) for own in (whole, pairs)]
+        for (one, value), (other, other_value) in [found]:
+            assert all(torch.equal(one.units[g], other.units[g]) for g in one.units)
+            assert all(torch.allclose(one.similarity[g], other.similarity[g]) for g in one.similarity)
+            assert all(torch.allclose(value[g], other_value[g]) for g in value)
 
 
 def test_units_inside_parts_are_seen_one_by_one_where_a_layer_reads_them(randomise, sources):

@@ -113,6 +113,17 @@ class Units:
             (torch.cat(rows), outer.repeat_interleave(torch.tensor([len(own) for own in rows])), node)
         )
 
+    def share_parts(self, rows: Tensor) -> bool:
+        """Whether what lies in different ones of some rows, labels (K, ...), is known to be inside one part."""
+        if not self.inside:
+            return False
+        child, parent = (torch.cat(own) for own in zip(*(own[:2] for own in self.inside), strict=True))
+        of = torch.full((self.count + 1,), NONE)  # the last for entries of no unit
+        of[child] = parent
+        lines = [own.unique() for own in of[rows.flatten(1)]]
+        found = torch.cat([own[own != NONE] for own in lines])
+        return len(found.unique()) < len(found)
+
     def place(self, node: str, parameter: str, dim: int, labels: Tensor) -> None:
         """A parameter's dimension has these units. One that is used twice has both, which are tied."""
         known = self.places.setdefault((parameter, dim), labels)
@@ -148,8 +159,8 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size, places:
         coarse, fine = (x, y) if set(a.dims) < set(b.dims) or single == [True, False] else (y, x)
         if not (set(a.dims) < set(b.dims) or set(b.dims) < set(a.dims) or any(single)):
             if set(a.dims) & set(b.dims):
-                raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
-            few, many = (a, b) if a.labels.numel() <= b.labels.numel() else (b, a)
+                return _of_places(units, node, a, b, shape)
+            few, many = (a, b) if _is_kernel(a, b) else (b, a)
             units.fixed.append(few.labels)  # one for each of several places: experts, taps of a kernel
             return Value(many.labels, many.dims, shape, common)
         whole = a if coarse is x else b
@@ -166,6 +177,31 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size, places:
         return Value(fine.contiguous(), dims, shape, common)
     units.tie(node, x, y)
     return Value(torch.where(x == NONE, y, x), dims, shape, common)
+
+
+def _is_kernel(a: Value, b: Value) -> bool:
+    """Of units on different dimensions, whether those of ``a`` meet places of ``b``, each of whose units meets all."""
+    broadcast = [all(own.shape[d] == 1 for d in other.dims) for own, other in ((a, b), (b, a))]
+    return broadcast[0] if broadcast[0] != broadcast[1] else a.labels.numel() <= b.labels.numel()
+
+
+def _of_places(units: Units, node: str, a: Value, b: Value, shape: torch.Size) -> Value:
+    """Units inside parts that both have, where those of one value meet places of the other: kernels made for each
+    place (involution). They keep their order there; the other's are what is left."""
+    parts = sorted(set(a.dims) & set(b.dims))
+    for kernel, other in ((a, b), (b, a)):
+        inside = [d for d in kernel.dims if d not in parts]
+        broadcast = all(kernel.shape[d] == 1 for d in other.dims if d not in parts)
+        if len(parts) == len(inside) == 1 and broadcast and len(other.dims) == 2:
+            break
+    else:
+        raise InputError(f"{node}: joins values whose units do not lie alike; allowed: equal layouts")
+    rows = [value.labels.movedim(parts[0], 0).flatten(1) for value in (kernel, other)]
+    outer = units.new(max(map(len, rows)), f"{node}.parts")
+    for own in rows:
+        units.put_inside(node, own.expand(len(outer), -1), outer)
+    units.pinned.append(rows[0])
+    return Value(other.labels, other.dims, shape, a.common and b.common)
 
 
 def _ranked(value: Value, shape: torch.Size) -> Value:

@@ -2,8 +2,8 @@
 
 Such a product (..., parts, d, d) has units on its rows, those of the left, and *beside* them other units on its
 columns, those of the right. Both lie inside the same parts (heads), which are shared or separate as a whole. What is
-elementwise, or a softmax, keeps both; a second product sums over one side, whose units are tied with what it meets, and
-leaves the other:
+elementwise, or a softmax, keeps both; a reduction over the columns leaves the rows (DANet); a second product sums over
+one side, whose units are tied with what it meets, and leaves the other:
 
     (queries x keys) values: rows are left       queries (keys x values): columns are left
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.core.graph.axes import NONE, Units, Value
-from stages.core.graph.nodes import Node
+from stages.core.graph.nodes import REDUCTIONS, Node
 from stages.core.runtime.errors import InputError
 
 
@@ -64,19 +64,25 @@ def _tie(units: Units, node: Node, a: Tensor, b: Tensor) -> None:
 def check_beside(node: Node, inputs: Sequence[Value], elementwise: bool) -> None:
     """Raises InputError for an operation that would lose the units on the columns of its inputs."""
     held = [value for value in inputs if value.beside is not None]
-    if not held or node.operation in ("matmul", "attention"):
+    if not held or node.operation in ("matmul", "attention") or _over_columns(node, held[0]):
         return
     others = {d for value in inputs if value.beside is None for d in value.dims}
     if len(held) > 1 or not (elementwise or node.operation == "softmax") or others - set(held[0].dims):
         raise InputError(
-            f"{node.name}: {node.operation} of a product of units with units; allowed: what is elementwise, softmax, "
-            "or another product"
+            f"{node.name}: {node.operation} of a product of units with units; allowed: what is elementwise, softmax, a "
+            "reduction over its columns, or another product"
         )
+
+
+def _over_columns(node: Node, value: Value) -> bool:
+    """Whether a reduction is over all units on the columns of a product, and of nothing else."""
+    rank = len(value.shape)
+    return node.operation in REDUCTIONS and [d % rank for d in node.attributes["dims"]] == [rank - 1]
 
 
 def kept_beside(node: Node, inputs: Sequence[Value], found: Value) -> Value:
     """What an operation gives, with the units on the columns of its inputs."""
     held = [value.beside for value in inputs if value.beside is not None]
-    if not held or node.operation in ("matmul", "attention"):
+    if not held or node.operation in ("matmul", "attention", *REDUCTIONS):
         return found
     return dataclasses.replace(found, beside=held[0])

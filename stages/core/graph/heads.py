@@ -42,10 +42,17 @@ def with_heads(
         name = f"{node.name}_head"
         apart = to_heads(name, node.inputs[0], inputs[0].shape, len(inputs[0].shape) - 1, True, 1)
         return [apart, dataclasses.replace(node, inputs=(name,))]
-    if node.operation == "rearrange":
+    if node.operation in ("rearrange", "expand"):
         return [_lifted(node, inputs[0])]
     if len(inputs) == 2 and node.operation in BINARY and _face_to_face(*inputs):
         return _product(node, {i: own.dims[0] for i, own in enumerate(inputs)}, inputs, False, back=False)
+    if len(inputs) == 2 and node.operation in BINARY and _of_places(*inputs):
+        names = [f"{node.name}_head{i}" for i in range(2)]
+        apart = [
+            to_heads(name, source, value.shape, value.dims[0], True, _of_places(*inputs))
+            for name, source, value in zip(names, node.inputs, inputs, strict=True)
+        ]
+        return [*apart, dataclasses.replace(node, inputs=tuple(names))]
     if node.operation != "matmul" or all(value.common for value in inputs):
         return [node]
     a, b = inputs
@@ -55,6 +62,10 @@ def with_heads(
             return _weighted(node, b.shape)
         if a.labels.numel() == 1 == a.shape[-2] and not a.common:
             return _weighted(node, a.shape, first=True)
+    if len(a.shape) == rank and a.dims == (rank - 1,) and b.dims == (rank - 2,) and a.shape[-2] == 1:
+        return _weighted(
+            node, a.shape, first=True
+        )  # units with weights, whose sum stays in the place of their part
     crossed = _crossed(a, b)
     if last and crossed == {0: rank - 2, 1: rank - 1}:
         return [dataclasses.replace(node, attributes={"weights": True})]
@@ -81,6 +92,17 @@ def _face_to_face(a: Value, b: Value) -> bool:
     """Whether each is one unit for each place, on rows and on columns: scores of every two places (GAT)."""
     single = all(own.labels.numel() == 1 and not own.common for own in (a, b))
     return single and len(a.shape) == len(b.shape) == 3 and {a.dims, b.dims} == {(1,), (2,)}
+
+
+def _of_places(a: Value, b: Value) -> int:
+    """Of units that meet places of others (kernels made for each place, involution with one group): a dimension of one
+    entry ahead of both, which can be that of their one part; or 0."""
+    if len(a.shape) != len(b.shape) or a.common or b.common or not len(a.dims) == len(b.dims) == 1:
+        return 0
+    (p,), (q,) = a.dims, b.dims
+    meets = a.shape[q] == 1 < b.shape[p] or b.shape[p] == 1 < a.shape[q]
+    ahead = [d for d in range(1, min(p, q)) if a.shape[d] == b.shape[d] == 1]
+    return ahead[-1] if p != q and meets and ahead else 0
 
 
 def _weighted(node: Node, shape: Sequence[int], first: bool = False) -> list[Node]:
@@ -115,8 +137,12 @@ def _crossed(a: Value, b: Value) -> dict[int, int]:
 
 
 def _lifted(node: Node, value: Value) -> Node:
-    """A change of places among the last dimensions, of scores that were given a dimension for their one head."""
+    """What moves entries along the last dimensions, of scores that were given a dimension for their one head."""
     a, at = node.attributes, len(value.shape) - 3
+    if node.operation == "expand":
+        short = len(a["sizes"]) == len(value.shape) - 1
+        sizes = [*a["sizes"][:at], -1, *a["sizes"][at:]] if short else a["sizes"]
+        return dataclasses.replace(node, attributes={**a, "sizes": sizes})
     plain = all(n == 1 for n in a["groups"]) and a["order"][:at] == list(range(at))
     if len(value.shape) != len(a["atoms"]) + 1 or value.dims != (at,) or not plain:
         return node

@@ -7,7 +7,8 @@ they keep theirs.
 
 A convolution whose kernel runs over the dimension of the units (``along``) reads neighbours: all of them are one part,
 in the order that they have. Neither map has entries of its own for each unit: in a merged network every owner of units
-has a copy of it.
+has a copy of it. A batch norm of the one channel that such a map gives (triplet attention) does one thing to all units:
+each has numbers of its own (``norm_parameter``).
 """
 
 import dataclasses
@@ -24,7 +25,11 @@ from stages.core.runtime.errors import InputError
 
 
 def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
-    """The node as ``mix`` or ``along``, where its linear map reads another dimension than the units'; else the node."""
+    """The node as ``mix`` or ``along``, where its linear map reads another dimension than the units', or as
+    ``norm_parameter``, where its norm does; else the node."""
+    if node.operation == "batch_norm" and inputs[0].dims and not inputs[0].common:
+        beside = inputs[0].shape[1] == 1 and 1 not in inputs[0].dims
+        return dataclasses.replace(node, operation="norm_parameter") if beside else node
     if not node.linear or node.transposed or not inputs[0].dims:
         return node
     value, weight = inputs[0], shapes["weight"]

@@ -123,6 +123,7 @@ OPERATIONS: dict[str, Operation] = {
     "along": Operation(runs.along, mixing.along, lambda shapes, a: a["taps"]),
     "embedding": Operation(lambda x, p, a: F.embedding(x[0].long(), p["weight"]), rules.embedding),
     "batch_norm": Operation(runs.batch_norm, rules.channels),
+    "norm_parameter": Operation(runs.norm_parameter, rules.same),
     "batch_statistics": Operation(runs.batch_statistics, rules.channels),
     "prelu": Operation(lambda x, p, a: F.prelu(x[0], p["weight"]), rules.channels),
     "layer_norm": Operation(runs.layer_norm, rules.layer_norm),

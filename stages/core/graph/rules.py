@@ -218,6 +218,10 @@ def softmax(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
         units.fixed.append(value.labels)
     elif dim in value.dims:
         left = [d for d in value.dims if d != dim]
+        if len(left) > 1 and dim < left[0]:  # branches that are weighed, inside parts (ResNeSt)
+            first = value.labels.narrow(dim, 0, 1)
+            units.tie(node.name, value.labels, first.expand_as(value.labels))
+            return Value(first, tuple(left), out, value.common)
         rows = value.labels.movedim(left[0], 0).flatten(1)
         parts = units.new(len(rows), f"{node.name}.parts")
         units.put_inside(node.name, rows, parts)
@@ -246,8 +250,12 @@ def reduced(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, 
                 f"{node.name}: {node.operation} over a part of the units; allowed: other dimensions"
             )
         rows = labels.movedim(left[0], 0).flatten(1)
-        outer = units.new(len(rows), f"{node.name}.parts")
-        units.put_inside(node.name, rows, outer)
+        if units.share_parts(rows):  # they are inside wider parts: entries of one unit
+            outer = rows.amax(1)
+            units.tie(node.name, rows, outer[:, None].expand_as(rows))
+        else:
+            outer = units.new(len(rows), f"{node.name}.parts")
+            units.put_inside(node.name, rows, outer)
         labels, dims = on_dim(outer, left[0], value.shape).labels, tuple(left)
     for dim in over:
         labels = labels.narrow(dim, 0, 1)

@@ -34,6 +34,12 @@ def batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     )
 
 
+def norm_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
+    """A batch norm whose parameters broadcast to the value."""
+    y = (x[0] - p["running_mean"]) * (p["running_var"] + a["eps"]).rsqrt()
+    return y * p["weight"] + p["bias"] if "weight" in p else y
+
+
 def batch_statistics(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return F.batch_norm(x[0], None, None, p.get("weight"), p.get("bias"), True, 0.0, **a)
 

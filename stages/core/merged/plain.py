@@ -184,10 +184,10 @@ class _Writer:
 
     def _parameters(self, node: Node, module: nn.Module) -> dict[str, Proxy]:
         found = {}
-        for role, tensor in module.named_parameters():
-            name = node.parameters[role]
+        for role, name in node.parameters.items():
+            tensor = getattr(module, role)
             own = as_source(tensor.detach(), self.trace.parameters[name])
-            value = self._tensor(name, own)
+            value = self._tensor(name, own, isinstance(tensor, nn.Parameter))
             found[role] = (
                 value.reshape(tuple(tensor.shape))
                 if own.numel() == tensor.numel() > 1 and (own.shape != tensor.shape)

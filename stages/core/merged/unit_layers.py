@@ -32,7 +32,10 @@ class MergedLayer(nn.Module):
         for role, name in node.parameters.items():
             shape = list(trace.widened(node, role, torch.empty(()).expand(trace.parameters[name])).shape)
             shape[trace.unit_dim(node, role)] = arrangement.width
-            self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
+            if role.startswith("running"):  # statistics, which are not trained
+                self.register_buffer(role, torch.zeros(shape))
+            else:
+                self.register_parameter(role, nn.Parameter(torch.zeros(shape)))
         self._fixed = _fixed_sizes(node, trace) if node.operation.endswith("_parameter") else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -43,13 +46,14 @@ class MergedLayer(nn.Module):
                     f"{self.node.name}: found {inputs[0].shape[dim]} positions; allowed: {size}, as of inputs of the "
                     "size that the sources take"
                 )
-        return OPERATIONS[self.node.operation].run(inputs, dict(self.named_parameters()), self.attributes)
+        own = {role: getattr(self, role) for role in self.node.parameters}
+        return OPERATIONS[self.node.operation].run(inputs, own, self.attributes)
 
 
 def _fixed_sizes(node: Node, trace: Trace) -> dict[int, int]:
     """Dimensions of a value, counted from the last, along which a parameter has an entry for each position."""
     shape, unit = trace.shapes[node.inputs[0]], trace.layouts[node.name].dim - len(trace.shapes[node.name])
-    seen = node.attributes.get("view", trace.parameters[node.parameters["value"]])
+    seen = node.attributes.get("view", trace.parameters[next(iter(node.parameters.values()))])
     dims = range(-min(len(seen), len(shape)), 0)
     return {d: shape[d] for d in dims if seen[d] == shape[d] > 1 and d != unit}
 

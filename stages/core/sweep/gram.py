@@ -1,5 +1,7 @@
 """Gram matrices of many rows: summed in float64, some rows of the matrix at a time, each product taken once."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 # Rows of a matrix that are worked on at a time, so that what is worked with stays small beside it.
@@ -39,3 +41,27 @@ def complete_gram(G: Tensor) -> None:
     """Fill in the half that ``add_gram`` leaves out."""
     for block in blocks(len(G)):
         G[: block.start, block] = G[block, : block.start].T
+
+
+def add_pairs(G: Tensor, z: Tensor, networks: int) -> None:
+    """Add to G, (d, d) float64, of z^T z what pairs columns of different networks, side by side in z, and the diagonal.
+
+    Below the diagonal; ``complete_pairs`` fills in the rest.
+    """
+    G.diagonal().add_(z.square().sum(0).double())
+    for block, before in _pairs(len(G), networks):
+        G[block, before] += (z[:, block].T @ z[:, before]).double()
+
+
+def complete_pairs(G: Tensor, networks: int) -> None:
+    """Fill in the half that ``add_pairs`` leaves out; between a network's own units, G stays zero."""
+    for block, before in _pairs(len(G), networks):
+        G[before, block] = G[block, before].T
+
+
+def _pairs(d: int, networks: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of the matrix, ``BLOCK`` at a time, and the columns of the networks before."""
+    size = d // networks
+    for start in range(size, d, size):
+        for block in blocks(size):
+            yield slice(start + block.start, start + block.stop), slice(0, start)

@@ -16,7 +16,7 @@ MOST_ALONE = 100  # that a forward may look at one by one
 
 class OneByOne(TorchFunctionMode):
     """A loop over images would make a graph of ``INPUT`` networks: InputError says so at its start. Recurrent layers of
-    both directions are written out."""
+    both directions are written out; ``parameter.data`` is the parameter, which torch.export takes for a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +29,8 @@ class OneByOne(TorchFunctionMode):
             unbound = func in (Tensor.unbind, torch.unbind) and _dim(args[1:], kwargs or {}) == 0
             if unbound or (one and self.taken > MOST_ALONE):
                 raise InputError("no rule for one of the images after the other")
+        if getattr(func, "__self__", None) is Tensor.data:
+            return args[0].detach()
         known = both_ways(getattr(func, "__name__", ""), args) if not kwargs else None
         return func(*args, **(kwargs or {})) if known is None else known
 

@@ -18,9 +18,14 @@ from stages.core.tracing.complex_pairs import FOURIER, pairs_apart
 from stages.core.tracing.copies import unwrap
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
+from stages.core.tracing.groups_beside import groups_apart
 from stages.core.tracing.heads_apart import heads_apart
+from stages.core.tracing.mixed_weights import kernels_apart
+from stages.core.tracing.one_channel import channel_kept
 from stages.core.tracing.one_unit import unit_kept
+from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
+from stages.core.tracing.rewriting import reduced_apart, unrepeated
 from stages.core.tracing.side_by_side import places_changed
 
 
@@ -55,9 +60,15 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     module = unwrap(module)
     exported = export(module, example, _has_rule)
     pairs_apart(exported.graph, exported.tensors, type(module).__name__)
+    unrepeated(exported.graph, exported.tensors)
     places_changed(exported.graph)
     heads_apart(exported.graph)
+    groups_apart(exported.graph)
     unit_kept(exported.graph)
+    channel_kept(exported.graph)
+    reduced_apart(exported.graph)
+    radix_apart(exported.graph)
+    kernels_apart(exported.graph, exported.tensors)
     folding = Folding(exported.graph, exported.tensors)
     reader = Reader(module, exported.graph, folding, CALLS)
     return Reading(Graph(tuple(reader.read())), folding, reader.made_of, type(module).__name__)

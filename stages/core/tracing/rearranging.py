@@ -71,8 +71,16 @@ class Factors:
             if not outputs or any(self.sizes[n] != 1 for n in line):
                 return False
             outputs[-1] += line
-        self.outputs = outputs
+        self.outputs = self._one_kept(outputs)
         return True
+
+    def _one_kept(self, outputs: list[list[int]]) -> list[list[int]]:
+        """A single channel ahead of places, (n, 1, h, w), that a new last dimension of one entry behind them can be."""
+        ahead = self.outputs[1] if len(self.outputs) > 2 else []
+        alone = len(ahead) == 1 and self.sizes[ahead[0]] == 1 and len(outputs) == 3 and not outputs[2]
+        if not alone or ahead[0] not in outputs[1] or len(outputs[1]) < 2:
+            return outputs
+        return [outputs[0], [n for n in outputs[1] if n != ahead[0]], ahead]
 
     def _cut(self, factor: int, size: int) -> tuple[int, int]:
         outer, inner = next(self.numbers), next(self.numbers)

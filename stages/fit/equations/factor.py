@@ -43,7 +43,7 @@ def factorise_(
     when that is larger than its type's.
     """
     if penalty > 0:
-        lower, failed = _cholesky_(G, penalty)
+        lower, failed = cholesky_(G, penalty)
         if failed == 0:
             return Cholesky(lower)
         log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, failed, len(G))
@@ -54,7 +54,7 @@ def factorise_(
     return Spectrum(torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0), vectors)
 
 
-def _cholesky_(G: Tensor, penalty: float) -> tuple[Tensor, int]:
+def cholesky_(G: Tensor, penalty: float) -> tuple[Tensor, int]:
     """The lower factor in the place of G, and 0 or the pivot where Cholesky failed.
 
     LAPACK works column by column: the transpose of a symmetric matrix is that matrix in this order, so that the

@@ -1,11 +1,11 @@
 """A layer's ridge from its data, without labels: what is learnt with it from most images errs least on the rest.
 
 Images are held out, not rows: the positions of one image tell of each other. The search goes downhill over a grid from
-its middle, a layer being solved three to five times more: but for noise, the loss of ridge regression has one valley.
+its middle, a layer being tried with three to five of them: but for noise, the loss of ridge regression has one valley.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from stages.core.sweep.sweep import Sweep
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))  # 1e-4, 3e-4, ..., 10
 MIDDLE = 5  # 0.03
 ONE_IN = 5
+
+Losses = Callable[[Sequence[float]], list[float]]  # of ridges that are asked for together
 
 
 def held_out(count: int, start: int = 0) -> Tensor:
@@ -44,26 +46,22 @@ def enough(counts: Iterable[int]) -> bool:
     return min(counts) >= ONE_IN
 
 
-def decide(ridge: float | str, loss: Callable[[float], float] | None) -> float:
-    """The ridge that is fixed, or that is chosen. loss: None where no images are held out."""
+def decide(ridge: float | str, losses: Losses | None) -> float:
+    """The ridge that is fixed, or that is chosen. losses: None where no images are held out."""
     if ridge != "auto":
         return ridge
-    return RIDGE_OF_FEW if loss is None else choose(loss)
+    return RIDGE_OF_FEW if losses is None else choose(losses)
 
 
-def choose(loss: Callable[[float], float]) -> float:
+def choose(losses: Losses) -> float:
     """The ridge of GRID with the lowest loss, as far as it can be seen from its neighbours."""
     seen: dict[int, float] = {}
-
-    def at(index: int) -> float:
-        if index not in seen:
-            seen[index] = loss(GRID[index])
-        return seen[index]
-
     best = MIDDLE
     while True:
         near = [index for index in (best + 1, best - 1) if 0 <= index < len(GRID)]
-        better = min(near, key=at)
-        if not at(better) < at(best):
+        new = [index for index in (best, *near) if index not in seen]
+        seen.update(zip(new, losses([GRID[index] for index in new]), strict=True))
+        better = min(near, key=seen.__getitem__)
+        if not seen[better] < seen[best]:
             return GRID[best]
         best = better

@@ -71,13 +71,13 @@ def solve(system: System, start: Tensor, ridge: float) -> Solution:
     return Solution(W, mean_y - mean, residual, energy, torch.stack([mean, given / system.weight]))
 
 
-def left_over(system: System, found: Solution) -> float:
-    """Energy that a solution, of other rows, leaves of the rows of ``system``."""
-    residual = system.energies(found.weight)[1].sum()
+def left_over(system: System, weight: Tensor, bias: Tensor | None) -> float:
+    """Energy that a solution, of other rows, leaves of the rows of ``system``. bias: None without an intercept."""
+    residual = system.energies(weight)[1].sum()
     if system.means is None:
         return float(residual)
     mean_z, mean_y = system.means
-    off = found.weight @ mean_z + found.bias - mean_y
+    off = weight @ mean_z + bias - mean_y
     return float(residual + system.weight * off.square().sum())
 
 

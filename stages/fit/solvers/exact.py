@@ -3,7 +3,7 @@
 Layers whose outputs read every input, and grouped convolutions: there every part of the channels is a small problem.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -17,9 +17,10 @@ from stages.core.sweep.rows import weight_matrix
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations, join_
 from stages.fit.equations.parts import PartEquations
-from stages.fit.equations.ridge import decide
+from stages.fit.equations.ridge import Losses, decide
 from stages.fit.equations.rows import RowEquations
-from stages.fit.equations.solve import System, left_over, solve
+from stages.fit.equations.solve import System, solve
+from stages.fit.equations.trial import Trial, some, trial_bytes
 from stages.fit.layer import Layer
 from stages.fit.mixing import Mixing
 from stages.fit.problem import LayerProblem, LayerSolution
@@ -45,14 +46,15 @@ class Dense:
             held = RowEquations.bytes(count, *sizes, layer.module.weights[0].element_size())
             joining = held if layer.setup.ridge == "auto" else 0
             solving = [RowEquations.solve_bytes(count, *block) for block in blocks]
-            return held + max(adding, joining, *solving)
+            return held + max(adding, joining, *solving, *self._trials(layer, count))
         equations = self._count(layer)
         adding += NormalEquations.add_bytes(*sizes)
         solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in blocks]
-        return equations * NormalEquations.bytes(*sizes) + max(adding, *solving)
+        return equations * NormalEquations.bytes(*sizes) + max(adding, *solving, *self._trials(layer))
 
     def _map_bytes(self, layer: Layer, batch: int) -> int:
-        solving = max(NormalEquations.solve_bytes(layer.d_in, *block) for block in layer.block_sizes)
+        solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in layer.block_sizes]
+        solving = max(*solving, *self._trials(layer))
         adding, equations = layer.maps_bytes(batch), self._count(layer)
         return MapEquations.bytes(
             layer.maps, layer.module.inputs.width, layer.d_out, equations, adding, solving
@@ -62,6 +64,16 @@ class Dense:
         """Of the equations that are held at a time: of every task with a head of its own, and of images held out."""
         tasks = len(layer.setup.sources) if layer.own_rows else 1
         return 2 * tasks if layer.setup.ridge == "auto" else tasks
+
+    def _trials(self, layer: Layer, count: int | None = None) -> list[int]:
+        """What trying ridges takes for each block beside the equations. count: of rows, where these are held."""
+        if layer.setup.ridge != "auto":
+            return [0]
+        rows_of = 2 * 8 * (count or 0)  # for each column
+        return [
+            rows_of * columns + trial_bytes(count or columns, columns, rows)
+            for columns, rows in layer.block_sizes
+        ]
 
     def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer = problem.layer
@@ -74,8 +86,9 @@ class Dense:
         if ranks.rank():
             return None
         start, (learnt, *others) = starts(layer), equations
-        loss = partial(self._loss, layer, *equations, start) if others else None
-        ridge = decide(problem.setup.ridge, loss)
+        losses = _losses(layer, *equations, start) if others else None
+        ridge = decide(problem.setup.ridge, losses)
+        del losses  # and the matrices it has kept
         for held in others:
             for own, other in zip(learnt, held, strict=True):
                 own.absorb(other)
@@ -99,21 +112,6 @@ class Dense:
         if not layer.fitted.any():
             return None
         return LayerSolution(residual, energy, bias, torch.stack([mean, variance]), ridge)
-
-    def _loss(
-        self,
-        layer: Layer,
-        learnt: list[Equations],
-        held: list[Equations],
-        start: list[Tensor],
-        ridge: float,
-    ) -> float:
-        """Energy left of the images held out by what is learnt from the others."""
-        total = 0.0
-        for own in _problems(layer, start):
-            found = solve(own.system(learnt), own.start, ridge)
-            total += left_over(own.system(held), found)
-        return total
 
     def _equations(self, problem: LayerProblem, part: int) -> list[Equations]:
         """One for all tasks, or one for each where a task has a head of its own. part: of the images."""
@@ -139,6 +137,30 @@ class _Problem:
 
     def system(self, equations: list[Equations]) -> System:
         return equations[self.task].block(self.rows, self.columns)
+
+    def trial(self, learnt: list[Equations], held: list[Equations]) -> Trial:
+        """Of some of its rows."""
+        part = replace(self, rows=some(self.rows), start=some(self.start))
+        return Trial(part.system(learnt), part.system(held), part.start)
+
+
+def _losses(layer: Layer, learnt: list[Equations], held: list[Equations], start: list[Tensor]) -> Losses:
+    """Energy left of the images held out by what is learnt from the others, for each of some ridges."""
+    kept: list[Trial] = []
+
+    def losses(ridges: Sequence[float]) -> list[float]:
+        total = [0.0] * len(ridges)
+        problems = list(_problems(layer, start))
+        for own in problems:
+            if len(problems) > 1:  # each is made again: all of them would take more memory
+                kept.clear()
+            if not kept:
+                kept.append(own.trial(learnt, held))
+            for i, ridge in enumerate(ridges):
+                total[i] += kept[0].loss(ridge)
+        return total
+
+    return losses
 
 
 def _problems(layer: Layer, start: list[Tensor]) -> Iterator[_Problem]:
@@ -186,7 +208,7 @@ class Grouped:
             return None
         start = starts(layer)[0].view(module.groups, -1, module.weight[0].numel())
         whole, *others = systems
-        ridge = decide(problem.setup.ridge, partial(_loss, *systems, start) if others else None)
+        ridge = decide(problem.setup.ridge, _losses_of_parts(*systems, start) if others else None)
         for held in others:
             whole = [replace(own, **vars(join_(own, other))) for own, other in zip(whole, held, strict=True)]
         parts = [solve(system, own, ridge) for system, own in zip(whole, start, strict=True)]
@@ -199,10 +221,11 @@ class Grouped:
         return LayerSolution(float(residual[fitted].sum()), float(energy[fitted].sum()), bias, moments, ridge)
 
 
-def _loss(learnt: list[System], held: list[System], start: Tensor, ridge: float) -> float:
-    """Energy left of the images held out, over some parts."""
-    some = range(0, len(start), -(-len(start) // PARTS))
-    return sum(left_over(held[i], solve(learnt[i], start[i], ridge)) for i in some)
+def _losses_of_parts(learnt: list[System], held: list[System], start: Tensor) -> Losses:
+    """Energy left of the images held out, over some parts, for each of some ridges."""
+    parts = range(0, len(start), -(-len(start) // PARTS))
+    trials = [Trial(learnt[i], held[i], start[i]) for i in parts]
+    return lambda ridges: [sum(trial.loss(ridge) for trial in trials) for ridge in ridges]
 
 
 @SOLVERS.register(uses=("inputs", "targets", "norm", "ridge"), chooses_ridge=True)

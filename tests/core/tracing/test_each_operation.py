@@ -130,6 +130,8 @@ MADE = {  # operation: constructor
     "linear": lambda: Tokens(lambda m, x: m.one(x).relu(), one=nn.Linear(8, 8)),
     "prelu": body(prelu=lambda: nn.PReLU(4))(lambda m, x: m.prelu(x)),
     "batch_norm": body(norm=lambda: nn.BatchNorm2d(4))(shifted),
+    "norm_parameter": body(over=lambda: nn.Conv1d(1, 1, 3, padding=1), norm=lambda: nn.BatchNorm1d(1))(
+        lambda m, x: x * m.norm(m.over(x.mean((2, 3))[:, None])).mT[..., None].sigmoid()),
     "batch_statistics": body(norm=lambda: nn.BatchNorm2d(4, track_running_stats=False))(shifted),
     "layer_norm": lambda: Tokens(shifted, norm=nn.LayerNorm(8)),
     "group_norm": body(norm=lambda: nn.GroupNorm(2, 4))(shifted),
@@ -161,7 +163,7 @@ MADE = {  # operation: constructor
     "concatenate_parameter": lambda: Tokens(
         lambda m, x: torch.cat([m.token[0].expand(len(x), -1, -1), x], 1).tanh(), token=parameter(1, 1, 8)),
     "rearrange": body(width=16)(lambda m, x: F.pixel_unshuffle(x, 2)),
-    "select": body()(lambda m, x: x[:, :, 3:4] * x.select(3, 2).unsqueeze(3)),
+    "select": body()(lambda m, x: x * x.select(3, 2).unsqueeze(2)),
     "slice": body(width=2)(lambda m, x: x[:, 1:3]),
     "pick": body(width=3)(lambda m, x: x[:, torch.tensor([2, 0, 3])]),
     "pad": body(width=6)(lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1))),

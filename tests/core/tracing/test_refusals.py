@@ -59,10 +59,13 @@ BODIES = {  # what is in the middle, words of the refusal, and where it is: path
         lambda m, x: F.interpolate(x.transpose(1, 3), size=(8, 8)).transpose(1, 3),
         "interpolate works on dimension 3", "block", "F.interpolate"),
     "cut in the middle": (
-        lambda m, x: F.relu(x.reshape(-1, 4, 8, 8)).reshape(-1, 8, 8, 8),
-        "lie on dimensions [0, 1]", "block", "reshape"),
+        lambda m, x: F.relu(x.reshape(-1, 2, 16, 8)).reshape(-1, 8, 8, 8),
+        "lie on dimensions [0, 1, 2]", "block", "reshape"),
     "a number of it": (lambda m, x: x / x.abs().max().item(), "max over everything", "block", ".item()"),
     "sorted": (lambda m, x: x.sort(1)[0], "sort along the units", "block", "x.sort(1)"),
+    "kernels of the image's own": (
+        lambda m, x: F.conv2d(x.reshape(1, -1, 8, 8), x.mean((2, 3)).view(-1, 1, 1, 1), groups=8 * len(x)).view_as(x),
+        "conv2d whose weight depends on the input", "block", "groups=8 * len(x)"),
     "drawn": (lambda m, x: x + torch.randn_like(x), "no rule for randn_like", "block", "randn_like"),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch.fx
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
+from stages.core.tracing.calls.reductions import put_back
 from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
@@ -44,7 +45,15 @@ def _select(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     dim = given["dim"] % len(shape)
     if shape[dim] % INPUT == 0:
         raise reader.unknown(fx, "one of the images")
-    reader.node(fx, "select", [given["self"]], {"dim": dim, "index": given["index"] % shape[dim]})
+    index = given["index"] % shape[dim]
+    again = put_back(reader, fx, dim) if dim else []
+    if again:  # x[:, 0].unsqueeze(1)
+        first, *others = again
+        reader.same |= dict.fromkeys(others, first)
+        reader.skipped |= set(again)
+        _cut(reader, first, given["self"], dim, index, index + 1, 1)
+        return
+    reader.node(fx, "select", [given["self"]], {"dim": dim, "index": index})
 
 
 def _split(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:

@@ -71,12 +71,11 @@ def reduce(
     dims = list(dims) if isinstance(dims, tuple | list) else [dims]
     if any(reader.shape(given["self"])[d] % INPUT == 0 for d in dims):
         raise reader.unknown(fx, f"{operation} over the images")
-    settings = {"dims": dims, "keepdim": bool(given.get("keepdim", False)), **more}
-    again = (
-        _put_back(reader, fx, dims[0] % len(reader.shape(given["self"])))
-        if len(dims) == 1 and not name
-        else []
-    )
+    rank = len(
+        reader.shape(given["self"])
+    )  # from the last: a product may be given a dimension for its one head
+    settings = {"dims": [d % rank - rank for d in dims], "keepdim": bool(given.get("keepdim", False)), **more}
+    again = put_back(reader, fx, dims[0] % rank) if len(dims) == 1 and not name else []
     if again and not settings["keepdim"]:  # x.mean(1)[:, None]
         first, *others = again
         reader.node(first, operation, [given["self"]], {**settings, "keepdim": True})
@@ -86,8 +85,8 @@ def reduce(
     reader.node(fx, operation, [given["self"]], settings, name=name)
 
 
-def _put_back(reader: Reader, fx: torch.fx.Node, dim: int) -> list[torch.fx.Node]:
-    """The readers of a call where all of them give its value one dimension more, at ``dim``."""
+def put_back(reader: Reader, fx: torch.fx.Node, dim: int) -> list[torch.fx.Node]:
+    """The readers of a call that drops a dimension, where all of them give its value one more, at ``dim``."""
     users, value = list(fx.users), fx.meta["val"]
     if isinstance(value, tuple | list):  # of a largest value and where it is, the value alone
         if any(user.args[1] != 0 for user in users):

@@ -1,0 +1,119 @@
+"""A convolution whose kernel is mixed for each image is a mixture of convolutions (CondConv, dynamic convolution).
+
+A few kernels are added up, each times a number of the image, and all images pass one convolution with a group for each
+(Yang et al. 2019, Chen et al. 2020). What it gives is linear in its kernel: the same is a convolution with each of the
+kernels, added up with the image's numbers, which is what is run, at the cost of as many convolutions.
+"""
+
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from stages.core.graph.nodes import CONVOLUTIONS
+from stages.core.tracing.export import opname
+from stages.core.tracing.heads_apart import tensor_shape
+from stages.core.tracing.one_by_one import INPUT
+from stages.core.tracing.radix import DEFAULTS
+from stages.core.tracing.reader import RESHAPES, SKIPPED
+from stages.core.tracing.rewriting import arguments_of, called, of_the_input
+
+PADS = ("pad", "constant_pad_nd")
+MOST_KERNELS = 16  # more are no mixture, but a kernel that a layer makes
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """gates: (images, kernels). kernels: a tensor with one entry on its first dimension for each."""
+
+    gates: torch.fx.Node
+    kernels: torch.fx.Node
+
+
+def kernels_apart(graph: torch.fx.Graph, tensors: Container[str]) -> None:
+    """Rewrite a graph of ATen calls in place. tensors: names of the placeholders that are no input."""
+    values = of_the_input(graph, tensors)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and opname(node) in CONVOLUTIONS:
+            value, weight, *_, groups = arguments_of(node, DEFAULTS)
+            if weight in values and groups % INPUT == 0 and tensor_shape(value)[0] == 1:
+                _write(graph, node, values)
+
+
+def _write(graph: torch.fx.Graph, node: torch.fx.Node, values: set[torch.fx.Node]) -> None:
+    aten = torch.ops.aten
+    value, weight, bias, stride, padding, dilation, groups = arguments_of(node, DEFAULTS)
+    mixed = [_mixture(own, values) for own in (weight, bias) if own is not None]
+    pads, images = [], _unviewed(value)
+    while images.op == "call_function" and opname(images) in PADS:  # TensorFlow's "same"
+        pads.insert(0, images)
+        images = _unviewed(images.args[0])
+    shape = tensor_shape(images)
+    spatial = shape[2:] == tensor_shape(pads[0].args[0] if pads else value)[2:]
+    apart = shape[:1] == [INPUT] and spatial and all(len(pad.args[1]) <= 2 * len(shape) - 4 for pad in pads)
+    if not apart or any(own is None or own.gates is not mixed[0].gates for own in mixed):
+        return
+    gates = mixed[0].gates
+    count, kernel = tensor_shape(gates)[1], tensor_shape(weight)
+    kernel, rank, found = [kernel[0] // INPUT, *kernel[1:]], len(shape), []
+    with graph.inserting_before(node):
+        for pad in pads:
+            images = called(graph, node, pad.target, images, *pad.args[1:], **pad.kwargs)
+        for k in range(count):
+            own = [called(graph, node, aten.select.int, part.kernels, 0, k) for part in mixed]
+            own[0] = called(graph, node, aten.reshape.default, own[0], kernel)
+            own += [None] * (2 - len(own))
+            settings = stride, padding, dilation, groups // INPUT
+            found.append(called(graph, node, node.target, images, *own, *settings))
+        stacked = called(graph, node, aten.stack.default, found, 1)
+        shares = called(graph, node, aten.reshape.default, gates, [INPUT, count, *[1] * (rank - 1)])
+        product = called(graph, node, aten.mul.Tensor, stacked, shares)
+        whole = called(graph, node, aten.sum.dim_IntList, product, [1])
+        beside = called(graph, node, aten.reshape.default, whole, tensor_shape(node))
+    node.replace_all_uses_with(beside)
+    graph.eliminate_dead_code()
+
+
+def _unviewed(node: torch.fx.Node) -> torch.fx.Node:
+    while node.op == "call_function" and opname(node) in RESHAPES | SKIPPED:
+        node = node.args[0]
+    return node
+
+
+def _mixture(node: torch.fx.Node, values: set[torch.fx.Node]) -> _Mixture | None:
+    """What mixes a kernel: gates times a matrix of kernels, or a sum of kernels that gates were multiplied with."""
+    node, found = _unviewed(node), None
+    if node not in values or node.op != "call_function":
+        return None
+    if opname(node) in ("mm", "matmul"):
+        found = _Mixture(*node.args[:2])
+    elif opname(node) == "einsum":
+        terms, (gates, kernels, *_) = node.args[0].replace(" ", ""), [*node.args[1], None, None]
+        given, _, out = terms.partition("->")
+        first, _, second = given.partition(",")
+        if kernels is not None and out == first[:1] + second[1:] and first[1:] == second[:1]:
+            found = _Mixture(gates, kernels)
+    elif opname(node) == "sum" and node.args[1:] in (([1],), (1,)) and opname(node.args[0]) == "mul":
+        found = _of_product(node.args[0], values)
+    if found is None or found.kernels in values or found.gates not in values:
+        return None
+    shape, kernels = tensor_shape(found.gates), tensor_shape(found.kernels)
+    alike = len(shape) == 2 and shape[0] == INPUT and kernels[:1] == shape[1:]
+    return found if alike and shape[1] <= MOST_KERNELS else None
+
+
+def _of_product(node: torch.fx.Node, values: set[torch.fx.Node]) -> _Mixture | None:
+    for gates, kernels in (node.args[:2], node.args[1::-1]):
+        if not isinstance(gates, torch.fx.Node) or gates not in values or kernels in values:
+            continue
+        own, shape = _unviewed(gates), tensor_shape(gates)
+        inner = kernels
+        while opname(inner) in RESHAPES and math.prod(tensor_shape(inner)) == math.prod(
+            tensor_shape(inner.args[0])
+        ):
+            inner = inner.args[0]
+        if shape[2:] == [1] * len(shape[2:]) and tensor_shape(own) == shape[:2]:
+            return _Mixture(own, inner)
+    return None
