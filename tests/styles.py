@@ -4,7 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from attention_styles import ATTENTION
 from channel_styles import CHANNELS
+from fourier_styles import FOURIER
 from head_styles import HEADS
 from input_styles import INPUTS
 from key_styles import KEYS
@@ -522,4 +524,6 @@ STYLES = {
     **MODULES,
     **PLACES,
     **TEXTS,
+    **ATTENTION,
+    **FOURIER,
 }  # fmt: skip

@@ -31,6 +31,10 @@ HELD = (
     "dynamic depthwise convolution",
     "dynamic convolution by a sum",
     "dynamic convolution by einsum",
+    "lambda layer",
+    "fourier of all",
+    "spectral convolution",
+    "features that are turned",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

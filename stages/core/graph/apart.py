@@ -99,13 +99,27 @@ def convolved(
 def looked_up(
     units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: rules.Shapes
 ) -> Value:
-    """A matrix for all heads, or one for each, over what is inside them: its order is one for all, heads are left."""
+    """A matrix for all heads, or one for each, over what is inside them: its order is one for all, heads are left.
+
+    What is inside may be places already, as those that another table gave.
+    """
     value, table, last = inputs[0], shapes["value"], len(out) - 1
+    if len(value.dims) == 1 and value.dims[0] < last - 1:
+        seen = [*table[:-2], 1, 1]
+        rules.place_parameter(units, node, node.parameters["value"], seen, seen, value)
+        return Value(value.labels, value.dims, out)
+    if len(value.dims) == 2 and value.dims[1] == last - 1 and _own_table(value, table, out):
+        _over_places(units, node, value, table, out)
+        return Value(value.labels, value.dims, out)
     if len(value.dims) != 2 or value.dims[1] != last:
         raise InputError(
             f"{node.name}: a table over units that lie on {list(value.dims)}; allowed: over what is inside heads"
         )
     head = value.dims[0]
+    if head == last - 1:
+        raise InputError(
+            f"{node.name}: a table over heads that are its rows; allowed: heads ahead of the rows"
+        )
     rows = value.labels.movedim(head, 0).flatten(1)
     heads = units.new(len(rows), f"{node.name}.heads")
     units.put_inside(node.name, rows, heads)
@@ -114,3 +128,17 @@ def looked_up(
     if own >= 0 and table[own] > 1:
         units.place(node.name, node.parameters["value"], own, heads)
     return rules.on_dim(heads, head, out)
+
+
+def _own_table(value: Value, table: Sequence[int], out: torch.Size) -> bool:
+    """Whether each head has a table of its own."""
+    own = value.dims[0] - (len(out) - len(table))
+    return own >= 0 and table[own] == value.shape[value.dims[0]] > 1
+
+
+def _over_places(units: Units, node: Node, value: Value, table: Sequence[int], out: torch.Size) -> None:
+    """Tables of heads over places (synthesizers, gMLP with heads): what is inside a head stays there, in any order."""
+    rows = value.labels.movedim(value.dims[0], 0).flatten(1)
+    heads = units.new(len(rows), f"{node.name}.heads")
+    units.put_inside(node.name, rows, heads)
+    units.place(node.name, node.parameters["value"], value.dims[0] - (len(out) - len(table)), heads)

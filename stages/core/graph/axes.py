@@ -21,6 +21,7 @@ from torch import Tensor
 from stages.core.runtime.errors import InputError
 
 NONE = -1
+HELD_NAME = ".held"  # how the names of units end that a held operation gives
 
 
 class SeveralDimensionsError(InputError):
@@ -34,7 +35,8 @@ class Value:
     common: whether it is computed from the input alone, and so is the same in every network. across: labels of units
     that lie on one more dimension, the same for all of the others (stages.core.graph.mixing); extent 1 elsewhere.
     beside: of a product of units with units, labels of those on its last dimension (stages.core.graph.crossed). even:
-    whether all its entries are one number, as those of a state of zeros.
+    whether all its entries are one number, as those of a state of zeros. held: whether it is of units that no rule
+    keeps in another order than they have (stages.core.graph.held).
     """
 
     labels: Tensor
@@ -44,6 +46,7 @@ class Value:
     across: Tensor | None = None
     beside: Tensor | None = None
     even: bool = False
+    held: bool = False
 
     @property
     def full(self) -> Tensor:
@@ -125,9 +128,10 @@ class Units:
         """A parameter's dimension has these units. One that is used twice has both, which are tied."""
         known = self.places.setdefault((parameter, dim), labels)
         if known is not labels:
-            if known.shape != labels.shape or bool(((known == NONE) != (labels == NONE)).any()):
+            if known.shape != labels.shape:
                 raise InputError(f"{node}: {parameter} is used again on other units; allowed: the same ones")
             self.tie(node, known, labels)
+            self.places[parameter, dim] = torch.where(known == NONE, labels, known)  # zeros the other time
 
 
 def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size, places: bool = False) -> Value:
@@ -137,6 +141,11 @@ def join(units: Units, node: str, a: Value, b: Value, shape: torch.Size, places:
     """
     a, b = _ranked(a, shape), _ranked(b, shape)
     dims, common = tuple(sorted({*a.dims, *b.dims})), a.common and b.common
+    for one, other in ((a, b), (b, a)):
+        if one.held and not other.common:
+            meets = other.held or any(one.shape[d] > 1 for d in other.dims)
+            units.fixed += [other.labels] if meets else []
+            return Value(other.labels, other.dims, shape, held=meets)
     for one, other in ((a, b), (b, a)):
         if not one.dims or (one.common and not other.common and not _varies(one, other.dims)):
             meets = one.common and not one.even and not other.common
@@ -200,7 +209,8 @@ def _ranked(value: Value, shape: torch.Size) -> Value:
     ahead = [1] * missing
     labels = value.labels.reshape(ahead + list(value.labels.shape))
     own = torch.Size([*ahead, *value.shape])
-    return Value(labels, tuple(d + missing for d in value.dims), own, value.common, even=value.even)
+    dims = tuple(d + missing for d in value.dims)
+    return Value(labels, dims, own, value.common, even=value.even, held=value.held)
 
 
 def _varies(value: Value, dims: Sequence[int]) -> bool:

@@ -32,6 +32,8 @@ def most_entries(node: Node, inputs: Sequence[Tensor], own: Mapping[str, Tensor]
     elif node.operation in ("matmul", "attention"):  # of attention: its scores
         of = last[-1] if node.operation == "matmul" else inputs[1].shape[-2]
         entries = max(entries, _broadcast([first[:-1], [*last[:-2], 1]]) * of)
+    elif a.get("turned"):  # a table, seen as a linear map's weight
+        entries = max(entries, first.numel() * own["value"].shape[-2])
     elif node.operation.endswith("_parameter") or len(inputs) > 1:
         entries = max(entries, _broadcast([first, last, *_seen(node, own)]))
     window = math.prod(_numbers(a.get("kernel_size")))
@@ -42,6 +44,7 @@ def most_entries(node: Node, inputs: Sequence[Tensor], own: Mapping[str, Tensor]
     for key in ("sizes", "size", "output_size"):
         sizes = _numbers(a.get(key))
         entries = max(entries, math.prod(sizes) * math.prod(first[: max(len(first) - len(sizes), 0)]))
+    entries *= math.prod(max(own, 1) for own in _numbers(a.get("sizes_over")))
     spatial = max(len(first) - 2, 1)
     if node.transposed:
         entries *= max(_numbers(a.get("stride")), default=1) ** spatial * own["weight"].shape[2:].numel()

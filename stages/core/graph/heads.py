@@ -10,24 +10,28 @@ units lie on the dimension that the scores sum over: nodes before and behind mov
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from stages.core.graph import rules
 from stages.core.graph.axes import Value
 from stages.core.graph.common_keys import with_keys_repeated
-from stages.core.graph.nodes import REDUCTIONS, Node
-from stages.core.graph.operations import BINARY
+from stages.core.graph.inside import inside_heads, mapped_inside
+from stages.core.graph.nodes import REDUCTIONS, Graph, Node
+from stages.core.graph.operations import BINARY, OPERATIONS
 from stages.core.graph.part_moves import from_heads, rearranged, to_heads
 
 
 def with_heads(
-    node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool, last: bool
+    node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool, last: bool, mapped: int
 ) -> list[Node]:
     """The node, or what it is with a dimension for its one head.
 
     masked: the shape of a mask, () without one. logits: whether it gives the network's logits, or follows them. last:
-    whether no other product reads what this one gives.
+    whether no other product reads what this one gives. mapped: how many entries its weight gives.
     """
     looks = node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes
     if looks or (node.operation == "softmax" and not logits):
         return _whole(node, inputs[0])
+    if node.operation == "linear" and inside_heads(inputs[0]):
+        return mapped_inside(node, inputs[0], mapped)
     if node.operation in ("attention", "matmul"):
         repeated = with_keys_repeated(node, inputs)
         if len(repeated) > 1:
@@ -49,7 +53,7 @@ def with_heads(
             for name, source, value in zip(names, node.inputs, inputs, strict=True)
         ]
         return [*apart, dataclasses.replace(node, inputs=tuple(names))]
-    if node.operation != "matmul":
+    if node.operation != "matmul" or all(value.common for value in inputs):
         return [node]
     a, b = inputs
     rank = len(b.shape)
@@ -206,3 +210,20 @@ def _product(
     lead = list(inputs[1].shape[: rank - 2])
     at = rank - 2 if rank - 2 in (moved.get(0), moved.get(1)) else rank - 1
     return [*nodes, from_heads(node.name, whole, [*lead, rows, columns], at, spare)]
+
+
+def last_products_of(graph: Graph) -> set[str]:
+    """Products that no other reads through what keeps their entries: normalised, scaled, turned."""
+    users, reaching = graph.users(), set[str]()
+    for node in reversed(graph.nodes[1:]):
+        plain = OPERATIONS[node.operation].rule is rules.same or node.operation in (
+            "softmax",
+            "rearrange",
+            *REDUCTIONS,
+        )
+        if node.operation in ("matmul", "attention") or (
+            plain and any(u.name in reaching for u in users[node.name])
+        ):
+            reaching.add(node.name)
+    products = [node for node in graph.nodes if node.operation == "matmul"]
+    return {node.name for node in products if not any(user.name in reaching for user in users[node.name])}

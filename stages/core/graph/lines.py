@@ -24,11 +24,17 @@ def along(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sh
     held = {d for own in inputs for d in own.dims if not own.common}
     if held & set(over):
         raise InputError(f"{node.name}: {node.operation} along the units; allowed: other dimensions")
+    wide = [d for own in inputs[1:] if own.common for d in value.dims if own.shape[d] > 1]
+    if node.operation == "gather" and wide and not value.common:
+        raise InputError(
+            f"{node.name}: {node.operation} by a constant for each unit; allowed: one for all of them"
+        )
     if value.common:
         return Value(torch.full([1] * rank, NONE), (), out, all(own.common for own in inputs))
     found = Value(value.labels, value.dims, out)
     for other in inputs[1:]:
-        found = join(units, node.name, found, Value(other.labels, other.dims, out, other.common), out)
+        seen = other.shape if other.common else out  # a constant of one entry is for all units
+        found = join(units, node.name, found, Value(other.labels, other.dims, seen, other.common), out)
     return found
 
 
@@ -51,6 +57,14 @@ def _of_one(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, p, a: run(x[0], **a)
 
 
+def gathered(x: Sequence[Tensor], p: Any, a: Attributes) -> Tensor:
+    """wide: whether the index is one for all entries of each dimension, of a constant."""
+    index = x[1].long()
+    if "wide" in a:
+        index = index.expand([x[0].size(d) if wide else -1 for d, wide in enumerate(a["wide"])])
+    return x[0].gather(a["dim"], index)
+
+
 RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "cumsum": _of_one(torch.cumsum),
     "cumprod": _of_one(torch.cumprod),
@@ -63,7 +77,7 @@ RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "topk_index": _of_one(lambda x, **a: x.topk(**a).indices.to(x.dtype)),
     "tril": _of_one(torch.tril),
     "triu": _of_one(torch.triu),
-    "gather": lambda x, p, a: x[0].gather(a["dim"], x[1].long()),
+    "gather": gathered,
 }
 """By name of the operation; places are numbers of the value's type, as whatever is kept."""
 

@@ -91,6 +91,8 @@ def concatenated(units: Units, node: Node, inputs: Sequence[Value], out: torch.S
 def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """Beside units come entries of no unit; places beside others have the same units."""
     value, pad = inputs[0], list(node.attributes["pad"])
+    if value.common and not value.dims and node.attributes.get("mode", "constant") == "constant":
+        value = _features_of(units, value, pad, out)
     for i in range(len(pad) // 2):
         if len(out) - 1 - i not in value.dims:
             pad[2 * i : 2 * i + 2] = 0, 0
@@ -110,6 +112,17 @@ def padded(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
         labels = torch.where(labels == NONE, _parts_of(units, node, value), labels)
     found = compact(labels, out, value.dims, value.common)
     return Value(found.labels, found.dims, out, value.common)
+
+
+def _features_of(units: Units, value: Value, pad: Sequence[int], out: torch.Size) -> Value:
+    """What is of the input alone, as features where entries are put beside those (a first state of zeros)."""
+    rank = len(out)
+    over = [d for d in (1, rank - 1) if 2 * (rank - 1 - d) < len(pad) and out[d] != value.shape[d]]
+    if len(over) != 1 or rank < 2:
+        return value
+    labels = units.new(value.shape[over[0]], "input")
+    units.fixed.append(labels)
+    return Value(on_dim(labels, over[0], value.shape).labels, (over[0],), value.shape, True)
 
 
 def _parts_of(units: Units, node: Node, value: Value) -> Tensor:

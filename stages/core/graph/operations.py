@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.core.graph import apart, lines, mixing, moves, products, rules, runs, windows
+from stages.core.graph import apart, fourier, lines, mixing, moves, products, rules, runs, windows
 from stages.core.graph.nodes import (
     ADAPTIVE,
     CONVOLUTIONS,
@@ -134,7 +134,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "matmul": Operation(lambda x, p, a: torch.matmul(*x), products.matmul, lambda shapes, a: shapes[0][-1]),
     "matmul_parameter": Operation(
-        lambda x, p, a: x[0] @ p["value"], apart.looked_up, lambda shapes, a: shapes[0][-1]
+        lambda x, p, a: x[0] @ (p["value"].mT if a.get("turned") else p["value"]),
+        apart.looked_up,
+        lambda shapes, a: shapes[0][-1],
     ),
     "convolve_parameter": Operation(
         lambda x, p, a: apart.convolve(x[0], p["value"], a, *x[0].shape[1:3]),
@@ -170,6 +172,7 @@ OPERATIONS: dict[str, Operation] = {
     **{name: _reduction(getattr(torch, name)) for name in REDUCTIONS if name not in runs.LONE},
     **{name: _reduction(run) for name, run in runs.LONE.items()},
     **{name: Operation(run, lines.along) for name, run in lines.RUNS.items()},
+    "fourier": Operation(fourier.transform, fourier.transformed),
     "grid_sample": Operation(lines.sample, lines.sampled),
     "affine_grid": Operation(lines.grid, lines.coordinates),
     "local_response_norm": Operation(runs.neighbours, rules.neighbours),

@@ -1,5 +1,6 @@
 """Nodes that give units which are one part (a head) a dimension of its own, on which a merged network has several."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from stages.core.graph.nodes import Node
@@ -47,3 +48,18 @@ def rearranged(name: str, source: str, atoms: list[list[int]], groups: list[list
         "groups": [len(own) for own in groups],
     }
     return Node(name, "rearrange", (source,), attributes)
+
+
+def one_part_more(node: Node, shapes: Sequence[Sequence[int]], ranks: Sequence[int | None]) -> list[Node]:
+    """A node that joins two values, one of which was given a dimension for its one head: the other gets one too.
+
+    shapes: of both. ranks: those that they have in the graph as it was read.
+    """
+    short, long = sorted((0, 1), key=lambda i: len(shapes[i]))
+    if None in ranks or ranks[0] != ranks[1] or len(shapes[long]) != len(shapes[short]) + 1 < 4:
+        return [node]
+    at, name, names = len(shapes[long]) - 3, f"{node.name}_beside", list(node.inputs)
+    groups = [[d] for d in range(len(shapes[short]))]
+    made = rearranged(name, names[short], [[n] for n in shapes[short]], [*groups[:at], [], *groups[at:]])
+    names[short] = name
+    return [made, dataclasses.replace(node, inputs=tuple(names))]

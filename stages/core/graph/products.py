@@ -20,6 +20,8 @@ def matmul(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, s
     if node.attributes.get("weights"):  # several sums over places: hops of attention, bilinear pooling
         units.fixed.append(inputs[0].labels)
         return Value(inputs[1].labels, inputs[1].dims, out)
+    if all(value.common for value in inputs):
+        return Value(torch.full([1] * len(out), NONE), (), out, True)
     if crosses(*inputs):
         return product(units, node, *inputs, out)
     a, b = (_batched(value, len(out)) for value in inputs)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value
+from stages.core.graph.axes import HELD_NAME, NONE, SeveralDimensionsError, Units, Value
 from stages.core.graph.classes import colours_of, tied
 from stages.core.graph.layouts import Layout, Segment
 from stages.core.runtime.errors import InputError
@@ -175,7 +175,8 @@ class Resolved:
         groups = {
             name: PermutationGroup(name, sizes[g], tuple(spans[name]), bool(fixed[leaders[g]]))
             for g, name in enumerate(names)
-            if name in holding or not self.across[leaders[g]]
+            if (name in holding or not self.across[leaders[g]])
+            and (spans[name] or not name.rstrip("'").endswith(HELD_NAME))  # of held values alone
         }
         return classes, PermutationSpec(groups, inner)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from stages.core.graph.axes import SeveralDimensionsError
 from stages.core.graph.layouts import Layout, Segment
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import run_node
@@ -122,7 +123,7 @@ def _check_images(node: Node, dim: int) -> None:
         together = set(order[at : at + count])
         at += count
         if together & images and together & units:
-            raise InputError(
+            raise SeveralDimensionsError(
                 f"{node.name}: {node.operation} cuts through units; allowed: images apart from units"
             )
 

@@ -33,8 +33,8 @@ class Spread:
         self.graph, self._x, self._run, self._rule = graph, x, run, rule
 
     @cached_property
-    def _shapes(self) -> dict[str, torch.Size]:
-        """Of every value; only asked for where there is such a reduction."""
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of every value of the image; mostly not asked for."""
         values, last = {self.graph.nodes[0].name: self._x}, self.graph.last_uses()
         shapes = {self.graph.nodes[0].name: self._x.shape}
         for node in self.graph.nodes[1:]:
@@ -75,6 +75,6 @@ class Spread:
             for user in users[name]:
                 if self._rule(user) is not rules.same:
                     return False
-                if self._shapes[user.name][dim] == 1:
+                if self.shapes[user.name][dim] == 1:
                     waiting.append(user.name)
         return True

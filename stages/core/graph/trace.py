@@ -14,18 +14,22 @@ from torch import Tensor
 from stages.core.graph import rules
 from stages.core.graph.apart import heads_apart
 from stages.core.graph.axes import SeveralDimensionsError, Units, Value
+from stages.core.graph.beside_images import images_alone
 from stages.core.graph.crossed import check_beside, kept_beside
-from stages.core.graph.extent import check_value, most_entries, place_for
-from stages.core.graph.heads import with_heads
+from stages.core.graph.extent import check_value, place_for
+from stages.core.graph.heads import last_products_of, with_heads
+from stages.core.graph.held import NOTHING, Held
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing
-from stages.core.graph.nodes import REDUCTIONS, Graph, Node, check_graph, node_parameters
-from stages.core.graph.operations import OPERATIONS, run_node
+from stages.core.graph.nodes import Graph, Node, check_graph
+from stages.core.graph.operations import BINARY, OPERATIONS
+from stages.core.graph.part_moves import one_part_more
 from stages.core.graph.places import PlaceOf, nowhere, placed
 from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
 from stages.core.graph.settled import settle
 from stages.core.graph.spread import Spread
+from stages.core.graph.trial import shapes_of, try_node
 from stages.core.runtime.errors import InputError
 from stages.core.units.groups import PermutationSpec
 
@@ -132,20 +136,50 @@ def lay_out(
     """
     try:
         return _laid_out(graph, parameters, example, place_of)
-    except SeveralDimensionsError as error:
+    except InputError as error:
         first, tried = error, [graph]
-    for change in (selected_first, lambda own: heads_apart(own, parameters)):
+    changes = (
+        lambda own: images_alone(own, shapes_of(own, parameters, example)),
+        selected_first,
+        lambda own: heads_apart(own, parameters),
+    )
+    for change in changes if isinstance(first, SeveralDimensionsError) else ():
         for own in [change(own) for own in tried]:
             if own not in tried:
-                with contextlib.suppress(SeveralDimensionsError):
+                with contextlib.suppress(InputError):
                     return _laid_out(own, parameters, example, place_of)
                 tried.append(own)
-    raise first
+    found = [own for other in tried if (own := _with_held(other, parameters, example, place_of))]
+    if not found:
+        raise first
+    trace, held = max(found, key=lambda own: sum(group.size for group in own[0].spec.free.values()))
+    if place_of is not nowhere:
+        held.told()
+    return trace
+
+
+def _with_held(
+    graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int], place_of: PlaceOf
+) -> tuple[Trace, Held] | None:
+    """A trace with what has no rule held (stages.core.graph.held); None where nothing may be separate then."""
+    held = Held()
+    with contextlib.suppress(InputError):
+        while True:
+            trace = None
+            with held.until_known():
+                trace = _laid_out(graph, parameters, example, place_of, held)
+            if not held.again():
+                return (trace, held) if trace.spec.free else None
+    return None
 
 
 @torch.no_grad()
 def _laid_out(
-    graph: Graph, parameters: Mapping[str, Sequence[int]], example: Sequence[int], place_of: PlaceOf
+    graph: Graph,
+    parameters: Mapping[str, Sequence[int]],
+    example: Sequence[int],
+    place_of: PlaceOf,
+    held: Held = NOTHING,
 ) -> Trace:
     check_graph(graph, parameters, example, OPERATIONS)
     # One zero seen as every parameter: real kernels say each value's shape, and nothing is allocated for weights.
@@ -159,52 +193,70 @@ def _laid_out(
     spread = Spread(
         graph,
         tensors[first.name],
-        lambda node, x: _try_node(node, x, state),
+        lambda node, x: try_node(node, x, state),
         lambda node: OPERATIONS[node.operation].rule,
     )
+    before = {first.name: first}
     settled, waiting, logits = [first], list(reversed(graph.nodes[1:])), graph.logits
-    last_products = _last_products(graph)
+    last_products = last_products_of(graph)
     while waiting:
         node = waiting.pop()
-        with placed(node, place_of):
-            own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
-            inputs = [seen[name] for name in node.inputs]
-            node, *rest = with_heads(
+        own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
+        inputs, rest = [seen[name] for name in node.inputs], []
+        if held.reads(units, node, inputs):
+            seen[node.inputs[0]] = inputs[0]
+        if node.operation in BINARY and len(inputs[0].shape) != len(inputs[1].shape):
+            ranks = [len(spread.shapes[name]) if name in spread.shapes else None for name in node.inputs]
+            node, *rest = one_part_more(node, [own.shape for own in inputs], ranks)
+            if rest:
+                waiting += [*reversed(rest), node]
+                continue
+        read = node
+        with held.instead(node), placed(node, place_of):
+            node, *rest = held.as_it_is(node, inputs) or with_heads(
                 mixing(spread.of(node, inputs), inputs, own),
                 inputs,
                 own.get("mask", ()),
                 node.name in logits,
                 node.name in last_products,
+                own.get("weight", (0,))[0],
             )
-            if rest:
-                waiting += [*reversed(rest), node]
-                continue
-            settled.append(node)
-            operation = OPERATIONS[node.operation]
-            if operation.rule in (rules.linear, rules.channels, rules.group_norm):
-                inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
-            elementwise = operation.rule is rules.same
-            check_beside(node, inputs, elementwise)
-            out = _try_node(node, [tensors[name] for name in node.inputs], state)
+        if rest:
+            held.made(read, [node, *rest])
+            waiting += [*reversed(rest), node]
+            continue
+        settled.append(node)
+        before[node.name] = node
+        own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
+        with held.lifted(node, before), placed(node, place_of):
+            out = try_node(node, [tensors[name] for name in node.inputs], state)
             check_value(node.name, out)
-            tensors[node.name], shapes[node.name] = out, out.shape
-            found = operation.rule(units, node, inputs, out.shape, own)
-            found = kept_beside(node, inputs, found)
-            seen[node.name] = carried(units, node, inputs, found, operation.run, elementwise, own)
+        tensors[node.name], shapes[node.name] = out, out.shape
+        if not held.as_it_is(node, inputs):
+            with held.instead(node), placed(node, place_of):
+                seen[node.name] = _units_of(units, node, inputs, out.shape, own, seen)
+        if node.name not in seen:
+            if held.reads(units, node, inputs):
+                seen[node.inputs[0]] = inputs[0]
+            seen[node.name] = held.value(units, node, inputs, out.shape)
         for name in last.get(node.name, ()):
             del tensors[name]
+    if seen[graph.output.name].held:
+        raise InputError(
+            f"{graph.output.name}: the output itself is held; allowed: values before the last layer"
+        )
     for end in (first.name, graph.output.name):
         units.fixed += [own for own in (seen[end].labels, seen[end].across) if own is not None]
     resolved = Resolved(units)
     layouts: dict[str, Layout] = {}
     for node in settled:
-        with placed(node, place_of):
+        with held.later(node), placed(node, place_of):
             layouts[node.name] = resolved.layout(node.name, seen[node.name])
     nodes, moved = [], {}
-    for node in settled:
+    for node in settled if len(layouts) == len(settled) else ():
         if node.inputs and OPERATIONS[node.operation].moves:
-            read = [layouts[n] for n in node.inputs]
-            with placed(node, place_of):
+            read, source = [layouts[n] for n in node.inputs], None
+            with held.later(node), placed(node, place_of):
                 node, source = settle(node, read, layouts[node.name], shapes, set(resolved.spec.free))
             if source is not None:
                 moved[node.name] = source
@@ -213,21 +265,22 @@ def _laid_out(
     return Trace(Graph(tuple(nodes)), resolved.spec, layouts, shapes, own, moved)
 
 
-def _last_products(graph: Graph) -> set[str]:
-    """Products that no other reads through what keeps their entries: normalised, scaled, turned."""
-    users, reaching = graph.users(), set[str]()
-    for node in reversed(graph.nodes[1:]):
-        plain = OPERATIONS[node.operation].rule is rules.same or node.operation in (
-            "softmax",
-            "rearrange",
-            *REDUCTIONS,
-        )
-        if node.operation in ("matmul", "attention") or (
-            plain and any(u.name in reaching for u in users[node.name])
-        ):
-            reaching.add(node.name)
-    products = [node for node in graph.nodes if node.operation == "matmul"]
-    return {node.name for node in products if not any(user.name in reaching for user in users[node.name])}
+def _units_of(
+    units: Units,
+    node: Node,
+    inputs: list[Value],
+    out: torch.Size,
+    own: rules.Shapes,
+    seen: dict[str, Value],
+) -> Value:
+    """Where units lie on what a node gives, by its operation's rule."""
+    operation = OPERATIONS[node.operation]
+    if operation.rule in (rules.linear, rules.channels, rules.group_norm):
+        inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
+    elementwise = operation.rule is rules.same
+    check_beside(node, inputs, elementwise)
+    found = kept_beside(node, inputs, operation.rule(units, node, inputs, out, own))
+    return carried(units, node, inputs, found, operation.run, elementwise, own)
 
 
 def _input(units: Units, node: Node, example: tuple[int, ...]) -> Value:
@@ -237,18 +290,3 @@ def _input(units: Units, node: Node, example: tuple[int, ...]) -> Value:
     labels = units.new(example[1], "input").view([-1 if d == 1 else 1 for d in range(len(example))])
     units.fixed.append(labels)
     return Value(labels, (1,), shape, True)
-
-
-def _try_node(node: Node, inputs: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
-    try:
-        own = node_parameters(node, state)
-        place = place_for(most_entries(node, inputs, own))
-        if place == "meta" or any(value.is_meta for value in inputs):
-            inputs, own = [value.to("meta") for value in inputs], {k: v.to("meta") for k, v in own.items()}
-        return run_node(node, inputs, own)
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
-        raise InputError(
-            f"{node.name}: {node.operation} cannot run on {shapes} ({str(error).splitlines()[0]}); "
-            "allowed: an example of the shape that the network takes"
-        ) from error

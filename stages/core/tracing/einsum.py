@@ -9,6 +9,7 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import Node
+from stages.core.tracing.bare import unexpanded, without
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
 
@@ -47,6 +48,10 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     while len(tensors) > 2:
         tensors[:2], letters[:2] = zip(_first_two(reader, fx, tensors, letters, out), strict=True)
         shapes = [reader.shape(t) for t in tensors]
+    for i, tensor in enumerate(tensors):
+        if not reader.is_value(tensor) and len(tensors) == 2:
+            tensors[i], letters[i] = _bare(reader, tensor, letters[i], letters[1 - i], out)
+    shapes = [reader.shape(t) for t in tensors]
     values = [
         reader.is_value(t) or any(n % INPUT == 0 for n in shape)
         for t, shape in zip(tensors, shapes, strict=True)
@@ -68,15 +73,26 @@ def read_einsum(reader: Reader, fx: torch.fx.Node, given: dict[str, Any]) -> Non
     both = [c for c in value if c in weight and c in out]
     product = replace(product, tensors=[tensors[at], tensors[1 - at]], letters=[value, weight])
     if summed and both:
-        if len(value) < len(both) + len(summed) + 2:
-            raise refused
         product.looked_up()
     elif summed:
         product.linear()
-    elif set(weight) <= set(value) and sorted(out) == sorted(value):
+    elif set(value) <= set(out) and sorted(out) == sorted({*value, *weight}):
         product.scaled()
     else:
         raise refused
+
+
+def _bare(
+    reader: Reader, tensor: torch.fx.Node, letters: str, other: str, out: str
+) -> tuple[torch.fx.Node, str]:
+    """A constant without the letters along which it is the same, where those are the other's and the result's too."""
+    table = unexpanded(reader, tensor)
+    same = [d for d, c in enumerate(letters) if reader.shape(table)[d] == 1 and c in other and c in out]
+    if all(reader.shape(tensor)[d] % INPUT == 0 for d in same):  # learned queries, expanded to all images
+        return tensor, letters
+    left = "".join(c for d, c in enumerate(letters) if d not in same)
+    kept = [d for d, n in enumerate(reader.shape(table)) if n != reader.shape(tensor)[d] and d not in same]
+    return (tensor, letters) if kept else (without(reader, table, same), left)
 
 
 def _first_two(
@@ -157,25 +173,36 @@ class _Product:
         both = [c for c in value if c in weight and c in self.out]
         summed = "".join(c for c in value if c in weight and c not in self.out)
         new = [c for c in weight if c not in value]
-        *kept, rows = [c for c in value if c not in weight]
+        kept, rows = [c for c in value if c not in weight], ""
+        behind = len(kept) > 1 and value.index(kept[-1]) > min(value.index(c) for c in both)
+        if len(kept) > 2 or behind:  # else what is left may be heads, which are no rows
+            *kept, rows = kept
         order = [weight.index(c) for c in (*both, *summed, *new)]
         shape = [self.sizes[c] for c in both]
         shape += [math.prod(self.sizes[c] for c in letters) for letters in (summed, new)]
         state, own = self._state(order, shape), self.reader.name(self.fx, {})
         given = self.reader.value(self.tensors[0])
         read = self.reader.arranged(f"{own}_input", given, value, [*kept, *both, rows, summed], self.sizes)
-        made = [*kept, *both, rows, "".join(new)]
+        made = [*kept, *both, rows, "".join(new)]  # one row where there are none
         self._add(own, f"{own}_product", "matmul_parameter", [read], {"value": state}, made)
 
     def scaled(self) -> None:
-        """The parameter multiplies entry by entry."""
+        """The parameter multiplies entry by entry; letters that the value has not are dimensions of one entry there."""
         value, weight = self.letters
+        new = [c for c in weight if c not in value]
         held = [c for c in value if c in weight]
         first = value.index(held[0]) if held else len(value)
-        shape = [self.sizes[c] if c in weight else 1 for c in value[first:]]
-        state, own = self._state([weight.index(c) for c in held], shape), self.reader.name(self.fx, {})
+        shape = [self.sizes[c] if c in weight else 1 for c in (*value[first:], *new)]
+        state, own = (
+            self._state([weight.index(c) for c in (*held, *new)], shape),
+            self.reader.name(self.fx, {}),
+        )
         given = self.reader.value(self.tensors[0])
-        self._add(own, f"{own}_product", "multiply_parameter", [given], {"value": state}, [*value])
+        if new:
+            given = self.reader.arranged(
+                f"{own}_wide", given, value, [*value, *([""] * len(new))], self.sizes
+            )
+        self._add(own, f"{own}_product", "multiply_parameter", [given], {"value": state}, [*value, *new])
 
     def _state(self, order: Sequence[int], shape: Sequence[int]) -> str:
         """The state name of the parameter, its dimensions in another order and shape."""

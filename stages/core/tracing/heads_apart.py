@@ -13,9 +13,9 @@ import torch.fx
 
 from stages.core.graph.operations import UNARY
 from stages.core.tracing.calls.joins import BINARY_CALLS
-from stages.core.tracing.calls.moving import PERMUTES, order_of
 from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
+from stages.core.tracing.permuting import PERMUTES, order_of
 from stages.core.tracing.reader import RESHAPES, SKIPPED
 
 PRODUCTS = ("bmm", "matmul")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Graph
 from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
-from stages.core.tracing.complex_pairs import pairs_apart
+from stages.core.tracing.complex_pairs import FOURIER, pairs_apart
 from stages.core.tracing.copies import unwrap
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
@@ -26,6 +26,7 @@ from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
 from stages.core.tracing.rewriting import reduced_apart, unrepeated
+from stages.core.tracing.side_by_side import places_changed
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     """
     module = unwrap(module)
     exported = export(module, example, _has_rule)
-    pairs_apart(exported.graph)
+    pairs_apart(exported.graph, exported.tensors, type(module).__name__)
     unrepeated(exported.graph, exported.tensors)
+    places_changed(exported.graph)
     heads_apart(exported.graph)
     groups_apart(exported.graph)
     unit_kept(exported.graph)
@@ -75,7 +77,11 @@ def read(module: nn.Module, example: Tensor) -> Reading:
 def _has_rule(fx: torch.fx.Node) -> bool:
     name = opname(fx)
     return (
-        name in SKIPPED or name in CALLS or name.strip("_") in CALLS or name.startswith(("sym_", "_assert"))
+        name in SKIPPED
+        or name in CALLS
+        or name in FOURIER
+        or name.strip("_") in CALLS
+        or name.startswith(("sym_", "_assert"))
     )
 
 

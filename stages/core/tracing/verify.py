@@ -82,6 +82,8 @@ def _perturbed_run(
     module = copied(unwrap(module)).cpu()
     kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     module = module.double()
+    for own in (*module.parameters(), *module.buffers()):
+        own.data = own.data.to(torch.complex128) if own.is_complex() else own.data
     x = _images(example, graph, generator)
     for name, tensor in _distinct(module):
         tensor.copy_(_perturbed(name, tensor, generator))
@@ -108,8 +110,10 @@ class _Double(TorchDispatchMode):
         if not made and kwargs.get("dtype") in self.LESS:
             kwargs["dtype"] = torch.float64
         found = func(*args, **kwargs)
-        if made and isinstance(found, Tensor) and found.dtype in self.LESS:
-            return found.double()  # of the numbers that it has in single precision
+        if made and isinstance(found, Tensor) and found.dtype in (*self.LESS, torch.complex64):
+            return found.to(
+                torch.complex128 if found.is_complex() else torch.float64
+            )  # of its single precision
         return found
 
 

@@ -193,6 +193,7 @@ MADE = {  # operation: constructor
     "triu": body()(lambda m, x: x.triu()),
     "affine_grid": body(where=lambda: nn.Linear(4, 6))(lambda m, x: moved_about(m, x)),
     "grid_sample": body()(lambda m, x: F.grid_sample(x, CORNERS.expand(len(x), -1, -1, -1).to(x), align_corners=False)),
+    "fourier": body()(lambda m, x: torch.fft.irfft2(torch.fft.rfft2(x).conj() * (0.5 + 0.2j), s=(8, 8)) + x),
     "amin": body()(lambda m, x: x - x.amin((2, 3), keepdim=True)),
     "matmul_parameter": lambda: Tokens(look_up, qkv=nn.Linear(8, 24), table=parameter(2, 4, 4)),
     "convolve_parameter": lambda: Tokens(pool_heads, qkv=nn.Linear(8, 8), pool=nn.Conv2d(4, 4, 2, 1, 0, 1, 4, False)),

@@ -8,9 +8,11 @@ from typing import Any
 import torch.fx
 
 from stages.core.graph.nodes import CONVOLUTIONS, TRANSPOSED, Node
+from stages.core.tracing.bare import unexpanded, without
 from stages.core.tracing.einsum import read_einsum
 from stages.core.tracing.export import opname
-from stages.core.tracing.reader import RESHAPES, Reader
+from stages.core.tracing.one_by_one import INPUT
+from stages.core.tracing.reader import RESHAPES, Reader, images_at
 from stages.core.tracing.rearranging import Factors
 
 
@@ -33,26 +35,47 @@ def _addmm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
 
 
 def _matmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Of two values, or of a value and a constant: a linear map, a table for each head, or a value of every image."""
     a, b = given["self"], given.get("other", given.get("mat2"))
     if reader.is_value(a) and reader.is_value(b):
         reader.node(fx, "matmul", [a, b])
-    elif reader.is_value(a) and len(reader.shape(b)) == 2:
-        weight = reader.folding.want(reader.through(b), transposed=True)
+        return
+    lone = reader.is_value(a)
+    known = b if lone else a
+    if len(reader.shape(known)) == 3 and images_at(known.meta["val"]) is not None:
+        reader.node(fx, "matmul", [a, b])  # learned queries or keys, expanded to all images
+        return
+    table = unexpanded(reader, known)
+    shape = reader.shape(table)
+    lead = [d for d in range(len(shape) - 2) if shape[d] == 1]
+    several = len(lead) < len(shape) - 2 and not any(n % INPUT == 0 for n in shape)
+    if not several and (lone or len(shape) == 2 or shape[-1] == shape[-2]):
+        table, several = without(reader, table, lead), False
+    if lone and len(reader.shape(table)) == 2:
+        weight = reader.folding.want(table, transposed=True)
         reader.node(fx, "linear", [a], {}, {"weight": weight})
-    elif reader.is_value(b) and len(reader.shape(a)) == 2 and len(reader.shape(b)) > 2:
-        _in_front(reader, fx, reader.parameter(a), b)
+    elif not lone and len(reader.shape(table)) == 2 < len(reader.shape(b)):
+        _in_front(reader, fx, "linear", {"weight": reader.parameter(table)}, b)
+    elif several and lone:
+        table = without(reader, table, lead)
+        reader.node(fx, "matmul_parameter", [a], {}, {"value": reader.parameter(table)})
+    elif several:
+        table = without(reader, table, lead)
+        _in_front(reader, fx, "matmul_parameter", {"value": reader.folding.want(table, transposed=True)}, b)
     else:
         reader.node(fx, "matmul", [a, b])  # one of the two as a value that is the same for every image
 
 
-def _in_front(reader: Reader, fx: torch.fx.Node, weight: str, value: torch.fx.Node) -> None:
-    """A matrix in front of a value: a linear map over the dimension before the last."""
+def _in_front(
+    reader: Reader, fx: torch.fx.Node, operation: str, parameters: Mapping[str, str], value: torch.fx.Node
+) -> None:
+    """A matrix, or one for each head, in front of a value: a linear map over the dimension before the last."""
     shape, name = reader.shape(value), reader.name(fx, {})
     letters = string.ascii_letters[: len(shape)]
     swapped = letters[:-2] + letters[-1] + letters[-2]
     sizes = dict(zip(letters, shape, strict=True))
     turned = reader.arranged(f"{name}_turned", reader.value(value), letters, swapped, sizes)
-    reader.add(Node(f"{name}_map", "linear", (turned,), {}, {"weight": weight}))
+    reader.add(Node(f"{name}_map", operation, (turned,), {}, parameters))
     sizes |= dict(zip(letters, reader.shape(fx), strict=True))
     reader.names[fx] = reader.arranged(name, f"{name}_map", swapped, letters, sizes)
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.fx
 
+from stages.core.tracing.bare import called, unexpanded
 from stages.core.tracing.calls.reductions import reduce
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
@@ -50,9 +52,19 @@ def _triangle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name:
 
 
 def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    if not reader.is_value(given["index"]) or not reader.is_value(given["self"]):
-        raise reader.unknown(fx, "gather by an index that does not depend on the input")
-    reader.node(fx, "gather", [given["self"], given["index"]], {"dim": _dim(reader, fx, given)})
+    """By an index that depends on the input, or by one that is the same for all images."""
+    index, dim = given["index"], _dim(reader, fx, given)
+    if not reader.is_value(given["self"]):
+        raise reader.unknown(fx, "gather of a constant")
+    if reader.is_value(index):
+        reader.node(fx, "gather", [given["self"], index], {"dim": dim})
+        return
+    table = unexpanded(reader, index)
+    if reader.shape(table)[0] > 1:
+        raise reader.unknown(fx, "gather by an index that differs from image to image, and is constant")
+    places = called(reader, torch.ops.aten.to.dtype, table, torch.float32)  # as numbers, as whatever is kept
+    wide = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(table))]
+    reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
 
 
 def _ranked(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
@@ -87,7 +99,17 @@ def _affine_grid(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
     reader.node(fx, "affine_grid", [given["theta"]], settings)
 
 
+def _fourier_part(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """One part of a transform (stages.core.tracing.complex_pairs)."""
+    if any(reader.shape(given["real"])[d] % INPUT == 0 for d in given["dims"]):
+        raise reader.unknown(fx, "a transform of the images")
+    settings = {key: given[key] for key in ("kind", "dims", "norm", "part")}
+    parts = [given["real"], *([] if given["imaginary"] is None else [given["imaginary"]])]
+    reader.node(fx, "fourier", parts, {**settings, "sizes_over": given["sizes"]})
+
+
 LINE_CALLS = {
+    "fourier": _fourier_part,
     **{
         name: partial(_along, name=name) for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
     },

@@ -1,5 +1,6 @@
 """What moves whole entries about, puts values side by side, or passes them on."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,12 +9,12 @@ import torch
 import torch.fx
 
 from stages.core.graph.nodes import Node
+from stages.core.tracing.bare import unexpanded
 from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
+from stages.core.tracing.permuting import PERMUTES, order_of
 from stages.core.tracing.reader import RESHAPES, Reader
 from stages.core.tracing.rearranging import Factors
-
-PERMUTES = {"permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT"}
 
 
 def _rearrange(reader: Reader, fx: torch.fx.Node, order: Sequence[int] | None) -> None:
@@ -27,7 +28,30 @@ def _rearrange(reader: Reader, fx: torch.fx.Node, order: Sequence[int] | None) -
             continue
         reader.factors[fx] = (base, factors)
         return
+    if order is None and _flattened(reader, fx, source):
+        return
     raise reader.unknown(fx, f"{opname(fx)} to {tuple(shape)}")
+
+
+def _flattened(reader: Reader, fx: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """A view that cuts dimensions elsewhere (7 x 6 of 6 x 7): those as one, and that cut."""
+    before, after = reader.shape(source), reader.shape(fx)
+    first = next((d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
+    least = min(len(before), len(after)) - first
+    last = next((d for d in range(least) if before[-1 - d] != after[-1 - d]), least)
+    flat = [*before[:first], math.prod(before[first : len(before) - last]), *before[len(before) - last :]]
+    apart = Factors.of(flat)
+    if not first or not apart.reshape(after):
+        return False
+    with reader.graph.inserting_before(fx):
+        whole = reader.graph.call_function(torch.ops.aten.reshape.default, (source, flat))
+    whole.meta = {**fx.meta, "val": torch.empty(flat, dtype=fx.meta["val"].dtype, device="meta")}
+    joined = Factors.of(before)
+    if not joined.reshape(flat):
+        return False
+    reader.node(whole, "rearrange", [source], joined.attributes())
+    reader.factors[fx] = (whole, apart)
+    return True
 
 
 def _reshaped(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -36,12 +60,6 @@ def _reshaped(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> No
 
 def _permuted(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _rearrange(reader, fx, order_of(fx, len(reader.shape(fx))))
-
-
-def order_of(fx: torch.fx.Node, rank: int) -> list[int]:
-    """Which dimension a call has in each place: what it does with dimensions of different extents."""
-    line = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-    return [n - 2 for n in fx.target(line, *fx.args[1:], **fx.kwargs).shape]
 
 
 def _pixel_shuffle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -126,7 +144,7 @@ def _beside(
             pad = [0, 0] * (rank - dim)
             pad[-2 if ahead else -1] = reader.shape(part)[dim]
             return {"pad": pad}, {}
-    return {"dim": dim - rank, "first": ahead}, {"value": reader.parameter(part)}
+    return {"dim": dim - rank, "first": ahead}, {"value": reader.parameter(unexpanded(reader, part))}
 
 
 def _stack(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
