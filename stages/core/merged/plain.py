@@ -231,10 +231,9 @@ class _Writer:
             return y + p["bias"] if "bias" in p else y
         if node.operation == "concatenate_parameter":
             dim = a["dim"] % rank
-            sizes = [-1 if d == dim else n for d, n in enumerate(self._shape(node.inputs[0]))]
-            sizes = [
-                x[0].shape[d] if n == 1 else n for d, n in enumerate(sizes)
-            ]  # of images, wherever they are
+            own = self.trace.parameters[node.parameters["value"]]
+            own = [1] * (rank - len(own)) + list(own)  # 1: images, wherever they are, and what is beside
+            sizes = [x[0].shape[d] if n == 1 and d != dim else -1 for d, n in enumerate(own)]
             both = [p["value"].expand(sizes), x[0]]
             return torch.cat(both if a["first"] else both[::-1], dim)
         return OPERATIONS[node.operation].run(x, p, a)
