@@ -44,7 +44,7 @@ print(json.dumps(found))
 """
 
 
-LIBRARY = 96 << 20  # bytes: packed weights and scratch space of convolutions, whatever the number of images
+LIBRARY = 128 << 20  # bytes: packed weights and scratch space of convolutions, whatever the number of images
 
 
 @pytest.mark.slow

@@ -113,11 +113,14 @@ class Held:
         return _fixed_on(units, node, len(out) - 1 if last else 1, out)
 
     def told(self) -> None:
-        """Say in the log what is held, and why."""
+        """Say in the log what is held, and why: once for what is held alike."""
+        alike: dict[str, list[str]] = {}
         for error in self.nodes.values():
-            log.warning(
-                "%s; its units keep their order and are shared", str(error).partition("; allowed: ")[0]
-            )
+            place, _, why = str(error).partition("; allowed: ")[0].partition(": ")
+            alike.setdefault(why, []).append(place)
+        for why, (place, *more) in alike.items():
+            others = f" and {len(more)} more" if more else ""
+            log.warning("%s%s: %s; its units keep their order and are shared", place, others, why)
 
 
 class _Nothing(Held):
