@@ -9,17 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import sha256, write_json
-from stages.core.settings.params import load_params
+from stages.core.settings.params import load_params, read_yaml
 
 COMMON = Path("models/common.json")
 STRAY = re.compile(
     r"__pycache__|\..*|.*~|.*\.(tmp|swp)"
-)  # names that .dvcignore leaves out, and other hidden ones
+)  # what .dvcignore leaves out, and other hidden names
 
 
 def main() -> None:
@@ -30,16 +28,17 @@ def main() -> None:
 
 def gathered(top: Path) -> dict[str, Any]:
     """{"files": {path: SHA-256}, "params": {file: {key: value}}} of the stage `common`. Raises InputError."""
-    stage = _read(top / "dvc.yaml").get("stages", {}).get("common")
+    stage = read_yaml(top / "dvc.yaml").get("stages", {}).get("common")
     if stage is None:
         raise InputError("dvc.yaml: found no stage common; allowed: the one that all fits depend on")
-    params = _read(top / "params.yaml")
+    params = read_yaml(top / "params.yaml")
     files = {str(path.relative_to(top)): sha256(path) for dep in stage["deps"] for path in _files(top / dep)}
     values: dict[str, dict[str, Any]] = {}
     for entry in stage["params"]:
         for file, keys in ({"params.yaml": [entry]} if isinstance(entry, str) else entry).items():
             file, keys = _filled(file, params), [_filled(key, params) for key in keys]
-            values.setdefault(file, {}).update((key, _value(_read(top / file), key)) for key in keys)
+            content = params if file == "params.yaml" else read_yaml(top / file)
+            values.setdefault(file, {}).update((key, _value(content, key)) for key in keys)
     return {"files": files, "params": values}
 
 
@@ -60,10 +59,6 @@ def _value(content: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         content = content[part]
     return content
-
-
-def _read(path: Path) -> Any:
-    return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 if __name__ == "__main__":

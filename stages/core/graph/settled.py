@@ -114,11 +114,10 @@ def _check_images(node: Node, dim: int) -> None:
         numbers.append(range(start, start + len(own)))
         start += len(own)
     sizes = [size for own in atoms for size in own]
+    units = {n for n in numbers[dim] if sizes[n] > 1}
     images = {numbers[d][at] for d, at in enumerate(free) if at is not None}
-    images -= {
-        n for n in numbers[dim] if sizes[n] > 1
-    }  # units that were counted, of a graph that was laid out before
-    units, at = {n for n in numbers[dim] if sizes[n] > 1} - images, 0
+    images -= units  # that were counted, of a graph that was laid out before
+    at = 0
     for count in node.attributes["groups"]:
         together = set(order[at : at + count])
         at += count

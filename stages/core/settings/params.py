@@ -103,10 +103,10 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
     Raises InputError in one line: the key, what was found and what is allowed.
     """
-    found = _read(Path(path))
+    found = read_yaml(Path(path))
     other = found.get("profiles_from") if isinstance(found, dict) else None
     if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
-        found["profiles"] |= _read(Path(path).with_name(other))["profiles"]
+        found["profiles"] |= read_yaml(Path(path).with_name(other))["profiles"]
     return parse_params(found, str(path))
 
 
@@ -125,13 +125,14 @@ def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
         path = Path(folder) / name
         if path.is_file():
             try:
-                found[name] = TypeAdapter(dict[str, Profile]).validate_python(_read(path)["profiles"])
+                found[name] = TypeAdapter(dict[str, Profile]).validate_python(read_yaml(path)["profiles"])
             except (ValidationError, TypeError, KeyError) as error:
                 raise InputError(f"{path}: profiles: {' '.join(str(error).split())}") from error
     return found
 
 
-def _read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """What a file says. Raises InputError when it is not there or no YAML."""
     try:
         return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError as error:

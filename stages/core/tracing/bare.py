@@ -9,6 +9,7 @@ import torch.fx
 from stages.core.tracing.export import opname
 from stages.core.tracing.permuting import PERMUTES, order_of
 from stages.core.tracing.reader import SKIPPED, Reader
+from stages.core.tracing.rewriting import called
 
 
 def unexpanded(reader: Reader, fx: torch.fx.Node) -> torch.fx.Node:
@@ -22,27 +23,30 @@ def unexpanded(reader: Reader, fx: torch.fx.Node) -> torch.fx.Node:
     if name in ("expand", "expand_as"):
         inner = unexpanded(reader, source)
         shape, ahead = reader.shape(inner), len(reader.shape(fx)) - len(reader.shape(inner))
-        return called(reader, torch.ops.aten.reshape.default, inner, [1] * ahead + shape) if ahead else inner
+        return (
+            made_constant(reader, torch.ops.aten.reshape.default, inner, [1] * ahead + shape)
+            if ahead
+            else inner
+        )
     if name in PERMUTES:
         inner = unexpanded(reader, source)
         if inner is not reader.through(source):
-            return called(reader, torch.ops.aten.permute.default, inner, order_of(fx, len(reader.shape(fx))))
+            return made_constant(
+                reader, torch.ops.aten.permute.default, inner, order_of(fx, len(reader.shape(fx)))
+            )
     return fx
 
 
 def without(reader: Reader, fx: torch.fx.Node, dims: Sequence[int]) -> torch.fx.Node:
     """A constant without dimensions that have one entry."""
     for dim in sorted(dims, reverse=True):
-        fx = called(reader, torch.ops.aten.select.int, fx, dim, 0)
+        fx = made_constant(reader, torch.ops.aten.select.int, fx, dim, 0)
     return fx
 
 
-def called(reader: Reader, target: Any, fx: torch.fx.Node, *args: Any) -> torch.fx.Node:
+def made_constant(reader: Reader, target: Any, fx: torch.fx.Node, *args: Any) -> torch.fx.Node:
     """What a call makes of a constant, as one more constant."""
     with reader.graph.inserting_before(reader.at):
-        found = reader.graph.call_function(target, (fx, *args))
-    found.meta = {
-        "val": target(torch.empty(fx.meta["val"].shape, dtype=fx.meta["val"].dtype, device="meta"), *args)
-    }
+        found = called(reader.graph, fx, target, fx, *args)
     reader.known.add(found)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.core.tracing.export import opname
 from stages.core.tracing.permuting import PERMUTES
 from stages.core.tracing.reader import RESHAPES, SKIPPED, place_of
+from stages.core.tracing.rewriting import called, given_to
 
 Part = torch.fx.Node | float | None  # of a real number the imaginary part is nothing
 Pair = tuple[Part, Part]
@@ -94,9 +95,7 @@ class _Pairs:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
         """A call on real numbers, with what is known of its value."""
-        found = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg((args, kwargs), lambda own: _seen(own))
-        found.meta = {**self.at.meta, "val": target(*values[0], **values[1])}
+        found = called(self.graph, self.at, target, *args, **kwargs)
         self.given.add(found)
         return found
 
@@ -134,16 +133,6 @@ class _Pairs:
 
 def _zeros(writer: _Pairs, like: Part) -> torch.fx.Node:
     return writer.call(torch.ops.aten.mul.Scalar, like, 0.0)
-
-
-def _seen(node: torch.fx.Node) -> Any:
-    """A value like that of a call, of which nothing but its shape and type is asked."""
-    return torch.utils._pytree.tree_map(
-        lambda own: (
-            torch.empty(own.shape, dtype=own.dtype, device="meta") if isinstance(own, Tensor) else own
-        ),
-        node.meta["val"],
-    )
 
 
 def _product(writer: _Pairs, node: torch.fx.Node) -> Pair:
@@ -190,10 +179,7 @@ def _quotient(writer: _Pairs, node: torch.fx.Node) -> Pair:
 
 def _transform(writer: _Pairs, node: torch.fx.Node, kind: str) -> Pair | torch.fx.Node:
     """Each part of a transform as a call of its own, over all its dimensions at once."""
-    given = {a.name: a.default_value for a in node.target._schema.arguments}
-    given |= dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(
-        node.kwargs
-    )
+    given = {own.name: own.default_value for own in node.target._schema.arguments} | given_to(node)
     a, b = writer.pair(node.args[0])
     rank, sizes, dims = len(a.meta["val"].shape), given.get("s", given.get("n")), given.get("dim")
     sizes = [sizes] if isinstance(sizes, int) else sizes

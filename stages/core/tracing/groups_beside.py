@@ -17,7 +17,7 @@ from stages.core.tracing.export import opname
 from stages.core.tracing.heads_apart import PRODUCTS, SOFTMAXES, tensor_shape
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, SKIPPED
-from stages.core.tracing.rewriting import called
+from stages.core.tracing.rewriting import again, called
 
 MOST_GROUPS = 64  # each is written out
 LAYERS = (*CONVOLUTIONS, *POOLS, *ADAPTIVE, "batch_norm", "group_norm", "instance_norm", "im2col", "pad")
@@ -158,6 +158,4 @@ def _again(
     args = torch.fx.node.map_arg(node.args, lambda own: made[own][group] if own in made else own)
     if opname(node) in RESHAPES:
         return called(graph, node, torch.ops.aten.reshape.default, args[0], [INPUT, *tensor_shape(node)[1:]])
-    if opname(node) in SKIPPED:
-        return args[0]
-    return called(graph, node, node.target, *args, **node.kwargs)
+    return again(graph, node, args)

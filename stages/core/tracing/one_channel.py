@@ -15,7 +15,7 @@ from stages.core.tracing.calls.joins import BINARY_CALLS
 from stages.core.tracing.export import opname
 from stages.core.tracing.heads_apart import SOFTMAXES, tensor_shape
 from stages.core.tracing.reader import RESHAPES, SKIPPED
-from stages.core.tracing.rewriting import called
+from stages.core.tracing.rewriting import again, called
 
 OVER_PLACES = (*SOFTMAXES, *REDUCTIONS, "std")
 
@@ -98,8 +98,7 @@ def _write(
         if opname(node) in OVER_PLACES:
             args = (args[0], [-1] if isinstance(node.args[1], list | tuple) else -1, *args[2:])
         with graph.inserting_before(node):
-            skipped = opname(node) in SKIPPED
-            made[node] = args[0] if skipped else called(graph, node, node.target, *args, **node.kwargs)
+            made[node] = again(graph, node, args)
     for node in ends:
         with graph.inserting_before(node):
             whole = called(graph, node, reshape, made[node.args[0]], tensor_shape(node))

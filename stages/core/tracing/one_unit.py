@@ -15,6 +15,7 @@ from stages.core.tracing.calls.joins import BINARY_CALLS
 from stages.core.tracing.export import opname
 from stages.core.tracing.heads_apart import SOFTMAXES, tensor_shape
 from stages.core.tracing.reader import RESHAPES, SKIPPED
+from stages.core.tracing.rewriting import again, called
 
 LINEAR = ("linear", "matmul", "addmm", "mm", "bmm")
 
@@ -42,8 +43,8 @@ def _as_matrix(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         return
     aten = torch.ops.aten
     with graph.inserting_before(node):
-        matrix = _call(graph, weights, aten.unsqueeze.default, (weights, 1), [*tensor_shape(weights), 1])
-        column = _call(graph, node, aten.matmul.default, (value, matrix), [*tensor_shape(node), 1])
+        matrix = called(graph, weights, aten.unsqueeze.default, weights, 1)
+        column = called(graph, node, aten.matmul.default, value, matrix)
     node.target, node.args, node.kwargs = aten.squeeze.dim, (column, len(tensor_shape(node))), {}
 
 
@@ -109,26 +110,10 @@ def _write(
         if opname(node) in SOFTMAXES:
             args = (args[0], args[1] % rank, *args[2:])
         with graph.inserting_before(node):
-            made[node] = _call(graph, node, node.target, args, [*tensor_shape(node), 1], dict(node.kwargs))
+            made[node] = again(graph, node, args)
     for node in ends:
         at = _gives_back(node)
         order = [*range(at), rank, *range(at, rank)]
         with graph.inserting_before(node):
-            found = _call(
-                graph, node, torch.ops.aten.permute.default, (made[node.args[0]], order), tensor_shape(node)
-            )
+            found = called(graph, node, torch.ops.aten.permute.default, made[node.args[0]], order)
         node.replace_all_uses_with(found)
-
-
-def _call(
-    graph: torch.fx.Graph,
-    like: torch.fx.Node,
-    target: object,
-    args: Sequence[object],
-    shape: Sequence[int],
-    kwargs: dict[str, object] | None = None,
-) -> torch.fx.Node:
-    found = graph.call_function(target, tuple(args), kwargs or {})
-    dtype = like.meta["val"].dtype
-    found.meta = {**like.meta, "val": torch.empty(tuple(shape), dtype=dtype, device="meta")}
-    return found

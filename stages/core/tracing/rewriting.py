@@ -26,6 +26,11 @@ def called(
     return found
 
 
+def again(graph: torch.fx.Graph, node: torch.fx.Node, args: Sequence[Any]) -> Any:
+    """The same call of other values, where ``graph`` inserts; what passes its value on is that value."""
+    return args[0] if opname(node) in SKIPPED else called(graph, node, node.target, *args, **node.kwargs)
+
+
 def _without_numbers(value: Any) -> Any:
     """Tensors of the same shapes on the meta device: what is read may stand on others."""
     if isinstance(value, list | tuple):
@@ -50,10 +55,15 @@ def cut_in(
     return [called(graph, like, cut, value, dim, i * size, (i + 1) * size) for i in range(parts)]
 
 
-def arguments_of(node: torch.fx.Node, defaults: Sequence[Any]) -> list[Any]:
-    """The first arguments of a call, as many as there are defaults, whether given by place or by name."""
+def given_to(node: torch.fx.Node) -> dict[str, Any]:
+    """The arguments of a call by their names, whether given by place or by name."""
     names = [own.name for own in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def arguments_of(node: torch.fx.Node, defaults: Sequence[Any]) -> list[Any]:
+    """The first arguments of a call, as many as there are defaults."""
+    names, given = [own.name for own in node.target._schema.arguments], given_to(node)
     return [given.get(name, own) for name, own in zip(names, defaults, strict=False)]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 
 from stages.core.tracing.export import opname
+from stages.core.tracing.rewriting import called
 
 
 def places_changed(graph: torch.fx.Graph) -> None:
@@ -37,16 +38,14 @@ def _written_as_views(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
     apart = [*before[:cut], len(parts), *shape[cut:]]
     order = [d for d in range(rank + 1) if d != cut]
     order.insert(order.index(dim + (dim > cut)), cut)
-    aten, seen, like = torch.ops.aten, source, node.meta["val"]
-    steps = (
-        (aten.reshape.default, apart),
-        (aten.permute.default, order),
-        (aten.reshape.default, list(like.shape)),
-    )
+    aten, seen = torch.ops.aten, source
+    joined = list(node.meta["val"].shape)
     with graph.inserting_before(node):
-        for target, args in steps:
-            value = target(torch.empty(seen.meta["val"].shape, dtype=like.dtype, device="meta"), args)
-            seen = graph.call_function(target, (seen, args))
-            seen.meta = {**node.meta, "val": value}
+        for target, sizes in (
+            (aten.reshape.default, apart),
+            (aten.permute.default, order),
+            (aten.reshape.default, joined),
+        ):
+            seen = called(graph, node, target, seen, sizes)
     node.replace_all_uses_with(seen)
     return True

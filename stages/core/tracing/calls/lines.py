@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from stages.core.tracing.bare import called, unexpanded
+from stages.core.tracing.bare import made_constant, unexpanded
 from stages.core.tracing.calls.reductions import reduce
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
@@ -62,7 +62,9 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     table = unexpanded(reader, index)
     if reader.shape(table)[0] > 1:
         raise reader.unknown(fx, "gather by an index that differs from image to image, and is constant")
-    places = called(reader, torch.ops.aten.to.dtype, table, torch.float32)  # as numbers, as whatever is kept
+    places = made_constant(
+        reader, torch.ops.aten.to.dtype, table, torch.float32
+    )  # as numbers, as whatever is kept
     wide = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(table))]
     reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
 

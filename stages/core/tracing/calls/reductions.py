@@ -71,9 +71,8 @@ def reduce(
     dims = list(dims) if isinstance(dims, tuple | list) else [dims]
     if any(reader.shape(given["self"])[d] % INPUT == 0 for d in dims):
         raise reader.unknown(fx, f"{operation} over the images")
-    rank = len(
-        reader.shape(given["self"])
-    )  # from the last: a product may be given a dimension for its one head
+    rank = len(reader.shape(given["self"]))
+    # counted from the last: a product may be given a dimension for its one head
     settings = {"dims": [d % rank - rank for d in dims], "keepdim": bool(given.get("keepdim", False)), **more}
     again = put_back(reader, fx, dims[0] % rank) if len(dims) == 1 and not name else []
     if again and not settings["keepdim"]:  # x.mean(1)[:, None]
@@ -93,9 +92,7 @@ def put_back(reader: Reader, fx: torch.fx.Node, dim: int) -> list[torch.fx.Node]
             return []
         users, value = [own for user in users for own in user.users], value[0]
     wanted = [*value.shape[:dim], 1, *value.shape[dim:]]
-    alike = all(
-        opname(own) in ("unsqueeze", *RESHAPES) and list(own.meta["val"].shape) == wanted for own in users
-    )
+    alike = all(opname(own) in RESHAPES and list(own.meta["val"].shape) == wanted for own in users)
     return users if alike else []
 
 
