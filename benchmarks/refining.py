@@ -50,7 +50,7 @@ def main(words: list[str]) -> None:
         "rows", nargs="*", default=["progressive"], metavar="ROW", help="default: progressive"
     )
     parser.add_argument("--images", nargs="+", default=[2500], type=lambda n: n if n == ALL else int(n))
-    parser.add_argument("--steps", nargs="+", default=[400], type=int)
+    parser.add_argument("--steps", nargs="+", default=[800], type=int)
     parser.add_argument("--budget", nargs="+", default=[1.0], type=float)
     parser.add_argument("--layout", nargs="+", default=["blocks"], choices=("blocks", "dense"))
     parser.add_argument("--to", type=Path, help="a file of lines that the results are added to")

@@ -100,6 +100,8 @@ def test_every_method_of_the_full_list_leaves_nothing_on_the_wrong_device(tmp_pa
     for method in content["full"].values():
         if method["fit"]["solver"] == "adam":
             method["fit"]["steps"] = 3
+        if method["fit"]["solver"] in ("fs_merge", "interpolation"):
+            method["fit"]["epochs"] = 1
         if "refine" in method["fit"]:
             method["fit"]["refine"] = {"steps": 2, "every": 1}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))

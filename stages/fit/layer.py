@@ -126,17 +126,12 @@ class Layer:
         each = batch * self.module.weights[0].element_size()
         return each * assembling, each * (kept + y)
 
-    def _apart(self, assembled: int) -> int:
-        """What those that are not held out take, apart from the others."""
-        return assembled if self.setup.ridge == "auto" else 0
-
     def rows_bytes(self, batch: int) -> int:
         """What the inputs and targets of a batch take, assembled and then row by row."""
         z, y = self.entries
         assembling, assembled = self.batch_bytes(batch)
         copies = 1 if self.node.operation == "linear" else 2  # what is seen row by row, and that shifted
         by_row = copies * (self.places * self.d_in + y) + (z if self.taps > 1 else 0)
-        assembled += self._apart(assembled)
         at_a_time = min(batch, self.images_by_row)
         return max(assembling, assembled + at_a_time * by_row * self.module.weights[0].element_size())
 
@@ -144,6 +139,5 @@ class Layer:
         """What they take, assembled and then summed as maps."""
         assembling, assembled = self.batch_bytes(batch)
         d_out, itemsize = self.d_out if targets else 0, self.module.weights[0].element_size()
-        assembled += self._apart(assembled) if targets else 0
         adding = MapSums.add_bytes(self.maps, self.module.inputs.width, d_out, batch, itemsize)
         return max(assembling, assembled + adding)

@@ -13,12 +13,13 @@ from stages.core.graph.nodes import Node
 from stages.core.merged.mixed import MixMap
 from stages.core.runtime import ranks
 from stages.core.sweep.sweep import Sweep
+from stages.fit.equations.apart import SumsApart
 from stages.fit.equations.normal import NormalEquations
-from stages.fit.equations.ridge import Losses, decide, flags
+from stages.fit.equations.ridge import Losses, decide
 from stages.fit.equations.solve import solve
-from stages.fit.equations.trial import Trial, some, trial_bytes
+from stages.fit.equations.trial import some, trial_bytes
 from stages.fit.features import inputs_of, targets_of
-from stages.fit.problem import LayerSolution, apart
+from stages.fit.problem import LayerSolution
 from stages.fit.setup import Setup
 
 
@@ -44,7 +45,7 @@ class Mixing:
         solving = NormalEquations.solve_bytes(d_in, d_in, d_out)
         if equations > 1:
             solving = max(solving, trial_bytes(d_in, d_in, d_out))
-        return sums + solving + (2 + equations) * batch * values * size
+        return sums + solving + 3 * batch * values * size
 
     def fit(self, node: Node, sweep: Sweep) -> LayerSolution | None:
         """Fit the layer and install its weights."""
@@ -52,27 +53,22 @@ class Mixing:
         at, bias = module.owners.index(-1), "bias" in node.parameters
         start = module.weight[at].flatten(1)
         d_out, d_in = start.shape
-        held = flags(sweep, self.setup.ridge)
-        equations = [
-            NormalEquations(d_in, d_out, bias, start.device, node.name)
-            for _ in range(1 if held is None else 2)
-        ]
+        parts = 1 + any(ranks.said_by_all(any(batch.held for batch in sweep.batches)))
+        sizes, what = (d_in, d_out, bias), (start.device, node.name)
+        equations = SumsApart([NormalEquations(*sizes, *what) for _ in range(parts)])
         for index, batch in enumerate(sweep.batches):
             z, y = inputs_of(self.setup, node, sweep, index), targets_of(self.setup, node, sweep, index)
-            for part, *own in apart(self.setup.network, node, z, y, held and held[index]):
-                equations[part].add(*(_rows(module, value) for value in own), sweep.weights[batch.task])
-        for own in equations:
-            own.finished()
+            equations.parts[batch.held].add(_rows(module, z), _rows(module, y), sweep.weights[batch.task])
+        equations.finished()
         if ranks.rank():
             return None
         every = tuple(torch.arange(n, device=start.device) for n in (d_out, d_in))
         start = start.double()
-        losses = _losses_of_copies(*equations, start) if held is not None else None
+        losses = _losses_of_copies(equations, start) if parts > 1 else None
         ridge = decide(self.setup.ridge, losses)
         del losses  # and the matrices it has kept
-        for own in equations[1:]:
-            equations[0].absorb(own)
-        found = solve(equations[0].block(*every), start, ridge)
+        equations.join()
+        found = solve(equations.block(*every), start, ridge)
         module.weight[at] = found.weight.to(module.weight.dtype).view_as(module.weight[at])
         if bias:
             module.bias[at] = found.bias.to(module.bias.dtype)
@@ -82,11 +78,10 @@ class Mixing:
         return self.setup.network.map_of(node)
 
 
-def _losses_of_copies(learnt: NormalEquations, held: NormalEquations, start: Tensor) -> Losses:
+def _losses_of_copies(equations: SumsApart, start: Tensor) -> Losses:
     """Energy left of the images held out by what is learnt from the others, for each of some ridges."""
     rows, columns = (torch.arange(n, device=start.device) for n in start.shape)
-    trial = Trial(learnt.block(some(rows), columns), held.block(some(rows), columns), some(start))
-    return lambda ridges: [trial.loss(ridge) for ridge in ridges]
+    return equations.trial(some(rows), columns, some(start)).losses
 
 
 def _rows(module: MixMap, value: Tensor) -> Tensor:

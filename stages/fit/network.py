@@ -16,13 +16,14 @@ from stages.core.merged.ranges import check_values
 from stages.core.recipe.methods import Fit
 from stages.core.runtime.cache import Storage
 from stages.core.runtime.errors import InputError
-from stages.core.sweep.batches import Batch
+from stages.core.sweep.batches import Batch, bounded
 from stages.core.sweep.exact import fingerprint
 from stages.core.sweep.memory import check_memory, place_values
 from stages.core.sweep.norms import set_statistics
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import Matching, UnitSplit
 from stages.fit.average import fill_average
+from stages.fit.equations.ridge import apart
 from stages.fit.held_out import Images
 from stages.fit.refine import refine
 from stages.fit.setup import Setup
@@ -145,7 +146,8 @@ def fit_layers(
         set_statistics(network, visitor.setup.exact, batches, *place, progress, "fit", same=True)
         return visitor.record
     running = setup.network if visitor.setup.fit.inputs == "merged" else None
-    sweep = Sweep(setup.sources, batches, running, precision)
+    seen = apart(bounded(batches, setup.network.trace)) if visitor.setup.ridge == "auto" else batches
+    sweep = Sweep(setup.sources, seen, running, precision)
     place_values(sweep, visitor, storage, memory, "fit")
     sweep.run(visitor, progress)
     if running is not None:  # batch norms have the exact statistics of these images

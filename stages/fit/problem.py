@@ -7,8 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stages.core.graph.nodes import Node
-from stages.core.merged.network import MergedNetwork
 from stages.core.runtime import ranks
 from stages.core.sweep.rows import draw_places, drawn_rows, input_rows, output_rows, place_rows
 from stages.core.sweep.sweep import Sweep
@@ -61,26 +59,18 @@ class LayerProblem:
         """How many there are, of one task or in all, on all ranks."""
         return sum(images for own, images in self._sweep.counts.items() if task in (None, own))
 
-    @cached_property
-    def held(self) -> list[Tensor] | None:
-        """Where the ridge is chosen by images held out, which those of each batch are: bool (n,)."""
-        return flags(self._sweep, self.setup.ridge)
+    def parts(self) -> int:
+        """Into how many the images are taken apart: those that the ridge is chosen by are the second."""
+        return 1 + any(ranks.said_by_all(any(batch.held for batch in self._sweep.batches)))
+
+    def part(self, index: int) -> int:
+        """Which of them a batch is of."""
+        return int(self._sweep.batches[index].held)
 
     def count(self, part: int, task: int | None = None) -> int:
-        """How many images ``parts`` gives, of one task or in all."""
-        if self.held is None:
-            return self.images(task)
-        chosen = [
-            held
-            for held, batch in zip(self.held, self._sweep.batches, strict=True)
-            if task in (None, batch.task)
-        ]
-        return sum(ranks.said_by_all(int((torch.cat(chosen) == bool(part)).sum())))
-
-    def parts(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """z and y of one batch: of the images that are learnt from, as 0, and of those held out, if any, as 1."""
-        z, y = self.inputs(index), self.targets(index)
-        yield from apart(self.setup.network, self.node, z, y, self.held and self.held[index])
+        """How many images one of them has, of one task or in all."""
+        own = (len(b) for b in self._sweep.batches if b.held == bool(part) and task in (None, b.task))
+        return sum(ranks.said_by_all(sum(own)))
 
     def inputs(self, index: int) -> Tensor:
         """z of one batch, in the merged network's entries."""
@@ -96,8 +86,13 @@ class LayerProblem:
 
     @cached_property
     def fifth(self) -> list[Tensor] | None:
-        """A fifth of each task's images, as flags of each batch: bool (n,); None where a task has too few."""
-        return flags(self._sweep, "auto")
+        """A fifth of each task's images, as flags of each batch: bool (n,); None where a task has too few.
+
+        They are those that the ridge is chosen by, where it is.
+        """
+        if self.parts() == 1:
+            return flags(self._sweep.batches)
+        return [torch.full((len(batch),), batch.held) for batch in self._sweep.batches]
 
     def keep(self) -> Kept:
         """A place for one tensor of each batch, where the sweep's values are."""
@@ -135,28 +130,3 @@ class LayerProblem:
         if self.setup.positions == 1 or self.node.operation == "linear" or self.layer.places == 1:
             return None
         return draw_places(images, self.layer.places, self.setup.positions, self.setup.generator)
-
-
-def apart(
-    network: MergedNetwork, node: Node, z: Tensor, y: Tensor, held: Tensor | None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """z and y of a node in two parts: of images that are not ``held``, bool (n,), as 0, and of those that are, as 1."""
-    if held is None:
-        yield 0, z, y
-        return
-    for part, chosen in enumerate((~held, held)):
-        if chosen.any():
-            yield (
-                part,
-                _of_images(network, node.inputs[0], z, chosen),
-                _of_images(network, node.name, y, chosen),
-            )
-
-
-def _of_images(network: MergedNetwork, name: str, value: Tensor, chosen: Tensor) -> Tensor:
-    """The entries of some images, ``chosen`` bool (n,), in a merged value, wherever its images lie."""
-    one, units = network.trace.shapes[name], network.trace.layouts[name].dim
-    longer = [d for d in range(value.dim()) if d != units and value.shape[d] != one[d]]
-    dim = longer[0] if longer else 0  # a single image: all of it is chosen
-    entries = chosen.repeat_interleave(value.shape[dim] // len(chosen))
-    return value.index_select(dim, entries.nonzero().flatten().to(value.device))

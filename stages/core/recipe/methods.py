@@ -58,7 +58,7 @@ class Refine(Section):
     held out; patience: how many looks in a row may bring nothing better. shift, flip: null, as the sources are trained.
     """
 
-    steps: Count = 400
+    steps: Count = 800
     images: Count | Literal["all"] = 2500
     batch_size: Count = 64
     optimizer: Literal["muon", "adamw"] = "muon"

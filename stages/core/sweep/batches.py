@@ -25,9 +25,12 @@ class LateImages(Protocol):
 class Batch:
     """Images of one task (an index; ``NO_TASK`` for images that belong to none), at hand or made when asked for."""
 
-    def __init__(self, images: Tensor | LateImages, task: int, chosen: Tensor | None = None) -> None:
-        """images: (n, ...) preprocessed; or more of them, and which are ``chosen``: int64 (n,)."""
-        self._images, self.task, self._chosen = images, task, chosen
+    def __init__(
+        self, images: Tensor | LateImages, task: int, chosen: Tensor | None = None, held: bool = False
+    ) -> None:
+        """images: (n, ...) preprocessed; or more of them, and which are ``chosen``: int64 (n,). held: out, from what is
+        learnt with the others."""
+        self._images, self.task, self._chosen, self.held = images, task, chosen, held
 
     def __len__(self) -> int:
         return len(self._images if self._chosen is None else self._chosen)
@@ -40,19 +43,34 @@ class Batch:
     @property
     def at_hand(self) -> bool:
         """Whether they are in memory anyway."""
-        return self._chosen is None
+        return isinstance(self._images, Tensor)
+
+    @property
+    def copied(self) -> bool:
+        """Whether asking for them makes others, although they are at hand."""
+        return self.at_hand and self._chosen is not None
 
     def split(self, most: int) -> list["Batch"]:
         """The same images, so many at a time."""
         if len(self) <= most:
             return [self]
         if self._chosen is None:
-            return [Batch(part, self.task) for part in self._images.split(most)]
-        return [Batch(self._images, self.task, part) for part in self._chosen.split(most)]
+            return [Batch(part, self.task, None, self.held) for part in self._images.split(most)]
+        return [Batch(self._images, self.task, part, self.held) for part in self._chosen.split(most)]
+
+    def apart(self, held: Tensor) -> list["Batch"]:
+        """The same images in two: those that are not ``held`` out, bool (n,), and those that are; one where the other
+        has none."""
+        places = ((~held).nonzero().flatten(), held.nonzero().flatten())
+        return [
+            Batch(self._images, self.task, own if self._chosen is None else self._chosen[own], bool(part))
+            for part, own in enumerate(places)
+            if len(own)
+        ]
 
     def of_task(self, task: int) -> "Batch":
         """The same images of another task."""
-        return Batch(self._images, task, self._chosen)
+        return Batch(self._images, task, self._chosen, self.held)
 
 
 def task_counts(batches: Sequence[Batch]) -> dict[int, int]:

@@ -70,6 +70,7 @@ def peak_bytes(sweep: Sweep, visitor: Visitor) -> int:
         if visitor.wants(node):  # before the merged network runs
             extra = visitor.extra_bytes(node, images, batch) + visitor.kept_bytes(node, images)
             peak = max(peak, (live + own) * images + extra)
+    images += sum(len(own) for own in sweep.batches if own.copied)
     return images * sweep.image_bytes + peak  # the images themselves, once and in their own type
 
 
@@ -101,8 +102,8 @@ def disk_peak_bytes(sweep: Sweep, visitor: Visitor) -> int:
         if visitor.wants(node):
             read = sum(everything[name] for name in {*node.inputs, node.name})
             peak = max(peak, read * batch * own + visitor.extra_bytes(node, images, batch))
-    at_hand = sum(own.images.nbytes for own in sweep.batches if own.at_hand)
-    return at_hand + peak
+    at_hand = sum(len(own) for own in sweep.batches if own.at_hand)
+    return at_hand * sweep.image_bytes + peak
 
 
 def _counts(sweep: Sweep) -> tuple[int, int]:

@@ -137,9 +137,12 @@ class ImagesOnDisk:
         return torch.arange(self._starts[-1], self._count)
 
     def __getitem__(self, chosen: Tensor) -> Tensor:
-        """chosen: int64 (n,), a stretch of those that were added together."""
+        """chosen: int64 (n,), of those that were added together."""
         piece = bisect.bisect_right(self._starts, int(chosen[0])) - 1
-        return self._values[piece].narrow(0, int(chosen[0]) - self._starts[piece], len(chosen))
+        own, count = chosen - self._starts[piece], len(chosen)
+        if torch.equal(own, torch.arange(start := int(own[0]), start + count)):  # nothing need be copied
+            return self._values[piece].narrow(0, start, count)
+        return self._values.rows(piece, own)
 
 
 @dataclass

@@ -4,6 +4,7 @@ The problem is that of stages.fit.equations.solve.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,9 +56,30 @@ class Summed(ABC):
 
     def block(self, rows: Tensor, columns: Tensor) -> "NormalSystem":
         """Outputs ``rows`` from inputs ``columns``."""
+        self.finished()
+        return self._system(rows, self._entries(columns))
+
+    def blocks(
+        self, others: Sequence["Summed"], rows: Tensor, columns: Tensor, start: Tensor
+    ) -> tuple[list["NormalSystem"], Tensor]:
+        """The same of these sums and of others like them, and W0 (rows, columns) for them.
+
+        Where they read all inputs, those are in the sums' own order: no matrix need be brought into another.
+        """
         found, columns = self.finished(), self._entries(columns)
-        means = None if found.means is None else (found.means[0][columns], found.means[1][rows])
-        C = found.C[columns[:, None], rows]
+        if len(columns) == len(found.G):
+            start = torch.empty_like(start).index_copy_(1, columns, start)
+            columns = None
+        return [own._system(rows, columns) for own in (self, *others)], start
+
+    def _system(self, rows: Tensor, columns: Tensor | None) -> "NormalSystem":
+        """columns: entries of the sums; None: all of them, as they are."""
+        found = self.finished()
+        if columns is None:
+            mean_z, C = found.means and found.means[0], found.C[:, rows]
+        else:
+            mean_z, C = found.means and found.means[0][columns], found.C[columns[:, None], rows]
+        means = None if found.means is None else (mean_z, found.means[1][rows])
         return NormalSystem(found.G, columns, C, found.yy[rows], means, found.weight, self.eps, self.name)
 
     def absorb(self, other: "Summed") -> None:
@@ -150,10 +172,10 @@ class NormalEquations(Summed):
 
 @dataclass(frozen=True)
 class NormalSystem:
-    """A block of the sums, as a ``System``: of G (d, d) it reads ``columns``. C (columns, rows), yy (rows,)."""
+    """A block of the sums, as a ``System``: of G (d, d) it reads ``columns``, all where None. C (columns, rows)."""
 
     G: Tensor
-    columns: Tensor
+    columns: Tensor | None
     C: Tensor
     yy: Tensor
     means: tuple[Tensor, Tensor] | None
@@ -162,7 +184,7 @@ class NormalSystem:
     name: str
 
     def matrix(self) -> Tensor:
-        return restricted(self.G, self.columns)
+        return self.G.clone() if self.columns is None else restricted(self.G, self.columns)
 
     def mean_diagonal(self, matrix: Tensor) -> float:
         return float(matrix.diagonal().mean())
@@ -176,6 +198,7 @@ class NormalSystem:
     def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """That given is the diagonal of W G W^T."""
         given = W.new_zeros(len(W))
-        for block in blocks(len(self.columns)):
-            given += ((W @ restricted_rows(self.G, self.columns, block).T) * W[:, block]).sum(1)
+        for block in blocks(W.shape[1]):
+            part = self.G[block] if self.columns is None else restricted_rows(self.G, self.columns, block)
+            given += ((W @ part.T) * W[:, block]).sum(1)
         return given, self.yy - 2 * (W * self.C.T).sum(1) + given, self.yy

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.core.recipe.sections import RIDGE_OF_FEW
 from stages.core.runtime import ranks
-from stages.core.sweep.sweep import Sweep
+from stages.core.sweep.batches import Batch, task_counts
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))  # 1e-4, 3e-4, ..., 10
 MIDDLE = 5  # 0.03
@@ -26,19 +26,28 @@ def held_out(count: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + count) % ONE_IN == ONE_IN // 2
 
 
-def flags(sweep: Sweep, ridge: float | str) -> list[Tensor] | None:
-    """Which images of each batch are held out, bool (n,); None where the ridge is fixed or a task has too few.
+def flags(batches: Sequence[Batch]) -> list[Tensor] | None:
+    """Which images of each batch are held out, bool (n,); None where a task has too few.
 
     They are the same for any number of ranks.
     """
-    if ridge != "auto" or not enough(sweep.counts.values()):
+    counts = task_counts(batches)
+    if not enough(counts.values()):
         return None
     found = []
-    seen = Counter({task: int(ranks.share(count)[0]) for task, count in sweep.counts.items()})
-    for batch in sweep.batches:
+    seen = Counter({task: int(ranks.share(count)[0]) for task, count in counts.items()})
+    for batch in batches:
         found.append(held_out(len(batch), seen[batch.task]))
         seen[batch.task] += len(batch)
     return found
+
+
+def apart(batches: Sequence[Batch]) -> list[Batch]:
+    """The same images, those that are held out in batches of their own; as they are where a task has too few."""
+    held = flags(batches)
+    if held is None:
+        return list(batches)
+    return [part for batch, own in zip(batches, held, strict=True) for part in batch.apart(own)]
 
 
 def enough(counts: Iterable[int]) -> bool:

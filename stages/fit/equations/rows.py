@@ -43,7 +43,7 @@ class RowEquations:
     @staticmethod
     def solve_bytes(count: int, columns: int, rows: int) -> int:
         """Memory of solving a block: A with what it is made from, A A^T as its own factor, what is like y and W."""
-        return 8 * (count * (2 * columns + count + 4 * rows) + 2 * columns * rows)
+        return 8 * (count * (2 * columns + 2 * count + 4 * rows) + 2 * columns * rows)
 
     def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """z (rows, d_in), y (rows, d_out)."""
@@ -68,11 +68,15 @@ class RowEquations:
         """Outputs ``rows`` from inputs ``columns``."""
         self.finished()
         check_rows(self.count, self.name)
-        A, mean_z = self._centred(self.z, columns)
-        target, mean_y = self._centred(self.y, rows)
+        A, mean_z = self.about(self.z, columns)
+        return self.system(A, mean_z, rows)
+
+    def system(self, A: Tensor, mean_z: Tensor, rows: Tensor, K: Tensor | None = None) -> "RowSystem":
+        """Outputs ``rows`` from A (count, columns), the inputs about their mean. K: A A^T, where it is known."""
+        target, mean_y = self.about(self.y, rows)
         check_finite(A, target, self.name)
         means = (mean_z, mean_y) if self.intercept else None
-        return RowSystem(A, target, means, float(self.weights[: self.count].sum()), self.name)
+        return RowSystem(A, target, means, float(self.weights[: self.count].sum()), self.name, K)
 
     def absorb(self, other: "RowEquations") -> None:
         """Take the rows of another; its own are lost."""
@@ -82,11 +86,15 @@ class RowEquations:
             setattr(other, what, None)
         self.count += other.count
 
-    def _centred(self, values: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Some entries of all rows about their mean, times the square root of the weight; the mean."""
+    def about(self, values: Tensor, entries: Tensor, middle: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Some entries of all rows about their mean, times the square root of the weight; the mean.
+
+        middle: another one to take them about.
+        """
         weights = self.weights[: self.count]
         own = values[: self.count, entries].double()
-        middle = weights @ own / weights.sum() if self.intercept else own.new_zeros(len(entries))
+        if middle is None:
+            middle = weights @ own / weights.sum() if self.intercept else own.new_zeros(len(entries))
         return own.sub_(middle).mul_(weights.sqrt()[:, None]), middle
 
 
@@ -99,10 +107,11 @@ class RowSystem:
     means: tuple[Tensor, Tensor] | None
     weight: float
     name: str
+    K: Tensor | None = None  # A A^T, where it is known
     eps: float = 0.0  # that of its type
 
     def matrix(self) -> Tensor:
-        return self.A @ self.A.T
+        return self.A @ self.A.T if self.K is None else self.K.clone()
 
     def mean_diagonal(self, matrix: Tensor) -> float:
         return float(torch.linalg.vector_norm(self.A).square()) / self.A.shape[1]

@@ -6,7 +6,6 @@ Layers whose outputs read every input, and grouped convolutions: there every par
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,22 +13,23 @@ from torch import Tensor
 from stages.core.recipe.rooms import SOLVERS
 from stages.core.runtime import ranks
 from stages.core.sweep.rows import weight_matrix
+from stages.fit.equations.apart import RowsApart, SumsApart
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations, join_
 from stages.fit.equations.parts import PartEquations
 from stages.fit.equations.ridge import Losses, decide
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import System, solve
-from stages.fit.equations.trial import Trial, some, trial_bytes
+from stages.fit.equations.trial import SumTrial, Trial, some, trial_bytes
 from stages.fit.layer import Layer
 from stages.fit.mixing import Mixing
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
 from stages.fit.solver import LayerSolvers
 from stages.fit.start import starts
-from stages.fit.sums import Sums, add, sums_of
+from stages.fit.sums import add, sums_of
 
-Equations = Sums | RowEquations
+Equations = SumsApart | RowsApart
 
 
 class Dense:
@@ -44,9 +44,10 @@ class Dense:
         adding = layer.rows_bytes(batch)
         if count is not None:
             held = RowEquations.bytes(count, *sizes, layer.module.weights[0].element_size())
-            joining = held if layer.setup.ridge == "auto" else 0
             solving = [RowEquations.solve_bytes(count, *block) for block in blocks]
-            return held + max(adding, joining, *solving, *self._trials(layer, count))
+            if layer.setup.ridge == "auto":  # joined while products are kept
+                solving += [held + RowsApart.bytes(count, columns) for columns, _ in blocks]
+            return held + max(adding, *solving, *self._trials(layer, count))
         equations = self._count(layer)
         adding += NormalEquations.add_bytes(*sizes)
         solving = [NormalEquations.solve_bytes(layer.d_in, *block) for block in blocks]
@@ -77,22 +78,22 @@ class Dense:
 
     def fit(self, problem: LayerProblem) -> LayerSolution | None:
         layer = problem.layer
-        equations = [self._equations(problem, part) for part in range(1 if problem.held is None else 2)]
+        parts = problem.parts()
+        equations = self._equations(problem, parts)
         for index, task, weight in problem.batches():
-            for part, z, y in problem.parts(index):
-                add(problem, equations[part][task if layer.own_rows else 0], z, y, weight)
-        for own in chain(*equations):
+            own = equations[task if layer.own_rows else 0].parts[problem.part(index)]
+            add(problem, own, problem.inputs(index), problem.targets(index), weight)
+        for own in equations:
             own.finished()
         if ranks.rank():
             return None
-        start, (learnt, *others) = starts(layer), equations
-        losses = _losses(layer, *equations, start) if others else None
+        start = starts(layer)
+        losses = _losses(layer, equations, start) if parts > 1 else None
         ridge = decide(problem.setup.ridge, losses)
         del losses  # and the matrices it has kept
-        for held in others:
-            for own, other in zip(learnt, held, strict=True):
-                own.absorb(other)
-        return self._install(layer, learnt, start, ridge)
+        for own in equations:
+            own.join()
+        return self._install(layer, equations, start, ridge)
 
     def _install(
         self, layer: Layer, equations: list[Equations], start: list[Tensor], ridge: float
@@ -113,15 +114,15 @@ class Dense:
             return None
         return LayerSolution(residual, energy, bias, torch.stack([mean, variance]), ridge)
 
-    def _equations(self, problem: LayerProblem, part: int) -> list[Equations]:
-        """One for all tasks, or one for each where a task has a head of its own. part: of the images."""
+    def _equations(self, problem: LayerProblem, parts: int) -> list[Equations]:
+        """One for all tasks, or one for each where a task has a head of its own."""
         layer = problem.layer
         tasks = range(len(layer.setup.sources)) if layer.own_rows else [None]
         if layer.few_rows(problem.images()) is None:
-            return [sums_of(layer) for _ in tasks]
+            return [SumsApart([sums_of(layer) for _ in range(parts)]) for _ in tasks]
         sizes, what = (layer.d_in, layer.d_out, layer.intercept), (layer.device, layer.node.name)
-        counts = [problem.count(part, task) * layer.places for task in tasks]
-        return [RowEquations(count, *sizes, problem.dtype, *what) for count in counts]
+        counts = [[problem.count(part, task) * layer.places for part in range(parts)] for task in tasks]
+        return [RowsApart([RowEquations(n, *sizes, problem.dtype, *what) for n in own]) for own in counts]
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,12 @@ class _Problem:
     def system(self, equations: list[Equations]) -> System:
         return equations[self.task].block(self.rows, self.columns)
 
-    def trial(self, learnt: list[Equations], held: list[Equations]) -> Trial:
+    def trial(self, equations: list[Equations]) -> Trial:
         """Of some of its rows."""
-        part = replace(self, rows=some(self.rows), start=some(self.start))
-        return Trial(part.system(learnt), part.system(held), part.start)
+        return equations[self.task].trial(some(self.rows), self.columns, some(self.start))
 
 
-def _losses(layer: Layer, learnt: list[Equations], held: list[Equations], start: list[Tensor]) -> Losses:
+def _losses(layer: Layer, equations: list[Equations], start: list[Tensor]) -> Losses:
     """Energy left of the images held out by what is learnt from the others, for each of some ridges."""
     kept: list[Trial] = []
 
@@ -155,9 +155,8 @@ def _losses(layer: Layer, learnt: list[Equations], held: list[Equations], start:
             if len(problems) > 1:  # each is made again: all of them would take more memory
                 kept.clear()
             if not kept:
-                kept.append(own.trial(learnt, held))
-            for i, ridge in enumerate(ridges):
-                total[i] += kept[0].loss(ridge)
+                kept.append(own.trial(equations))
+            total = [a + b for a, b in zip(total, kept[0].losses(ridges), strict=True)]
         return total
 
     return losses
@@ -197,12 +196,11 @@ class Grouped:
         if not fitted.any():
             return None
         equations = [
-            PartEquations(module.groups, layer.intercept, layer.node.name)
-            for _ in range(1 if problem.held is None else 2)
+            PartEquations(module.groups, layer.intercept, layer.node.name) for _ in range(problem.parts())
         ]
         for index, _, weight in problem.batches():
-            for part, z, y in problem.parts(index):
-                problem.by_rows(z, y, partial(equations[part].add, weight=weight))
+            own = partial(equations[problem.part(index)].add, weight=weight)
+            problem.by_rows(problem.inputs(index), problem.targets(index), own)
         systems = [own.systems() for own in equations]
         if ranks.rank():
             return None
@@ -224,8 +222,8 @@ class Grouped:
 def _losses_of_parts(learnt: list[System], held: list[System], start: Tensor) -> Losses:
     """Energy left of the images held out, over some parts, for each of some ridges."""
     parts = range(0, len(start), -(-len(start) // PARTS))
-    trials = [Trial(learnt[i], held[i], start[i]) for i in parts]
-    return lambda ridges: [sum(trial.loss(ridge) for trial in trials) for ridge in ridges]
+    trials = [SumTrial(learnt[i], held[i], start[i]) for i in parts]
+    return lambda ridges: [sum(own) for own in zip(*(trial.losses(ridges) for trial in trials), strict=True)]
 
 
 @SOLVERS.register(uses=("inputs", "targets", "norm", "ridge"), chooses_ridge=True)

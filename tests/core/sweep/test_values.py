@@ -96,6 +96,7 @@ def test_images_of_a_notebook_are_found_by_their_numbers():
     for part, own in zip(parts, chosen, strict=True):
         assert torch.equal(kept[own], part)
         assert torch.equal(kept[own[-1:]], part[-1:])
+        assert torch.equal(kept[own[::2]], part[::2])
 
 
 # -- the same results ---------------------------------------------------------------------------------------------

@@ -10,16 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.graph.nodes import Node
+from stages.core.sweep.batches import Batch
 from stages.core.sweep.rows import input_rows, output_rows
+from stages.fit.equations.apart import RowsApart, SumsApart
+from stages.fit.equations.factor import Cholesky
 from stages.fit.equations.maps import MapEquations
+from stages.fit.equations.nearby import Nearby, reaches
 from stages.fit.equations.normal import NormalEquations
-from stages.fit.equations.ridge import GRID, choose, enough, held_out
+from stages.fit.equations.ridge import GRID, apart, choose, enough, held_out
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import left_over, solve
-from stages.fit.equations.trial import ROUGH, Trial, some
+from stages.fit.equations.trial import ROUGH, some
 
 D_IN, D_OUT = 6, 3
 EVERY = torch.arange(D_OUT), torch.arange(D_IN)
+APART = {NormalEquations: SumsApart, RowEquations: RowsApart}
 
 
 def rows(count, seed=0):
@@ -93,25 +98,62 @@ def test_what_is_left_of_other_rows_is_their_squared_error(kind, intercept):
 def test_a_trial_leaves_what_the_solution_leaves(kind, intercept, scale):
     """In single precision, where the ridge is large enough for it, and in double, where it is not."""
     (z, y), (held_z, held_y) = rows(30), rows(20, 1)
-    learnt, held = (
-        filled(kind, scale * z, y, weight, intercept).block(*EVERY)
-        for z, y, weight in ((z, y, 2.0), (held_z, held_y, 0.5))
-    )
+    parts = [filled(kind, scale * z, y, 2.0, intercept), filled(kind, scale * held_z, held_y, 0.5, intercept)]
+    learnt, held = (own.block(*EVERY) for own in parts)
     start = torch.ones(D_OUT, D_IN).double() / scale
-    trial = Trial(learnt, held, start)
+    trial = APART[kind](parts).trial(*EVERY, start)
     for ridge in (*GRID, 1e-9):
         found = solve(learnt, start, ridge)
         expected = left_over(held, found.weight, found.bias)
         rounding = 1e-6 if ridge < trial.single else ROUGH * trial.single / ridge
-        assert trial.loss(ridge) == pytest.approx(expected, rel=rounding)
+        assert trial.losses([ridge])[0] == pytest.approx(expected, rel=rounding)
     assert 1e-9 < trial.single < GRID[-1]
 
 
 def test_a_trial_of_inputs_that_are_zero_leaves_the_start():
     z, (_, y) = torch.zeros(30, D_IN).double(), rows(30)
-    learnt, held = (filled(NormalEquations, z, y, 1.0, False).block(*EVERY) for _ in range(2))
-    trial = Trial(learnt, held, torch.ones(D_OUT, D_IN).double())
-    assert trial.loss(0.1) == pytest.approx(float(y.square().sum()))
+    parts = [filled(NormalEquations, z, y, 1.0, False) for _ in range(2)]
+    trial = SumsApart(parts).trial(*EVERY, torch.ones(D_OUT, D_IN).double())
+    assert trial.losses([0.1])[0] == pytest.approx(float(y.square().sum()))
+
+
+@pytest.mark.parametrize("kind", [NormalEquations, RowEquations])
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("columns", [[0, 1, 2, 3, 4, 5], [5, 0, 3], [3, 1, 2, 0, 5, 4]])
+def test_a_block_is_solved_alike_before_and_after_a_choice(kind, intercept, columns):
+    """What the choice has made of the rows is used again; a trial reads its inputs in any order."""
+    (z, y), (held_z, held_y) = rows(30), rows(20, 1)
+    made = [
+        [filled(kind, z, y, 2.0, intercept), filled(kind, held_z, held_y, 0.5, intercept)] for _ in range(2)
+    ]
+    tried, plain = map(APART[kind], made)
+    outputs, columns = torch.tensor([2, 0]), torch.tensor(columns)
+    start = torch.randn(2, len(columns), generator=torch.Generator().manual_seed(3)).double()
+    systems = [own.block(outputs, columns) for own in made[0]]
+    found = solve(systems[0], start, 0.1)
+    trial = tried.trial(outputs, columns, start.clone())
+    assert trial.losses([0.1])[0] == pytest.approx(left_over(systems[1], found.weight, found.bias), rel=1e-5)
+    one, other = (
+        solve(own.block(outputs, columns), start, 0.1) for own in (tried, plain) if own.join() is None
+    )
+    for what in ("weight", "bias", "residual", "energy"):
+        torch.testing.assert_close(getattr(one, what), getattr(other, what))
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 23])
+def test_batches_are_taken_apart_as_their_images_are(count):
+    """At hand and made when asked for; every image once, each batch of one part."""
+    images = torch.arange(count).double()[:, None]
+    late = Batch(images, 1, torch.arange(count).flip(0))
+    for batches in ([Batch(own, 0) for own in images.split(7)], late.split(4)):
+        found = apart(batches)
+        assert sorted(float(x) for own in found for x in own.images) == sorted(images.flatten().tolist())
+        assert all(own.task == batches[0].task for own in found)
+        expected = held_out(count) if count >= 5 else torch.zeros(count, dtype=torch.bool)
+        whole = torch.cat([own.images for own in batches])
+        held = [own.images for own in found if own.held]
+        assert torch.equal(torch.cat([whole[:0], *held]), whole[expected])
+        assert all(len(own) for own in found)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (64, 64), (65, 33), (512, 64), (1000, 63)])
@@ -151,3 +193,48 @@ def test_a_fifth_of_the_images_is_held_out_however_they_are_batched(sizes):
     assert found.sum() in (count // 5, -(-count // 5))
     assert enough([count, 5])
     assert not enough([count, 4])
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, 1.5])
+def test_a_factor_serves_ridges_near_its_own(decay):
+    """Against plain solutions, with spectra as features have them; among the targets one of zeros."""
+    generator, d = torch.Generator().manual_seed(0), 600
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    z = draw(1500, d) * torch.arange(1, d + 1).double() ** (-decay / 2) @ torch.linalg.qr(draw(d, d))[0]
+    y = z @ draw(d, 5) + draw(1500, 5)
+    y[:, 2] = 0
+    G, R = z.T @ z, z.T @ y
+    scale = G.diagonal().mean()
+    G, R = G / scale, R / scale
+    near = None
+    for ridge in GRID[3:10]:
+        exact = torch.linalg.solve(G + ridge * torch.eye(d).double(), R)
+        if near is None or not reaches(near.ridge, ridge):
+            lower = torch.linalg.cholesky(G + ridge * torch.eye(d).double())
+            near = Nearby(Cholesky(lower), ridge, R)
+        found = near.solution(ridge)
+        off = (found - exact).norm() / exact.norm()
+        assert off < (1e-9 if ridge == near.ridge else 0.03)
+        losses = [(y - z @ own).square().sum() for own in (found, exact)]
+        torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows_of", [False, True])
+def test_a_trial_of_many_inputs_leaves_what_the_solution_leaves(rows_of):
+    generator, d = torch.Generator().manual_seed(0), 1100
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    count, kind = (540, RowEquations) if rows_of else (2000, NormalEquations)
+    parts = []
+    mix, W = draw(d, d) * torch.arange(1, d + 1) ** -0.5, draw(d, 3)
+    for n in (count, count // 4):
+        z = draw(n, d) @ mix.T
+        own = RowEquations(n, d, 3, True, z.dtype, z.device) if rows_of else kind(d, 3, True, z.device)
+        own.add(z, z @ W + 20 * draw(n, 3))
+        parts.append(own)
+    start, every = torch.zeros(3, d).double(), (torch.arange(3), torch.arange(d))
+    trial = APART[kind](parts).trial(*every, start)
+    learnt, held = (own.block(*every) for own in parts)
+    for ridge in (GRID[5], GRID[6], GRID[4], GRID[7], GRID[9]):
+        assert ridge > trial.single
+        found = solve(learnt, start, ridge)
+        assert trial.losses([ridge])[0] == pytest.approx(left_over(held, found.weight, found.bias), rel=5e-3)

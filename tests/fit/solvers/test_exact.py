@@ -11,7 +11,7 @@ from stages.core.sweep.rows import input_rows, output_rows, weight_matrix
 from stages.core.sweep.sweep import Sweep
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.average import fill_average
-from stages.fit.equations.ridge import GRID, held_out
+from stages.fit.equations.ridge import GRID, apart
 from stages.fit.layer import Layer
 from stages.fit.network import build, fit_network
 from stages.fit.problem import LayerProblem
@@ -56,15 +56,10 @@ class Compare:
     def visit(self, node, sweep):
         problem = LayerProblem(layer := Layer(self.setup, node), sweep)
         rows = {False: [], True: []}
-        counts = [0, 0]
-        for index, task, weight in problem.batches():
-            z, y = problem.inputs(index), problem.targets(index)
-            held = held_out(len(z), counts[task])
-            counts[task] += len(z)
-            for part in (False, True):
-                own_z = input_rows(node, z[held == part], layer.kernel)
-                own_y = output_rows(node, y[held == part])
-                rows[part].append((own_z, own_y, torch.full((len(own_z),), weight).double()))
+        for index, _, weight in problem.batches():
+            own_z = input_rows(node, problem.inputs(index), layer.kernel)
+            own_y = output_rows(node, problem.targets(index))
+            rows[bool(problem.part(index))].append((own_z, own_y, torch.full((len(own_z),), weight).double()))
         learnt, other = (tuple(map(torch.cat, zip(*rows[part], strict=True))) for part in (False, True))
         whole = tuple(map(torch.cat, zip(learnt, other, strict=True)))
         start = weight_matrix(starts(layer)[0]).clone()
@@ -102,7 +97,7 @@ def test_the_ridge_of_each_layer_is_the_best_for_images_held_out(randomise, sour
     fill_average(network, made)
     setup, batches = Setup(network, made, Fit(inputs="merged", targets="own")), images_to_batches(images, 16)
     compare = Compare(setup)
-    Sweep(made, batches, network, torch.float64).run(compare, None)
+    Sweep(made, apart(batches), network, torch.float64).run(compare, None)
     assert len(compare.seen) == 4
     assert set(compare.seen.values()) <= set(GRID)
 
