@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Graph
 from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
-from stages.core.tracing.complex_pairs import FOURIER, pairs_apart
+from stages.core.tracing.complex_pairs import CALLS_OF_PAIRS, FOURIER, pairs_apart
 from stages.core.tracing.copies import unwrap
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
@@ -80,6 +80,7 @@ def _has_rule(fx: torch.fx.Node) -> bool:
         name in SKIPPED
         or name in CALLS
         or name in FOURIER
+        or name in CALLS_OF_PAIRS
         or name.strip("_") in CALLS
         or name.startswith(("sym_", "_assert"))
     )
