@@ -241,10 +241,6 @@ def _laid_out(
             seen[node.name] = held.value(units, node, inputs, out.shape)
         for name in last.get(node.name, ()):
             del tensors[name]
-    if seen[graph.output.name].held:
-        raise InputError(
-            f"{graph.output.name}: the output itself is held; allowed: values before the last layer"
-        )
     for end in (first.name, graph.output.name):
         units.fixed += [own for own in (seen[end].labels, seen[end].across) if own is not None]
     resolved = Resolved(units)

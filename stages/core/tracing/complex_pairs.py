@@ -193,7 +193,9 @@ def _exponential(writer: _Pairs, node: torch.fx.Node) -> Pair:
     size = writer.call(aten.exp.default, a)
     if b is None:
         return size, None
-    return tuple(writer.call(aten.mul.Tensor, size, writer.call(turn.default, b)) for turn in (aten.cos, aten.sin))
+    return tuple(
+        writer.call(aten.mul.Tensor, size, writer.call(turn.default, b)) for turn in (aten.cos, aten.sin)
+    )
 
 
 def _transform(writer: _Pairs, node: torch.fx.Node, kind: str) -> Pair | torch.fx.Node:
