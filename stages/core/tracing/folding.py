@@ -64,7 +64,7 @@ class Folding:
             value = value if order is None else value.permute(order)
             value = value if order is None or shape is None else value.reshape(shape)
             if value.is_floating_point() or value.dtype == torch.bool:  # a mask is of ones and zeros
-                value = value.to(like)
+                value = _finite(value.to(like))
             own[name] = value.contiguous().clone()
         return own
 
@@ -132,6 +132,12 @@ def _filled(node: torch.fx.Node, like: Tensor) -> Tensor:
     fill = LIKE[name] if LIKE[name] is not None else node.args[-1]
     dtype = like.dtype if seen.dtype.is_floating_point else seen.dtype
     return torch.full([_one_image(n) for n in seen.shape], fill, dtype=dtype, device=like.device)
+
+
+def _finite(value: Tensor) -> Tensor:
+    """With a very large number in the place of an infinite one (of masks), which can be averaged; NaN stays."""
+    most = torch.finfo(value.dtype).max / 64
+    return value.nan_to_num(nan=torch.nan, posinf=most, neginf=-most)
 
 
 def _passes_on(node: torch.fx.Node) -> bool:

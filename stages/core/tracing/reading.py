@@ -22,6 +22,7 @@ from stages.core.tracing.folding import Folding
 from stages.core.tracing.groups_beside import groups_apart
 from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.mixed_weights import kernels_apart
+from stages.core.tracing.neighbours import places_of_each_image
 from stages.core.tracing.one_channel import channel_kept
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
@@ -62,6 +63,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     exported = export(module, example, _has_rule)
     pairs_apart(exported.graph, exported.tensors, type(module).__name__)
     distances_as_maps(exported.graph, exported.tensors)
+    places_of_each_image(exported.graph, exported.tensors)
     unrepeated(exported.graph, exported.tensors)
     places_changed(exported.graph)
     heads_apart(exported.graph)
