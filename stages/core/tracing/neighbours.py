@@ -19,7 +19,7 @@ from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, SKIPPED
 from stages.core.tracing.rewriting import called, of_the_input
 
-MOST_ENTRIES = 10**7  # of a constant that is looked at for all images
+MOST_COUNTED = 10**7  # of a constant that is looked at for all images
 
 
 def places_of_each_image(graph: torch.fx.Graph, tensors: Container[str]) -> None:
@@ -82,7 +82,7 @@ def _unviewed(node: torch.fx.Node) -> torch.fx.Node:
 def _counts(node: torch.fx.Node, rank: int, step: int) -> bool:
     """Whether a constant of that rank, or one that broadcasts to it, is 0, step, 2 step, ... image after image."""
     shape = tensor_shape(node)
-    if len(shape) != rank or shape[0] != INPUT or math.prod(shape) > MOST_ENTRIES:
+    if len(shape) != rank or shape[0] != INPUT or math.prod(shape) > MOST_COUNTED:
         return False
     found = _value(node, {})
     wanted = torch.arange(INPUT).view([-1] + [1] * (rank - 1)) * step
