@@ -43,7 +43,8 @@ class Folding:
         elif order is not None:
             alike = list(order) == list(range(len(found))) and list(shape) == found
             order, ending = (None, "") if alike else (order, "_" + "".join(map(str, order)))
-        if isinstance(own, str) and order is None:
+        counts = isinstance(own, str) and not fx.meta["val"].is_floating_point()
+        if isinstance(own, str) and order is None and not counts:
             return own
         name = f"{PREFIX}.{fx.name}{ending}"
         self.wanted[name] = (fx, order and list(order), shape and list(shape))
@@ -63,7 +64,7 @@ class Folding:
             value = self._evaluate(fx, own, like, known)
             value = value if order is None else value.permute(order)
             value = value if order is None or shape is None else value.reshape(shape)
-            if value.is_floating_point() or value.dtype == torch.bool:  # a mask is of ones and zeros
+            if not value.is_complex():  # whole numbers and masks too: what is averaged is no integer
                 value = _finite(value.to(like))
             own[name] = value.contiguous().clone()
         return own
