@@ -26,7 +26,7 @@ BEHIND_HEAD = (  # what may stand between the last linear map and the output, cl
     *SQUASHING, "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "clamp_min", "sqrt", "relu",
     "neg", "hardtanh",
     "multiply_parameter", "divide_parameter", "add_parameter",
-    *POOLS, *ADAPTIVE, "mean", "sum", "amax", "amin", "select",  # over places, where each has logits of its own
+    *POOLS, *ADAPTIVE, "interpolate", "mean", "sum", "amax", "amin", "select",  # over places with logits each
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from stages.core.graph.places import PlaceOf, nowhere, placed
 from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
 from stages.core.graph.settled import settle
+from stages.core.graph.shuffled import as_channels
 from stages.core.graph.spread import Spread
 from stages.core.graph.trial import shapes_of, try_node
 from stages.core.runtime.errors import InputError
@@ -274,6 +275,7 @@ def _units_of(
     if operation.rule in (rules.linear, rules.channels, rules.group_norm):
         inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
     elementwise = operation.rule is rules.same
+    inputs[:] = as_channels(units, node, inputs, elementwise)
     check_beside(node, inputs, elementwise)
     found = kept_beside(node, inputs, operation.rule(units, node, inputs, out, own))
     return carried(units, node, inputs, found, operation.run, elementwise, own)

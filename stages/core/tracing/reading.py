@@ -28,6 +28,7 @@ from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
 from stages.core.tracing.rewriting import of_known_shape, reduced_apart, unrepeated
+from stages.core.tracing.sampled_taps import DEFORMABLE, taps_apart
 from stages.core.tracing.side_by_side import places_changed
 
 
@@ -62,6 +63,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     module = unwrap(module)
     exported = export(module, example, _has_rule)
     of_known_shape(exported.graph)
+    taps_apart(exported.graph)
     pairs_apart(exported.graph, exported.tensors, type(module).__name__)
     distances_as_maps(exported.graph, exported.tensors)
     places_of_each_image(exported.graph, exported.tensors)
@@ -87,6 +89,7 @@ def _has_rule(fx: torch.fx.Node) -> bool:
         or name in FOURIER
         or name in CALLS_OF_PAIRS
         or name == "cdist"
+        or name in DEFORMABLE
         or name.strip("_") in CALLS
         or name.startswith(("sym_", "_assert"))
     )
