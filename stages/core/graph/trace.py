@@ -275,7 +275,7 @@ def _units_of(
     if operation.rule in (rules.linear, rules.channels, rules.group_norm):
         inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
     elementwise = operation.rule is rules.same
-    inputs[:] = as_channels(units, node, inputs, elementwise)
+    inputs[:] = as_channels(units, node, inputs, operation.rule)
     check_beside(node, inputs, elementwise)
     found = kept_beside(node, inputs, operation.rule(units, node, inputs, out, own))
     return carried(units, node, inputs, found, operation.run, elementwise, own)
