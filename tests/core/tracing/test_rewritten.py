@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from stages.api import merge
 from stages.core.runtime.errors import InputError
 from stages.core.tracing.trace import trace
 
@@ -127,3 +128,20 @@ def test_what_is_no_tensor_of_all_images_is_refused_in_one_line(network, x, word
     with pytest.raises(InputError, match=words) as error:
         trace(network, x)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, lambda *sizes, **more: nn.Conv2d(*sizes, **more, bias=False)])
+def test_layers_of_groups_in_single_precision_are_fitted(kind):
+    """Their ridge is chosen on images held out."""
+    networks = {}
+    for name in "ab":
+        grouped = Small(
+            lambda m, x: F.relu(m.second(F.relu(m.first(x)))).mean((2, 3)),
+            6,
+            first=nn.Conv2d(3, 8, 3),
+            second=kind(8, 6, 3, groups=2),
+        )
+        networks[name] = grouped.eval()
+    images = {name: [torch.randn(40, 3, 6, 6)] for name in "ab"}
+    found = merge(networks, images, 1.2, progress=False)
+    assert torch.isfinite(found(images["a"][0])).all()
