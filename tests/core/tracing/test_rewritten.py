@@ -59,7 +59,20 @@ def complex_map(*widths):
     return nn.Linear(*widths, dtype=torch.cfloat)
 
 
+class Offsets(nn.Module):
+    """Where the rows of each column begin in one table for all (factorisation machines)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(48, 4)
+        self.register_buffer("starts", torch.arange(4) * 11)
+
+    def forward(self, x):
+        return F.relu(self.rows(x + self.starts.unsqueeze(0))).flatten(1)
+
+
 NETWORKS = {
+    "columns of one table": ((4,), lambda: Small(lambda m, x: m.rows(x), 16, rows=Offsets())),
     "deformable": ((3, 6, 6), lambda: Small(
         lambda m, x: F.relu(m.op(F.relu(m.first(x)), m.offset(x), m.mask(x).sigmoid())).mean((2, 3)), 4,
         op=torchvision.ops.DeformConv2d(6, 4, (3, 2), 2, (2, 1), (1, 2), 2), first=nn.Conv2d(3, 6, 1),
