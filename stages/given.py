@@ -55,16 +55,13 @@ def checked_network(network: Any, what: str) -> nn.Module:
         raise InputError(
             f"{what}: {packed[0]} is no tensor; allowed: a network before it was quantised or packed"
         )
-    tensors, kept = [*network.named_parameters(), *network.named_buffers()], network.state_dict().keys()
+    tensors = [*network.named_parameters(), *network.named_buffers()]
     for name, tensor in tensors:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise InputError(f"{what}: {name} is lazy; allowed: a network that has seen images once")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_quantized:
             raise InputError(f"{what}: {name} is {_unusual(tensor)}; allowed: ordinary tensors")
-        saved = name in kept  # a table of turns that is made anew each time may be complex
-        if (tensor.is_floating_point() and str(tensor.dtype) not in FLOATS) or (
-            tensor.is_complex() and saved
-        ):
+        if tensor.is_floating_point() and str(tensor.dtype) not in FLOATS:
             raise InputError(f"{what}: {name} holds {tensor.dtype}; allowed: {some(sorted(FLOATS))}")
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise InputError(f"{what}: {name} holds a negative variance; allowed: zero or more")
@@ -108,7 +105,7 @@ def checked_batches(
     if images is not None and (type(images) is not int or images < 1):
         raise InputError(f"images: found {images!r:.40}; allowed: a whole number from 1, or None for all")
     first = next(iter(networks.values()))
-    weight = next(p for p in first.parameters())
+    weight = _numbers_of(first)
     found: list[Batch] = []
     counted = False
     for task, (name, network) in enumerate(networks.items()):
@@ -151,6 +148,12 @@ def _as_floats(batches: Sequence[Tensor], runs: Callable[[Tensor], Tensor], name
     return [batch.float() for batch in batches]
 
 
+def _numbers_of(network: nn.Module) -> Tensor:
+    """Some of the real numbers that a network has as parameters, or in complex ones."""
+    every = list(network.parameters())
+    return next((own for own in every if own.is_floating_point()), every[0]).real
+
+
 def _numbers(batch: Tensor, weight: Tensor, name: str) -> Tensor:
     """On the network's device and, if they are floats, of its type."""
     plain = batch.clone() if batch.is_inference() else batch.detach()
@@ -162,7 +165,7 @@ def _numbers(batch: Tensor, weight: Tensor, name: str) -> Tensor:
 
 def _runs(runner: nn.Module, x: Tensor, name: str) -> Tensor:
     """The logits of a few images, from a copy of the network in evaluation mode. Raises InputError."""
-    weight = next(runner.parameters())
+    weight = _numbers_of(runner)
     pair = two_of(x).to(weight.device, weight.dtype if x.is_floating_point() else None)
     what = f"{name}: {type(runner).__name__} on images of {of_shape(x.shape)}, {x.dtype},"
     with torch.no_grad(), users_code(what, "images of this task as the network takes them"):

@@ -13,6 +13,7 @@ from key_styles import KEYS
 from line_styles import LINES
 from module_styles import MODULES
 from place_styles import PLACES
+from seldom_styles import SELDOM
 from text_styles import TEXTS
 from torch import nn
 
@@ -526,4 +527,5 @@ STYLES = {
     **TEXTS,
     **ATTENTION,
     **FOURIER,
+    **SELDOM,
 }  # fmt: skip

@@ -78,15 +78,20 @@ def fill_average(
             network.map_of(node).average(states)
         elif node.parameters:
             module, arrangement = network.map_of(node), network.arrangement(node.name)
-            example = states[0][next(iter(node.parameters.values()))]
+            example = _as_float(states[0][next(iter(node.parameters.values()))])
             shares = entry_shares(network, alignment, node.name, example)
             for role, name in node.parameters.items():
                 tensors = [
-                    network.trace.widened(node, role, s[name], len(p))
+                    network.trace.widened(node, role, _as_float(s[name]), len(p))
                     for s, p in zip(states, arrangement.positions, strict=True)
                 ]
                 dim = network.trace.unit_dim(node, role)
                 getattr(module, role).copy_(average_vector(tensors, arrangement, shares, dim))
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    """Whole numbers, of a trace that keeps them, can be shared out."""
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 def _fill_linear(network: MergedNetwork, node: Node, states: Sequence[State], alignment: Alignment) -> None:

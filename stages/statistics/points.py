@@ -95,9 +95,13 @@ def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
             if groups:
                 covered |= groups
                 at.setdefault(node.name, []).append(("after", node.inputs[0]))
-    for node in trace.graph.nodes:  # a group that no layer reads: what its layers write
+    layers = [n for n in trace.graph.nodes if n.linear or n.grouped or n.operation == "embedding"]
+    for node in (
+        *layers,
+        *trace.graph.nodes,
+    ):  # a group that no layer reads: what its layers write, or what has it
         written = here[node.name]
-        if (node.linear or node.grouped or node.operation == "embedding") and written - covered:
+        if written - covered:
             covered |= written
             seen.add(node.name)
             at.setdefault(node.name, []).append(("after", node.name))

@@ -35,6 +35,12 @@ HELD = (
     "fourier of all",
     "spectral convolution",
     "features that are turned",
+    "kernels weighed four ways",
+    "contextual transformer",
+    "criss-cross attention",
+    "attention and convolution",
+    "neighbours among all images",
+    "capsules",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

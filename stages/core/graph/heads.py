@@ -90,7 +90,7 @@ def with_heads(
 
 def _face_to_face(a: Value, b: Value) -> bool:
     """Whether each is one unit for each place, on rows and on columns: scores of every two places (GAT)."""
-    single = all(own.labels.numel() == 1 and not own.common for own in (a, b))
+    single = all(own.labels.numel() == 1 and not (own.common or own.held) for own in (a, b))
     return single and len(a.shape) == len(b.shape) == 3 and {a.dims, b.dims} == {(1,), (2,)}
 
 
@@ -143,7 +143,8 @@ def _lifted(node: Node, value: Value) -> Node:
         short = len(a["sizes"]) == len(value.shape) - 1
         sizes = [*a["sizes"][:at], -1, *a["sizes"][at:]] if short else a["sizes"]
         return dataclasses.replace(node, attributes={**a, "sizes": sizes})
-    plain = all(n == 1 for n in a["groups"]) and a["order"][:at] == list(range(at))
+    alone = all(len(own) == 1 for own in a["atoms"][:at]) and all(n == 1 for n in a["groups"][:at])
+    plain = alone and a["order"][:at] == list(range(at))
     if len(value.shape) != len(a["atoms"]) + 1 or value.dims != (at,) or not plain:
         return node
     attributes = {

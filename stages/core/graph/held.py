@@ -19,6 +19,7 @@ from stages.core.runtime.errors import InputError
 log = logging.getLogger(__name__)
 BY_LAST = ("linear", "layer_norm")  # what reads the last dimension
 BY_SECOND = ("batch_norm", "batch_statistics", "group_norm", "prelu")  # and convolutions
+MEET = ("matmul", "attention", "grid_sample")  # entries of one value with those of another
 
 
 class Held:
@@ -101,15 +102,22 @@ class Held:
         return True
 
     def as_it_is(self, node: Node, inputs: Sequence[Value]) -> list[Node]:
-        """The node alone where it is held, or reads nothing but what is held."""
+        """The node alone where it is held, or reads nothing but what is held, or meets it in a product."""
         own = [value for value in inputs if not value.common]
-        whole = _dim_read(node, inputs) is None and own and all(value.held for value in own)
-        return [node] if node.name in self.nodes or whole else []
+        met = any(value.held for value in own) and (
+            node.operation in MEET or all(value.held for value in own)
+        )
+        whole = met and _dim_read(node, inputs) is None
+        alike = not own and node.operation in MEET  # made of the input alone
+        return [node] if whole or (node.name in self.nodes and not alike) else []
 
     def value(self, units: Units, node: Node, inputs: list[Value], out: torch.Size) -> Value:
         """What a held operation gives."""
         _fix(units, inputs)
-        last = node.operation in BY_LAST or (len(out) < 4 and not node.fitted)
+        elsewhere = out[:1] != (
+            1,
+        )  # of one image: images do not come first, and may be on the second dimension
+        last = node.operation in BY_LAST or ((len(out) < 4 or elsewhere) and not node.fitted)
         return _fixed_on(units, node, len(out) - 1 if last else 1, out)
 
     def told(self) -> None:

@@ -23,9 +23,10 @@ ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
             "adaptive_max_pool1d", "adaptive_max_pool2d")  # fmt: skip
 SQUASHING = ("softmax", "log_softmax", "sigmoid", "tanh", "exp", "softplus", "log_sigmoid")
 BEHIND_HEAD = (  # what may stand between the last linear map and the output, class by class or over all classes
-    *SQUASHING, "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "relu", "neg", "hardtanh",
+    *SQUASHING, "batch_norm", "scale", "shift", "divide_by", "power", "clamp", "clamp_min", "sqrt", "relu",
+    "neg", "hardtanh",
     "multiply_parameter", "divide_parameter", "add_parameter",
-    *POOLS, *ADAPTIVE, "mean", "sum", "amax", "amin", "select",  # over places, where each has logits of its own
+    *POOLS, *ADAPTIVE, "interpolate", "mean", "sum", "amax", "amin", "select",  # over places with logits each
 )  # fmt: skip
 
 

@@ -41,9 +41,10 @@ def from_heads(
 
 
 def rearranged(name: str, source: str, atoms: list[list[int]], groups: list[list[int]]) -> Node:
+    images = next((d for d, own in enumerate(atoms) if own == [1]), 0) if atoms[0][0] > 1 else 0
     attributes = {
         "atoms": atoms,
-        "free": [0, *[None] * (len(atoms) - 1)],  # images
+        "free": [0 if d == images else None for d in range(len(atoms))],
         "order": [i for own in groups for i in own],
         "groups": [len(own) for own in groups],
     }

@@ -67,6 +67,7 @@ class Resolved:
         names = {self.classes.names[g] for g in np.unique(self.classes.group[top[top >= 0]])}
         if not names & free:  # images, logits: alike in every network
             dim = varying[-1] if varying else (value.dims[0] if value.dims else len(value.shape) - 1)
+            dim = 1 if len(value.shape) > 3 and varying == list(range(1, len(value.shape))) else dim
             only = names.pop() if len(names) == 1 else ""
             known = only in self.spec.groups and self.spec.groups[only].size == value.shape[dim]
             return Layout(dim, (Segment(only if known else "", value.shape[dim]),))

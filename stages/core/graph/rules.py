@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.core.graph.axes import NONE, SeveralDimensionsError, Units, Value, join
 from stages.core.graph.nodes import Node
+from stages.core.graph.widening import repeats_one, widens
 from stages.core.runtime.errors import InputError
 
 Shapes = Mapping[str, Sequence[int]]  # by role
@@ -34,24 +35,13 @@ def same(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sha
         value = join(units, node.name, value, other, out, places=True)
     for role, name in node.parameters.items():
         shape = node.attributes.get("view", shapes[role])
-        if len(inputs) == 1 and _widens(inputs[0], out, shape):
-            return _table(units, node, name, shape, shapes[role], out)
+        alone = repeats_one(inputs[0], value, shape)  # each entry with the one unit
+        if len(inputs) == 1 and (alone or widens(inputs[0], out, shape)):
+            units.fixed += [value.labels] if alone else []
+            value = on_dim(
+                units.new(out[(dim := value.dims[0] if alone else len(out) - 1)], node.path), dim, out
+            )
         place_parameter(units, node, name, shape, shapes[role], value)
-    return value
-
-
-def _widens(value: Value, out: torch.Size, shape: Sequence[int]) -> bool:
-    """Whether a parameter gives each number of the input a row of its own (tokens of a table's columns)."""
-    return value.common and len(shape) > 1 and value.shape[-1:] == (1,) and shape[-1] == out[-1] > 1
-
-
-def _table(
-    units: Units, node: Node, name: str, seen: Sequence[int], own: Sequence[int], out: torch.Size
-) -> Value:
-    """The columns of a parameter are units, as those of an embedding are; its rows are in the input's order."""
-    new = units.new(out[-1], node.path)
-    value = on_dim(new, len(out) - 1, out)
-    place_parameter(units, node, name, seen, own, value)
     return value
 
 

@@ -61,12 +61,12 @@ class Spread:
         dim = value.dims[0]
         return (
             dataclasses.replace(node, attributes={**a, "spread": dim})
-            if self._meets(node, dim - rank)
+            if self._meets(node, dim - rank, value.shape[dim])
             else node
         )
 
-    def _meets(self, node: Node, dim: int) -> bool:
-        """Whether all that reads it is elementwise, until it meets what has units on ``dim`` (counted from the end)."""
+    def _meets(self, node: Node, dim: int, width: int) -> bool:
+        """Whether all that reads it is elementwise, until it meets as many units on ``dim`` (counted from the end)."""
         users, waiting = self.graph.users(), [node.name]
         while waiting:
             name = waiting.pop()
@@ -77,4 +77,6 @@ class Spread:
                     return False
                 if self.shapes[user.name][dim] == 1:
                     waiting.append(user.name)
+                elif self.shapes[user.name][dim] != width:
+                    return False
         return True

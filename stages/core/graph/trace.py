@@ -28,6 +28,7 @@ from stages.core.graph.places import PlaceOf, nowhere, placed
 from stages.core.graph.resolve import Resolved
 from stages.core.graph.selected import selected_first
 from stages.core.graph.settled import settle
+from stages.core.graph.shuffled import as_channels
 from stages.core.graph.spread import Spread
 from stages.core.graph.trial import shapes_of, try_node
 from stages.core.runtime.errors import InputError
@@ -241,10 +242,6 @@ def _laid_out(
             seen[node.name] = held.value(units, node, inputs, out.shape)
         for name in last.get(node.name, ()):
             del tensors[name]
-    if seen[graph.output.name].held:
-        raise InputError(
-            f"{graph.output.name}: the output itself is held; allowed: values before the last layer"
-        )
     for end in (first.name, graph.output.name):
         units.fixed += [own for own in (seen[end].labels, seen[end].across) if own is not None]
     resolved = Resolved(units)
@@ -278,6 +275,7 @@ def _units_of(
     if operation.rule in (rules.linear, rules.channels, rules.group_norm):
         inputs[0] = seen[node.inputs[0]] = rules.as_read(units, node, inputs[0])
     elementwise = operation.rule is rules.same
+    inputs[:] = as_channels(units, node, inputs, operation.rule)
     check_beside(node, inputs, elementwise)
     found = kept_beside(node, inputs, operation.rule(units, node, inputs, out, own))
     return carried(units, node, inputs, found, operation.run, elementwise, own)

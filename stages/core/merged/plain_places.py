@@ -39,8 +39,8 @@ class Places:
         return path
 
     def _occupied(self, path: str) -> bool:
-        """Whether tensors lie below the path, or it lies below a layer."""
-        return any(
+        """Whether tensors lie below the path, or it lies below a layer, or every module has something of that name."""
+        return hasattr(nn.Module, path.rpartition(".")[2]) or any(
             own.startswith(f"{path}.") or (path.startswith(f"{own}.") and isinstance(item, Tensor))
             for own, item in self._made.items()
         )

@@ -27,7 +27,8 @@ ALIKE = {
 FOURIER = {
     f"fft_{way}{dims}": f"{way}n" for way in ("fft", "ifft", "rfft", "irfft") for dims in ("", "2", "n")
 }
-PRODUCTS_OF_TWO = ("mul", "multiply", "matmul", "mm", "bmm", "einsum", "linear")
+WITH_BIAS = ("linear", "conv1d", "conv2d", "conv3d")
+PRODUCTS_OF_TWO = ("mul", "multiply", "matmul", "mm", "bmm", "einsum", *WITH_BIAS)
 
 
 @torch.library.custom_op("networks::fourier", mutates_args=())
@@ -144,22 +145,25 @@ def _product(writer: _Pairs, node: torch.fx.Node) -> Pair:
         else None
     )
     both = list(rest[at]) if at is not None else rest[:2]
-    if len(both) != 2 or (name == "linear" and len(rest) > 2 and rest[2] is not None):
+    if len(both) != 2:
         raise place_of(node, writer.kind).refusal(
             f"no rule for {name} of complex numbers with more than two values"
         )
     (a, b), (c, d) = (writer.pair(own) for own in both)
+    added = writer.pair(rest[2]) if name in WITH_BIAS and len(rest) > 2 else (None, None)
 
-    def of(x: Part, y: Part) -> Part:
+    def of(x: Part, y: Part, bias: Part = None) -> Part:
         if x is None or y is None:
             return None
         if at is not None:
             return writer.call(node.target, *rest[:at], [x, y], *rest[at + 1 :])
         if not isinstance(y, torch.fx.Node):
             return writer.call(torch.ops.aten.mul.Scalar, x, y)
+        if name in WITH_BIAS:
+            return writer.call(node.target, x, y, bias, *rest[3:])
         return writer.call(torch.ops.aten.mul.Tensor if name == "multiply" else node.target, x, y)
 
-    return writer.add(of(a, c), of(b, d), -1), writer.add(of(a, d), of(b, c))
+    return writer.add(of(a, c, added[0]), of(b, d), -1), writer.add(of(a, d, added[1]), of(b, c))
 
 
 def _sum(writer: _Pairs, node: torch.fx.Node, times: int) -> Pair:
@@ -168,13 +172,30 @@ def _sum(writer: _Pairs, node: torch.fx.Node, times: int) -> Pair:
 
 
 def _quotient(writer: _Pairs, node: torch.fx.Node) -> Pair:
-    """By real numbers."""
-    a, b = writer.pair(node.args[0])
-    by, none = writer.pair(node.args[1])
-    if none is not None:
-        raise place_of(node, writer.kind).refusal("no rule for a quotient of complex numbers")
-    kind = torch.ops.aten.div.Tensor if isinstance(by, torch.fx.Node) else torch.ops.aten.div.Scalar
+    """By real numbers, or with the conjugate of what it is divided by, by that one's square."""
+    (a, b), (by, other), aten = writer.pair(node.args[0]), writer.pair(node.args[1]), torch.ops.aten
+    if other is not None:
+        if not isinstance(by, torch.fx.Node) or not isinstance(a, torch.fx.Node):
+            raise place_of(node, writer.kind).refusal("no rule for a quotient of a number and complex ones")
+        call = writer.call
+        both = (None, None) if b is None else (call(aten.mul.Tensor, b, other), call(aten.mul.Tensor, b, by))
+        a, b = (
+            writer.add(call(aten.mul.Tensor, a, by), both[0]),
+            writer.add(both[1], call(aten.mul.Tensor, a, other), -1),
+        )
+        by = call(aten.add.Tensor, *(call(aten.mul.Tensor, own, own) for own in (by, other)))
+    kind = aten.div.Tensor if isinstance(by, torch.fx.Node) else aten.div.Scalar
     return writer.call(kind, a, by), None if b is None else writer.call(kind, b, by)
+
+
+def _exponential(writer: _Pairs, node: torch.fx.Node) -> Pair:
+    (a, b), aten = writer.pair(node.args[0]), torch.ops.aten
+    size = writer.call(aten.exp.default, a)
+    if b is None:
+        return size, None
+    return tuple(
+        writer.call(aten.mul.Tensor, size, writer.call(turn.default, b)) for turn in (aten.cos, aten.sin)
+    )
 
 
 def _transform(writer: _Pairs, node: torch.fx.Node, kind: str) -> Pair | torch.fx.Node:
@@ -245,6 +266,7 @@ CALLS_OF_PAIRS: Mapping[str, Callable[[_Pairs, torch.fx.Node], Any]] = {
     "real": partial(_part, i=0),
     "imag": partial(_part, i=1),
     "abs": partial(_of_parts, name="hypot"),
+    "exp": _exponential,
     "angle": partial(_of_parts, name="atan2"),
     **dict.fromkeys(PRODUCTS_OF_TWO, _product),
     **dict.fromkeys(("add",), partial(_sum, times=1)),

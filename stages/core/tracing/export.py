@@ -120,6 +120,7 @@ def export(module: nn.Module, example: Tensor, has_rule: Callable[[torch.fx.Node
                 f"{type(module).__name__}: torch.export cannot read it ({said}{place_of(error)}); "
                 "allowed: a forward of one tensor without branches on its values"
             ) from error
+    _check_output(program)
     signature = program.graph_signature
     tensors: dict[str, str | Tensor] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state = kept.state_dict()
@@ -149,6 +150,14 @@ def _batch_norm_forward(part: nn.SyncBatchNorm):
         )
 
     return forward
+
+
+def _check_output(program: torch.export.ExportedProgram) -> None:
+    """Several values are counted where the graph is read; one in a list or a dict is no tensor either."""
+    spec = program.call_spec.out_spec
+    if spec is not None and spec.num_leaves == 1 and not spec.is_leaf():
+        kind = getattr(spec.type, "__name__", "container")
+        raise InputError(f"the network returns a {kind} of one tensor; allowed: one tensor")
 
 
 def _leave_buffers(program: torch.export.ExportedProgram) -> None:

@@ -43,7 +43,8 @@ class Folding:
         elif order is not None:
             alike = list(order) == list(range(len(found))) and list(shape) == found
             order, ending = (None, "") if alike else (order, "_" + "".join(map(str, order)))
-        if isinstance(own, str) and order is None:
+        counts = isinstance(own, str) and not fx.meta["val"].is_floating_point()
+        if isinstance(own, str) and order is None and not counts:
             return own
         name = f"{PREFIX}.{fx.name}{ending}"
         self.wanted[name] = (fx, order and list(order), shape and list(shape))
@@ -63,8 +64,8 @@ class Folding:
             value = self._evaluate(fx, own, like, known)
             value = value if order is None else value.permute(order)
             value = value if order is None or shape is None else value.reshape(shape)
-            if value.is_floating_point() or value.dtype == torch.bool:  # a mask is of ones and zeros
-                value = value.to(like)
+            if not value.is_complex():  # whole numbers and masks too: what is averaged is no integer
+                value = _finite(value.to(like))
             own[name] = value.contiguous().clone()
         return own
 
@@ -132,6 +133,12 @@ def _filled(node: torch.fx.Node, like: Tensor) -> Tensor:
     fill = LIKE[name] if LIKE[name] is not None else node.args[-1]
     dtype = like.dtype if seen.dtype.is_floating_point else seen.dtype
     return torch.full([_one_image(n) for n in seen.shape], fill, dtype=dtype, device=like.device)
+
+
+def _finite(value: Tensor) -> Tensor:
+    """With a very large number in the place of an infinite one (of masks), which can be averaged; NaN stays."""
+    most = torch.finfo(value.dtype).max / 64
+    return value.nan_to_num(nan=torch.nan, posinf=most, neginf=-most)
 
 
 def _passes_on(node: torch.fx.Node) -> bool:

@@ -69,8 +69,8 @@ def _region(
     while waiting:
         own = waiting.pop()
         around = [*own.users] if own in inside else []
-        for user in own.users:
-            around += [arg for arg in user.all_input_nodes if _groups(arg) == groups]
+        if own in inside and _groups(own) != groups:
+            around += [arg for arg in own.all_input_nodes if tensor_shape(arg)[:1] == [INPUT * groups]]
         for other in around:
             if other in seen:
                 continue

@@ -29,6 +29,8 @@ class OneByOne(TorchFunctionMode):
             unbound = func in (Tensor.unbind, torch.unbind) and _dim(args[1:], kwargs or {}) == 0
             if unbound or (one and self.taken > MOST_ALONE):
                 raise InputError("no rule for one of the images after the other")
+        if getattr(func, "__name__", "") == "_pack_padded_sequence":
+            raise InputError("no rule for a packed sequence, whose length each text decides")
         if getattr(func, "__self__", None) is Tensor.data:
             return args[0].detach()
         known = both_ways(getattr(func, "__name__", ""), args) if not kwargs else None

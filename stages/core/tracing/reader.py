@@ -234,6 +234,7 @@ class Reader:
         shape = self.shape(lone)
         if (
             isinstance(own, str)
+            and at.meta["val"].is_floating_point()
             and at is not lone
             and len(self.shape(at)) == 1
             and sum(n > 1 for n in shape) == 1

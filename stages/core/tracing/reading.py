@@ -14,18 +14,21 @@ from torch import Tensor, nn
 from stages.core.graph.nodes import Graph
 from stages.core.graph.places import CodePlace
 from stages.core.tracing.calls import joins, linear, lines, moving, norms, places, reductions
-from stages.core.tracing.complex_pairs import FOURIER, pairs_apart
+from stages.core.tracing.complex_pairs import CALLS_OF_PAIRS, FOURIER, pairs_apart
 from stages.core.tracing.copies import unwrap
+from stages.core.tracing.distances import distances_as_maps
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
 from stages.core.tracing.groups_beside import groups_apart
 from stages.core.tracing.heads_apart import heads_apart
 from stages.core.tracing.mixed_weights import kernels_apart
+from stages.core.tracing.neighbours import places_of_each_image
 from stages.core.tracing.one_channel import channel_kept
 from stages.core.tracing.one_unit import unit_kept
 from stages.core.tracing.radix import radix_apart
 from stages.core.tracing.reader import SKIPPED, Reader, place_of
-from stages.core.tracing.rewriting import reduced_apart, unrepeated
+from stages.core.tracing.rewriting import of_known_shape, reduced_apart, unrepeated
+from stages.core.tracing.sampled_taps import DEFORMABLE, taps_apart
 from stages.core.tracing.side_by_side import places_changed
 
 
@@ -59,7 +62,11 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     """
     module = unwrap(module)
     exported = export(module, example, _has_rule)
+    of_known_shape(exported.graph)
+    taps_apart(exported.graph)
     pairs_apart(exported.graph, exported.tensors, type(module).__name__)
+    distances_as_maps(exported.graph, exported.tensors)
+    places_of_each_image(exported.graph, exported.tensors)
     unrepeated(exported.graph, exported.tensors)
     places_changed(exported.graph)
     heads_apart(exported.graph)
@@ -80,6 +87,9 @@ def _has_rule(fx: torch.fx.Node) -> bool:
         name in SKIPPED
         or name in CALLS
         or name in FOURIER
+        or name in CALLS_OF_PAIRS
+        or name == "cdist"
+        or name in DEFORMABLE
         or name.strip("_") in CALLS
         or name.startswith(("sym_", "_assert"))
     )

@@ -66,28 +66,28 @@ def _layers(
     both: bool,
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
-    """As torch.lstm and its like: x (n, t, c) or (t, n, c), states (layers * directions, n, h)."""
+    """As torch.lstm and its like: x (n, t, c) or (t, n, c), states (layers * directions, n, h), perhaps projected."""
     first, each, last = list(state) if isinstance(state, list | tuple) else [state], 4 if biases else 2, []
+    projected = len(weights) > each * layers * (1 + both)
+    each += projected
     x = x.transpose(0, 1) if batch_first else x
     for layer in range(layers):
         made = []
         for way in range(1 + both):
             at = layer * (1 + both) + way
-            wx, wh, bx, bh = [*weights[each * at : each * (at + 1)], None, None][:4]
+            named = list(weights[each * at : each * (at + 1)])
+            down = named.pop() if projected else None
+            wx, wh, bx, bh = [*named, None, None][:4]
             own, steps = tuple(kind[at] for kind in first), []
             maps = F.linear(x, wx, bx).unbind(0)
             for given in reversed(maps) if way else maps:
                 own = step(given, own, F.linear(own[0], wh, bh))
+                own = own if down is None else (F.linear(own[0], down), *own[1:])
                 steps.append(own[0])
             made.append(torch.stack(steps[::-1] if way else steps))
             last.append(own)
         x = torch.cat(made, -1) if both else made[0]
     return (x.transpose(0, 1) if batch_first else x, *(torch.stack(kind) for kind in zip(*last, strict=True)))
-
-
-def _plain(weights: Sequence[Any], biases: bool, layers: int, both: bool) -> bool:
-    """Whether no state is projected."""
-    return len(weights) == layers * (1 + both) * (4 if biases else 2)
 
 
 def both_ways(name: str, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
@@ -99,7 +99,7 @@ def both_ways(name: str, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
         return None
     x, state, weights, biases, layers, dropout, train, both, batch_first = args
     short = x.dim() == 3 and x.shape[int(batch_first)] <= MOST_STEPS
-    if not (both and short and _plain(weights, biases, layers, both)):
+    if not (both and short):
         return None
     return _layers(CELLS[name], x, state, weights, biases, layers, dropout, train, both, batch_first)
 
@@ -109,15 +109,15 @@ def written_out(
 ) -> dict[Any, Callable[..., Any]]:
     """What torch.export is to write in the place of the recurrent layers of a graph, by call.
 
-    Those of longer sequences than ``MOST_STEPS``, and those whose state is projected, stay: they have no rule.
+    Those of longer sequences than ``MOST_STEPS`` stay: they have no rule.
     """
     found: dict[Any, Callable[..., Any]] = {}
     for node in graph.nodes:
         name = name_of(node) if node.op == "call_function" else ""
         if name in CELLS and node.target._overloadname == "input":
-            x, weights, (biases, layers, *_, both, batch_first) = node.args[0], node.args[2], node.args[3:]
+            x, batch_first = node.args[0], node.args[-1]
             steps = x.meta["val"].shape[int(batch_first)]
-            if steps <= MOST_STEPS and _plain(weights, biases, layers, both):
+            if steps <= MOST_STEPS:
                 found[node.target] = partial(_layers, CELLS[name])
         elif name.removesuffix("_cell") in CELLS and name.endswith("_cell"):
             found[node.target] = partial(_cell, CELLS[name.removesuffix("_cell")])

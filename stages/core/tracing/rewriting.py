@@ -78,6 +78,21 @@ def of_the_input(graph: torch.fx.Graph, tensors: Container[str]) -> set[torch.fx
     return found
 
 
+SHAPED = ("expand_as", "view_as", "reshape_as")
+
+
+def of_known_shape(graph: torch.fx.Graph) -> None:
+    """What takes another value's shape alone does not depend on that value: it is told the shape."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.op == "call_function" and opname(node) in SHAPED:
+            kind = aten.expand if opname(node) == "expand_as" else aten.reshape
+            with graph.inserting_before(node):
+                shape = list(node.args[1].meta["val"].shape)
+                node.replace_all_uses_with(called(graph, node, kind.default, node.args[0], shape))
+    graph.eliminate_dead_code()
+
+
 def unrepeated(graph: torch.fx.Graph, tensors: Container[str]) -> None:
     """A constant that is repeated for all images, and for what is beside them, only to be joined with a value, is
     broadcast as it is (the mask of criss-cross attention)."""

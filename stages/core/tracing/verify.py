@@ -107,8 +107,8 @@ class _Double(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         made = not any(isinstance(own, Tensor) for own in torch.utils._pytree.tree_leaves((args, kwargs)))
-        if not made and kwargs.get("dtype") in self.LESS:
-            kwargs["dtype"] = torch.float64
+        if not made and kwargs.get("dtype") in (*self.LESS, torch.complex64):
+            kwargs["dtype"] = torch.float64 if kwargs["dtype"] in self.LESS else torch.complex128
         found = func(*args, **kwargs)
         if made and isinstance(found, Tensor) and found.dtype in (*self.LESS, torch.complex64):
             return found.to(

@@ -93,11 +93,17 @@ class Statistics:
     inside: Mapping[str, Moments] = field(default_factory=dict)
 
     def between(self, spec: PermutationSpec, name: str, kind: Similarity) -> dict[str, Tensor]:
-        """Similarities of what a group consists of: {what: (N, N, parts * size, parts * size)}, see ``contents``."""
-        return {
-            inner.name: (self.inside if inner.name in self.inside else self.after)[inner.name].between(kind)
-            for inner in spec.contents(name)
-        }
+        """Similarities of what a group consists of: {what: (N, N, parts * size, parts * size)}, see ``contents``.
+
+        What no layer reads or writes (learned queries, mapped) was not looked at: nothing is like anything there.
+        """
+        found, networks = {}, len(next(iter(self.after.values())).sizes)
+        for inner in spec.contents(name):
+            own = self.inside.get(inner.name, self.after.get(inner.name))
+            entries = inner.parts * inner.size
+            zeros = (networks, networks, entries, entries)
+            found[inner.name] = torch.zeros(zeros).double() if own is None else own.between(kind)
+        return found
 
     def matched(self, spec: PermutationSpec, units: Mapping[str, Tensor], name: str) -> Tensor:
         """Correlation of matched units of every two networks, (N, N, d); of parts the mean of what they hold."""

@@ -24,7 +24,7 @@ def helped(x):
 class Block(nn.Module):
     def __init__(self, body):
         super().__init__()
-        self.body, self.many = body, nn.Bilinear(8, 8, 8)
+        self.body, self.many = body, nn.FractionalMaxPool2d(1, output_size=8)
 
     def forward(self, x):
         return self._forward_impl(x)
@@ -47,8 +47,7 @@ class Odd(nn.Module):
 BODIES = {  # what is in the middle, words of the refusal, and where it is: path, code
     "in a function": (lambda m, x: helped(x), "no rule for special_erfcx", "block", "return torch.special.erfcx(x)"),
     "in a layer of torch": (
-        lambda m, x: m.many(x.permute(0, 2, 3, 1).relu(), x.permute(0, 2, 3, 1).sin()).permute(0, 3, 1, 2),
-        "no rule for bilinear", "block.many", "m.many(x"),
+        lambda m, x: m.many(x), "no rule for fractional_max_pool2d", "block.many", "m.many(x"),
     "a mean that drops channels": (
         lambda m, x: x * x.mean(1).sum((1, 2))[:, None, None, None], "mean over the units", "block", "x.mean(1)"),
     "units beside ones": (

@@ -379,6 +379,7 @@ READ = {  # what other readers refuse: each verified
     "axis": lambda m, x: torch.cat([m.conv(x), x], axis=1),
     "keyword": lambda m, x: m.conv(input=x),
     "one map for all units": lambda m, x: m.conv(x) * F.relu(m.thin(x)),
+    "attention weights": lambda m, x: (lambda t: m.attend(t, t, t)[1].flatten(1))(m.tokens(x)),
     "hooked": lambda m, x: m.conv(x.clone().relu_()).mul_(2).add_(1),
 }  # fmt: skip
 
@@ -398,8 +399,6 @@ REFUSALS = {
     "along images": (lambda m, x: m.conv(x).cumsum(0), "a call along the images"),
     "attention mask": (
         lambda m, x: (lambda t: m.attend(t, t, t, attn_mask=t[:, :, 0])[0])(m.tokens(x)), EXPORT),
-    "attention weights": (
-        lambda m, x: (lambda t: m.attend(t, t, t)[1].flatten(1))(m.tokens(x)), "mean over the units"),
     "branch": (lambda m, x: m.conv(x) if x.sum() > 0 else x, f"Refused: {EXPORT}"),
     "loop": (lambda m, x: sum(y for y in m.conv(x)), "no rule for one of the images"),
     "several outputs": (lambda m, x: (m.conv(x), x), "several values"),

@@ -260,9 +260,12 @@ def _prelu(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     reader.node(fx, "prelu", [given["self"]], {}, reader.roles(fx, given, {"weight": "weight"}))
 
 
-def _local_response_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
-    settings = {key: given[key] for key in ("size", "alpha", "beta", "k")}
-    reader.node(fx, "local_response_norm", [given["x"]], settings)
+def _rrelu(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """As it is evaluated: with the mean of its slopes."""
+    if given["training"]:
+        raise reader.unknown(fx, "rrelu in training mode")
+    slope = (given["lower"] + given["upper"]) / 2
+    reader.node(fx, "leaky_relu", [given["self"]], {"negative_slope": slope})
 
 
 def _called(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
@@ -281,7 +284,7 @@ JOINS = {
     **{name: partial(_called, name="maximum") for name in ("logical_or", "bitwise_or", "or")},
     "glu": _glu,
     "prelu": _prelu,
-    "local_response_norm": _local_response_norm,
+    "rrelu": _rrelu,
     **{call: partial(_called, name=name) for call, name in (BINARY_CALLS | SPELLED_COMPARISONS).items()},
     **{name: partial(_elementwise, name=name) for name in UNARY},
     **{call: partial(_elementwise, name=name) for call, name in SPELLED.items()},

@@ -48,6 +48,7 @@ def _matmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     table = unexpanded(reader, known)
     shape = reader.shape(table)
     lead = [d for d in range(len(shape) - 2) if shape[d] == 1]
+    ahead = [d for d in lead if d < next((i for i, n in enumerate(shape) if n > 1), 0)]
     several = len(lead) < len(shape) - 2 and not any(n % INPUT == 0 for n in shape)
     if not several and (lone or len(shape) == 2 or shape[-1] == shape[-2]):
         table, several = without(reader, table, lead), False
@@ -57,10 +58,10 @@ def _matmul(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     elif not lone and len(reader.shape(table)) == 2 < len(reader.shape(b)):
         _in_front(reader, fx, "linear", {"weight": reader.parameter(table)}, b)
     elif several and lone:
-        table = without(reader, table, lead)
+        table = without(reader, table, ahead)
         reader.node(fx, "matmul_parameter", [a], {}, {"value": reader.parameter(table)})
     elif several:
-        table = without(reader, table, lead)
+        table = without(reader, table, ahead)
         _in_front(reader, fx, "matmul_parameter", {"value": reader.folding.want(table, transposed=True)}, b)
     else:
         reader.node(fx, "matmul", [a, b])  # one of the two as a value that is the same for every image

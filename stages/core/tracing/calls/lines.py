@@ -9,6 +9,7 @@ import torch.fx
 
 from stages.core.tracing.bare import made_constant, unexpanded
 from stages.core.tracing.calls.reductions import reduce
+from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
 
@@ -23,7 +24,7 @@ def _dim(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> int:
     dim = given["dim"] % len(shape)
     if shape[dim] % INPUT == 0:
         raise reader.unknown(fx, "a call along the images")
-    return dim
+    return dim - len(shape)  # from the end: what is ahead may get one more, of parts
 
 
 def _first(
@@ -53,11 +54,14 @@ def _triangle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name:
 
 def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """By an index that depends on the input, or by one that is the same for all images."""
-    index, dim = given["index"], _dim(reader, fx, given)
+    index, dim = given["index"], _dim(reader, fx, given) + len(reader.shape(given["self"]))
     if not reader.is_value(given["self"]):
         raise reader.unknown(fx, "gather of a constant")
     if reader.is_value(index):
-        reader.node(fx, "gather", [given["self"], index], {"dim": dim})
+        one, settings = _one_for_all(reader, index), {"dim": dim}
+        if one is not None:
+            settings["wide"] = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(one))]
+        reader.node(fx, "gather", [given["self"], index if one is None else one], settings)
         return
     table = unexpanded(reader, index)
     if reader.shape(table)[0] > 1:
@@ -67,6 +71,16 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     )  # as numbers, as whatever is kept
     wide = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(table))]
     reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
+
+
+def _one_for_all(reader: Reader, index: torch.fx.Node) -> torch.fx.Node | None:
+    """What was only repeated along dimensions of one entry to be an index."""
+    index = reader.through(index)
+    if index.op != "call_function" or opname(index) not in ("expand", "repeat", "expand_as"):
+        return None
+    before, after = reader.shape(index.args[0]), reader.shape(index)
+    kept = len(before) == len(after) and all(n in (1, m) for n, m in zip(before, after, strict=True))
+    return index.args[0] if kept and before[0] == after[0] else None
 
 
 def _ranked(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:

@@ -93,7 +93,13 @@ def _linalg_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) ->
     _length(reader, fx, given, 2 if squares else f"{order}, of matrices")
 
 
+def _local_response_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    settings = {key: given[key] for key in ("size", "alpha", "beta", "k")}
+    reader.node(fx, "local_response_norm", [given["x"]], settings)
+
+
 NORM_CALLS = {
+    "local_response_norm": _local_response_norm,
     "batch_norm": _batch_norm,
     "cudnn_batch_norm": _batch_norm,
     "native_batch_norm": _batch_norm,
