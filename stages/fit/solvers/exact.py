@@ -206,7 +206,7 @@ class Grouped:
         systems = [own.systems() for own in equations]
         if ranks.rank():
             return None
-        start = starts(layer)[0].view(module.groups, -1, module.weight[0].numel())
+        start = starts(layer)[0].view(module.groups, -1, module.weight[0].numel()).double()
         whole, *others = systems
         ridge = decide(problem.setup.ridge, _losses_of_parts(*systems, start) if others else None)
         for held in others:
