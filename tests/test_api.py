@@ -227,7 +227,7 @@ def test_the_packaged_rows_are_those_of_the_parameters():
         ({"method": 3}, "method: found 3; allowed: a name"),
         ({"method": "pleas_free"}, "method: found data: proxy"),
         ({"method": {"fit": {"refine": {"step": 3}}}}, "fit.refine.step: unknown key; allowed: steps"),
-        ({"method": {"match": "luck", "fit": {}}}, "match: found 'luck'; allowed: identity"),
+        ({"method": {"match": "luck", "fit": {}}}, "match: found 'luck'; allowed: .* more, or a mapping"),
         ({"method": {"fit": {"solver": "magic"}}}, "solver: found 'magic'"),
         (
             {"method": {"fit": {"solvr": "exact"}}},
