@@ -128,6 +128,27 @@ def sweep(folder: Path) -> None:
             path.unlink()
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder but hidden ones, links followed, in any order.
+
+    Raises InputError for what is neither a file nor a folder (a pipe would never end), for a link that leads nowhere
+    and for one to a folder that contains it (which would never end either).
+    """
+    try:
+        entries = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    for path in entries:
+        if path.is_file():
+            yield path
+        elif not path.is_dir():
+            raise InputError(f"{path}: neither a file nor a folder")
+        elif folder.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path}: a link to a folder that contains it")
+        else:
+            yield from files_below(path)
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
     with replacing(path) as temporary, open(temporary, "wb") as handle:
