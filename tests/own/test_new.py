@@ -76,9 +76,7 @@ def test_a_profile_is_put_into_the_users_own_file_as_it_is(project, own):
     path, real = project / "params.yaml", project / "real.yaml"
     top, profiles = path.read_text().split("\nprofiles:\n")
     profiles = "".join(f"  {line}" if line.startswith(" ") else line for line in profiles.splitlines(True))
-    before = (
-        "\ufeff" + f"{top}  # mine: é\nprofiles:\n{profiles}# end".replace("\n", "\r\n")
-    ).encode()
+    before = ("\ufeff" + f"{top}  # mine: é\nprofiles:\n{profiles}# end".replace("\n", "\r\n")).encode()
     path.unlink()
     real.write_bytes(before)
     real.chmod(0o600)
