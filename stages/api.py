@@ -7,6 +7,7 @@ merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budge
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -25,9 +26,9 @@ from stages.core.recipe.methods import MatchSettings, Method
 from stages.core.recipe.rooms import ALIGNMENTS, check_match, check_row
 from stages.core.recipe.sections import Options
 from stages.core.runtime.device import generator
-from stages.core.runtime.errors import InputError, some
+from stages.core.runtime.errors import LONGEST, InputError, some
 from stages.core.runtime.surroundings import undisturbed, users_code
-from stages.core.settings.params import first_line
+from stages.core.settings.params import first_line, nearest
 from stages.core.sweep.batches import Batch
 from stages.core.tracing.sources import make_sources
 from stages.core.units.moments import pool
@@ -78,7 +79,7 @@ def merge(
             labels=labels,
             classes=classes,
             options=options,
-            progress=bool(progress),
+            progress=_yes(progress),
         )
 
 
@@ -93,7 +94,7 @@ def _merge(
     options: Any,
     progress: bool,
 ) -> MergedNetwork:
-    names = list(networks)
+    names, budget = list(networks), _plain(budget)
     rare = _checked(Options, "options", {} if options is None else options)
     check_budget(budget, len(names), rare.allocate.dense)
     row, settings = _row(method)
@@ -143,10 +144,11 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
     known = known_methods()
     if isinstance(method, str):
         if method not in known.methods:
-            raise InputError(f"method: found {method!r}; allowed: {', '.join(known.methods)}, or a mapping")
+            close = nearest(method[:LONGEST], known.methods)
+            raise InputError(f"method: found {method!r:.60}; allowed: {close}, or a mapping")
         method = known.methods[method].model_dump(exclude_unset=True)
     elif not isinstance(method, Mapping):
-        raise InputError(f"method: found {method!r}; allowed: a name or a mapping")
+        raise InputError(f"method: found {method!r:.60}; allowed: a name or a mapping")
     row = {**known.methods["progressive"].model_dump(exclude_unset=True), **method}
     match = row["match"]
     if isinstance(match, Mapping):
@@ -154,7 +156,8 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
     elif isinstance(match, str) and match in known.match:
         settings = known.match[match]
     else:
-        raise InputError(f"match: found {match!r:.60}; allowed: {', '.join(known.match)}, or a mapping")
+        close = nearest(str(match)[:LONGEST], known.match)
+        raise InputError(f"match: found {match!r:.60}; allowed: {close}, or a mapping")
     found = _checked(Method, "", {**row, "match": "given"})
     check_match(settings)
     check_row(found)
@@ -163,11 +166,24 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
     return found, settings
 
 
+def _yes(value: Any) -> bool:
+    if not isinstance(value, bool | int | None):
+        raise InputError(f"progress: found {value!r:.60}; allowed: True, False")
+    return bool(value)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as Python's own, at any depth of a mapping."""
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _checked(section: type, name: str, given: Any) -> Any:
     if not isinstance(given, Mapping):
         raise InputError(f"{name}: found {given!r:.60}; allowed: a mapping")
     try:
-        return section.model_validate(dict(given))
+        return section.model_validate(_plain(dict(given)))
     except ValidationError as error:
         raise InputError(first_line(error, section, name)) from error
 

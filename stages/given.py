@@ -42,6 +42,7 @@ def checked_networks(networks: Any) -> dict[str, nn.Module]:
     return found
 
 
+@torch.no_grad()  # tensors that inference mode made take part in no other
 def checked_network(network: Any, what: str) -> nn.Module:
     """A module whose tensors are ordinary ones. Raises InputError."""
     if isinstance(network, MergedNetwork):
@@ -156,7 +157,7 @@ def _numbers_of(network: nn.Module) -> Tensor:
 
 def _numbers(batch: Tensor, weight: Tensor, name: str) -> Tensor:
     """On the network's device and, if they are floats, of its type."""
-    plain = batch.clone() if batch.is_inference() else batch.detach()
+    plain = (batch.clone() if batch.is_inference() else batch.detach()).resolve_neg()
     moved = plain.to(weight.device, weight.dtype if plain.is_floating_point() else None)
     if moved.is_floating_point() and not bool(moved.isfinite().all()):
         raise InputError(f"batches: task {name}: found NaN or infinite images; allowed: finite numbers")
@@ -172,7 +173,7 @@ def _runs(runner: nn.Module, x: Tensor, name: str) -> Tensor:
         out = runner(pair)
     if not isinstance(out, Tensor):
         raise InputError(f"{what} returns {kind_of(out)}; allowed: one tensor of logits, (n, classes)")
-    if out.dim() < 2 or len(out) != len(pair):
+    if out.dim() < 2 or len(out) != len(pair) or not out.numel():
         raise InputError(f"{what} returns {tuple(out.shape)} for 2 images; allowed: logits, (n, classes)")
     if not bool(out.isfinite().all()):
         raise InputError(f"{what} returns NaN or infinity; allowed: finite logits")

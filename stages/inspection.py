@@ -16,7 +16,7 @@ from stages.core.runtime.surroundings import undisturbed
 from stages.core.tracing.sources import traced_sources
 from stages.core.units.groups import PermutationGroup
 from stages.given import checked_network, run_once
-from stages.loaders import kind_of
+from stages.loaders import check_ordinary, kind_of
 
 SHOWN = 3  # layers of a column of the table
 
@@ -80,8 +80,9 @@ def inspect(network: nn.Module, example: Tensor) -> Inspection:
 
 
 def _inspect(network: nn.Module, example: Tensor) -> Inspection:
-    if not isinstance(example, Tensor) or not len(example):
+    if not isinstance(example, Tensor) or not example.dim() or not len(example):
         raise InputError(f"example: found {kind_of(example)}; allowed: a tensor of one image or more")
+    check_ordinary(example, "example")
     run_once(network, example, "example")
     (source,) = traced_sources([network], [Task("network", ())], example)
     traced, state = source.trace, source.state

@@ -26,15 +26,18 @@ def read_images(given: Any, what: str, runs: Runs, images: int | None) -> list[T
     trying. images: at most so many are read; None: all, up to ``MOST_IMAGES`` and half of the free memory.
     Raises InputError that says what was found and what is expected.
     """
-    entries = _entries(given, what)
-    first = next(entries, None)
-    if first is None:
+    items = _items(given, what)
+    head = next(items, items)
+    if head is items:
         raise InputError(f"{what} has none or an empty one; allowed: {FORMS}")
+    first = _tensor_of(head, what)
     single = _is_single(first, runs, _is_dataset(given))
+    lists = single and not _is_dataset(given)
+    entries = (_tensor_of(item, what, lists) for item in itertools.chain([head], items))
     seen: set[tuple] = set()
     found: list[Tensor] = []
     count, size, free = 0, 0, psutil.virtual_memory().available // 2
-    for entry in itertools.chain([first], entries):
+    for entry in entries:
         key = (entry.shape if single else entry.shape[1:], entry.dtype)
         if key not in seen:
             runs(entry[None] if single else entry)
@@ -62,8 +65,8 @@ def _is_dataset(given: Any) -> bool:
     return isinstance(given, torch.utils.data.Dataset) and hasattr(given, "__len__")
 
 
-def _entries(given: Any, what: str) -> Iterator[Tensor]:
-    """One tensor after the other, batch or image."""
+def _items(given: Any, what: str) -> Iterator[Any]:
+    """One entry after the other, batch or image, with what is beside it."""
     pair = isinstance(given, tuple) and len(given) == 2 and all(isinstance(own, Tensor) for own in given)
     labelled = pair and given[1].dim() == 1 and len(given[0]) == len(given[1]) and given[0].dim() > 1
     if isinstance(given, Tensor | Mapping) or labelled:
@@ -79,11 +82,14 @@ def _entries(given: Any, what: str) -> Iterator[Tensor]:
             item = next(items, items)
         if item is items:
             return
-        yield _tensor_of(item, what)
+        yield item
 
 
-def _tensor_of(item: Any, what: str) -> Tensor:
-    """A tensor, the first of a tuple, or that of a dict which can be meant."""
+def _tensor_of(item: Any, what: str, lists: bool = False) -> Tensor:
+    """A tensor, the first of a tuple, or that of a dict which can be meant.
+
+    lists: the tensors are single images, so that several in one entry are a batch that nobody has stacked.
+    """
     found = item
     if isinstance(item, Mapping):
         held = [key for key in KEYS if isinstance(item.get(key), Tensor)]
@@ -95,6 +101,10 @@ def _tensor_of(item: Any, what: str) -> Tensor:
     elif isinstance(item, tuple | list) and item:
         found = item[0]
         later = [own for own in item[1:] if isinstance(own, Tensor)]
+        if lists and any(own.dim() == found.dim() and own.shape[:1] == found.shape[:1] for own in later):
+            raise InputError(
+                f"{what}: found {len(item)} images in a {kind_of(item)}; allowed: one tensor of them (torch.stack)"
+            )
         if (
             isinstance(found, Tensor)
             and found.dim() < 2
@@ -105,13 +115,18 @@ def _tensor_of(item: Any, what: str) -> Tensor:
             )
     if not isinstance(found, Tensor):
         raise InputError(f"{what}: found {kind_of(found)}; allowed: {FORMS}")
-    if found.is_meta or found.layout != torch.strided or found.is_nested or found.is_quantized:
-        raise InputError(f"{what}: found a tensor that is meta, sparse or nested; allowed: ordinary tensors")
+    check_ordinary(found, what)
     if found.dtype == torch.bool or found.is_complex() or not found.dim():
         raise InputError(f"{what}: found {found.dtype}, {tuple(found.shape)}; allowed: images or tokens")
     if not found.numel():
         raise InputError(f"{what} has none or an empty one; allowed: {FORMS}")
     return found
+
+
+def check_ordinary(images: Tensor, what: str) -> None:
+    """Raises InputError for a tensor that does not hold its numbers one after the other."""
+    if images.is_meta or images.layout != torch.strided or images.is_nested or images.is_quantized:
+        raise InputError(f"{what}: found a tensor that is meta, sparse or nested; allowed: ordinary tensors")
 
 
 def _is_single(first: Tensor, runs: Runs, expected: bool) -> bool:

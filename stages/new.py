@@ -11,11 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from stages.core.graph.source import Task
@@ -25,6 +24,7 @@ from stages.core.runtime.errors import InputError
 from stages.core.settings.params import Params, first_line, load_params
 from stages.core.settings.profiles import Architecture, Data, Profile
 from stages.core.settings.sections import Name, Section
+from stages.core.settings.yaml_text import parse_yaml
 from stages.core.tracing.sources import make_sources
 from stages.own.checkpoint import norms, recognise, with_classes_of
 from stages.own.folder import Folder, look
@@ -108,7 +108,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--std", type=float, nargs="+")
     found = parser.parse_args(words)
     found.argument = {
-        key: yaml.safe_load(value) for key, value in pairs("--argument", found.argument).items()
+        key: parse_yaml(value, f"new: --argument {key}")
+        for key, value in pairs("--argument", found.argument).items()
     }
     if (found.mean is None) != (found.std is None):
         raise InputError("new: found one of --mean and --std; allowed: both or neither")
@@ -143,11 +144,14 @@ def tasks_of(flag: str, found: Sequence[str], names: Sequence[str]) -> dict[str,
 
 
 def checked_name(name: str) -> str:
-    """The name of a profile or a task. Raises InputError for one that params.yaml does not allow."""
+    """The name of a profile or a task. Raises InputError for one that params.yaml, or DVC's -S, does not allow."""
     try:
-        return TypeAdapter(Name).validate_python(name)
+        found = TypeAdapter(Annotated[Name, Field(max_length=100)]).validate_python(name)
     except ValidationError as error:
-        raise InputError(f"new: found the name {name!r}; allowed: letters, digits, _ and -") from error
+        raise InputError(f"new: found the name {name!r:.60}; allowed: letters, digits, _, - (100)") from error
+    if name.lower() in ("inf", "nan") or not isinstance(parse_yaml(name, "new"), str):
+        raise InputError(f"new: found the name {name!r}, to DVC no text; allowed: another, as my_{name}")
+    return found
 
 
 def ask(question: str, flag: str) -> str:

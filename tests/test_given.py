@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 
 import numpy as np
@@ -204,6 +205,7 @@ NETWORKS = {
     "huge weights": (lambda: changed("values.weight", 3e38), "task b: .* returns NaN or infinity"),
     "a tuple as output": (lambda: of(forward(lambda s, x: (run(s, x), x))()), "returns tuple; allowed: one tensor"),
     "a dict as output": (lambda: of(forward(lambda s, x: {"logits": run(s, x)})()), "returns dict; allowed: one"),
+    "no logits": (lambda: of(forward(lambda s, x: run(s, x)[:, :0])()), r"returns \(2, 0\) for 2 images"),
     "no classes": (lambda: of(forward(lambda s, x: run(s, x).sum(1))()), r"returns \(2,\) for 2 images"),
     "an error of its own": (lambda: of(forward(lambda s, x: 1 / 0)()), "Error: division by zero, at test_given"),
     "a strange class": (lambda: of(forward(lambda s, x: s.missing)()), "AttributeError: .*missing"),
@@ -274,6 +276,50 @@ def test_what_are_no_images_is_told_of(what):
     refused(*BATCHES[what])
 
 
+def test_several_images_in_one_entry_are_not_taken_as_the_first_alone():
+    """A list that nobody stacked is refused; a second view, or a label, beside an image or a batch is not."""
+    own = list(torch.randn(8, 1, 6, 6))
+    for entry in (own, own[:2], [torch.zeros(1, 6, 6), torch.zeros(1, 7, 7)], tuple(own)):
+        refused(
+            images([entry]),
+            f"task a: found {len(entry)} images in a (list|tuple); allowed: one tensor of them",
+        )
+    refused(images([own[0], own[1:]]), "task a: found 7 images in a list")
+    for views in (
+        [(torch.stack(own), torch.stack(own))],
+        Items(own, lambda x: (x, x)),
+        [(own[0], torch.tensor(3))],
+    ):
+        merge(networks(), images(views)["batches"], progress=False)
+
+
+def test_images_that_torch_negates_when_they_are_read_are_taken():
+    own = torch.fft.fft2(torch.randn(8, 1, 6, 6)).conj().imag
+    assert own.is_neg()
+    found = merge(networks(), images([own])["batches"], progress=False)
+    assert alike(
+        weights(found), weights(merge(networks(), images([own.resolve_neg()])["batches"], progress=False))
+    )
+
+
+def test_networks_that_inference_mode_made_are_taken():
+    with torch.inference_mode():
+        given = networks()
+    assert alike(
+        weights(merge(given, batches(), 1.3, progress=False)),
+        weights(merge(networks(), batches(), 1.3, progress=False)),
+    )
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_numbers_of_numpy_are_numbers(kind):
+    found = merge(networks(), batches(), kind(1.5), options={"seed": np.int64(1)}, progress=False)
+    plain_numbers = merge(networks(), batches(), 1.5, options={"seed": 1}, progress=False)
+    assert alike(weights(found), weights(plain_numbers))
+    refused({"budget": kind("nan")}, "budget: found nan")
+    refused({"options": {"seed": np.float64(0.5)}}, "options.seed: found 0.5")
+
+
 def option(name, value):
     return {"options": {name: value}}
 
@@ -302,6 +348,11 @@ OTHERS = {
     "classes as one text": ({"classes": {"a": "xyz"}}, "task a: found 'xyz'; allowed: 3 different"),
     "classes by number": ({"classes": {"a": [0, 1, 2]}}, "task a: found .0, 1, 2.; allowed: 3 different"),
     "too few classes": ({"classes": {"a": ["x", "y"]}}, "task a: found x, y; allowed: 3"),
+    "a method that is none": ({"method": "progressiv"}, "'progressiv'; allowed: progressive, .* and 4. more"),
+    "a long name of a method": ({"method": "é" * 400}, "allowed: .* more, or a mapping"),
+    "a matching that is none": ({"method": {"match": "zipp"}}, "match: found 'zipp'; allowed: zipit, .* more, or"),
+    "progress as text": ({"progress": "no"}, "progress: found 'no'; allowed: True, False"),
+    "progress as an array": ({"progress": np.zeros(2)}, "progress: found array"),
     "classes as a list": ({"classes": ["x", "y", "z"]}, "classes: found list"),
 }  # fmt: skip
 
@@ -422,6 +473,48 @@ def test_images_with_which_a_network_reckons_otherwise_than_with_floats_are_refu
         (lambda merged, folder: merged(None), "input: found NoneType; allowed: a tensor"),
         (lambda merged, folder: merged(np.zeros((2, 1, 6, 6))), "input: found ndarray; allowed: a tensor"),
         (lambda merged, folder: merged.tune("images"), "example: found str; allowed: a tensor of images"),
+        (
+            lambda merged, folder: merged.tune(torch.zeros(2, 1, 6, 6).double()),
+            "input: found torch.float64; allowed",
+        ),
+        (
+            lambda merged, folder: merged.tune(torch.zeros(2, 1, 6, 6, device="meta")),
+            "input: found it on meta; allowed: c",
+        ),
+        (
+            lambda merged, folder: merged(torch.zeros(2, 1, 6, 6, device="meta")),
+            "input: found it on meta; allowed: cpu",
+        ),
+        (
+            lambda merged, folder: merged(torch.zeros(2, 1, 6, 6).to_sparse()),
+            "layout torch.sparse_coo; allowed: an",
+        ),
+        (
+            lambda merged, folder: cast(merged, torch.zeros(2, 1, 6, 6).double()),
+            "input: found torch.float64; allowed",
+        ),
+        (
+            lambda merged, folder: inspect(Plain(), torch.zeros(2, 1, 6, 6, device="meta")),
+            "example: found .* meta",
+        ),
+        (
+            lambda merged, folder: inspect(Plain(), torch.tensor(1.0)),
+            "example: found Tensor; allowed: a tensor of",
+        ),
+        (
+            lambda merged, folder: merged.to("meta").save(folder / "x"),
+            "found a tensor on the meta device; allowed: one",
+        ),
+        (lambda merged, folder: merged.save(""), "cannot be written .Is a directory"),
+        (lambda merged, folder: merged.save("a\0b"), "allowed: a text or a Path"),
+        (lambda merged, folder: merged.save("~nobody-of-this-name/x"), "allowed: the whole path"),
+        (lambda merged, folder: load_merged("x" * 5000), "cannot be read .File name too long"),
+        (lambda merged, folder: load_merged("a\0b"), "allowed: a text or a Path"),
+        (
+            lambda merged, folder: load_merged("x", "cuda:99"),
+            "device: found 'cuda:99'; allowed: cpu, or a GPU",
+        ),
+        (lambda merged, folder: load_merged("x", "tpu9"), "device: found 'tpu9'; allowed: cpu, or a GPU"),
     ],
 )
 def test_a_merged_network_is_told_what_it_cannot_take(call, line, tmp_path):
@@ -431,6 +524,23 @@ def test_a_merged_network_is_told_what_it_cannot_take(call, line, tmp_path):
         call(merged, tmp_path)
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def cast(merged, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return merged(x)
+
+
+def test_a_merged_network_is_saved_in_the_own_folder_and_onto_no_pipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    merged = merge(networks(), batches(), 1.3, progress=False)
+    merged.save("~/merged.safetensors")
+    assert (tmp_path / "merged.safetensors").is_file()
+    assert alike(weights(load_merged("~/merged.safetensors")), weights(merged))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe: cannot be written .no ordinary file"):
+        merged.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.filterwarnings("ignore")

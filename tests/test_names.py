@@ -58,6 +58,7 @@ def names_of_two(root: Path) -> dict[str, list[str]]:
 
 CALLED_BY_OTHERS = {  # methods of interfaces that are not ours, and those for notebooks
     "stages/core/merged/network.py: report",
+    "stages/core/settings/yaml_text.py: construct_mapping",
     "stages/core/images/windows.py: readable",
     "stages/core/runtime/progress.py: display",
     "stages/core/images/windows.py: seekable",

@@ -6,11 +6,12 @@ import torch
 
 from stages.allocate.splits import split_units
 from stages.core.handover.networks import load_sources
+from stages.core.handover.pairing import load_benefits
 from stages.core.merged.cost import relative
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
-from stages.core.runtime.files import read_tensors, write_csv, write_json
+from stages.core.runtime.files import write_csv, write_json
 from stages.core.settings.params import load_params
 
 
@@ -20,8 +21,7 @@ def main() -> None:
     recipe = load_recipe(params)
     sources = load_sources(params, torch.device("cpu"))
     for name, matching in recipe.matchings.items():
-        tensors, _ = read_tensors(f"models/match/{name}.safetensors")
-        benefits = {group: tensors[f"benefit/{group}"] for group in sources[0].trace.spec.free}
+        benefits = load_benefits(name, sources[0].trace.spec.free)
         settings = recipe.allocate.spent(matching.allocate)
         splits, found, base = split_units(
             sources[0], benefits, params.budget, len(sources), params.active.labels, settings

@@ -1,14 +1,13 @@
 """`source: local`: the user's own checkpoints and data, taken from the folder `own`."""
 
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from stages.core.runtime.errors import InputError
-from stages.core.runtime.files import replacing
+from stages.core.runtime.files import files_below, replacing
 from stages.core.runtime.progress import Bar
 from stages.core.settings.places import OWN
 
@@ -72,29 +71,13 @@ def _elsewhere(own: Path) -> str:
 
 def _members(folder: Path, home: str | None) -> dict[str, Path]:
     """The files under ``folder``, links followed: name in the archive -> file, sorted by name."""
-    members = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    members = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     if not members:
         raise InputError(f"{folder}: empty folder; allowed: {home or 'the files of the archive'}")
     for name in members:
         if not name.isprintable():  # also what is not UTF-8
             raise InputError(f"{folder}: found a file named {name!r}; allowed: printable names")
     return dict(sorted(members.items()))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    try:
-        entries = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-    for path in entries:
-        if path.is_file():
-            yield path
-        elif not path.is_dir():
-            raise InputError(f"{path}: neither a file nor a folder")
-        elif folder.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"{path}: a link to a folder that contains it")
-        else:
-            yield from _walk(path)
 
 
 def _pack(members: Mapping[str, Path], path: Path) -> None:

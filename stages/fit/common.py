@@ -12,7 +12,8 @@ from typing import Any
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import sha256, write_json
-from stages.core.settings.params import load_params, read_yaml
+from stages.core.settings.params import load_params
+from stages.core.settings.yaml_text import read_yaml
 
 COMMON = Path("models/common.json")
 STRAY = re.compile(

@@ -26,9 +26,18 @@ def recognise(
     """
     for names in unprefixed(state):
         try:
-            return _recognised(names, where, network, given)
+            found = _recognised(names, where, network, given)
         except InputError as error:
             last = error  # the last has the shortest names
+            continue
+        for name, value in given.items():
+            if name not in found.arguments or found.arguments[name] != value:
+                said = ", ".join(f"{key}={own!r:.30}" for key, own in found.arguments.items())
+                raise InputError(
+                    f"{where}: found {found.name} ({said or 'without arguments'}) for --argument {name}={value!r:.30}; "
+                    "allowed: what the file says, or none"
+                )
+        return found
     raise last
 
 

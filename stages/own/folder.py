@@ -1,7 +1,6 @@
 """What is in a folder of images, or an archive of one: its classes, how many images and of what size."""
 
 import io
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from stages.core.images.decoding import Decoder
 from stages.core.images.formats import folder as format
 from stages.core.images.formats.listing import Listing, open_image
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import files_below
 from stages.core.settings.profiles import Data
 
 LOOKED_AT = 100  # images whose sizes are read
@@ -28,13 +28,7 @@ class Tree:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        walked = os.walk(path, followlinks=True)
-        files = (
-            (Path(top) / name).relative_to(path).as_posix() for top, _, names in walked for name in names
-        )
-        self.names = sorted(
-            name for name in files if not any(part.startswith(".") for part in name.split("/"))
-        )
+        self.names = sorted(file.relative_to(path).as_posix() for file in files_below(path))
 
     def read(self, name: str) -> bytes:
         try:
@@ -105,5 +99,6 @@ def _sizes(tree: Tree | Archive, names: Sequence[str]) -> Counter[tuple[int, int
             with Image.open(io.BytesIO(tree.read(name))) as image:
                 found[image.size] += 1
         except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{tree.path}: {name}: not a readable image ({error})") from error
+            said = str(error).partition("<")[0].strip()  # without the address of what was read
+            raise InputError(f"{tree.path}: {name}: not a readable image ({said})") from error
     return found

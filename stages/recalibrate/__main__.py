@@ -20,6 +20,7 @@ from stages.core.recipe.rooms import check_recalibration
 from stages.core.runtime import ranks
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
+from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.files import write_text
 from stages.core.runtime.spread import spread
 from stages.core.settings.params import Params, load_params
@@ -36,6 +37,12 @@ def main() -> None:
     for name, method in recipe.methods.items():
         way = check_recalibration(method.recalibrate, method.data, f"methods.{name}.recalibrate")
         network = load_merged(f"models/fit/{name}.safetensors", device)
+        tasks = [task.name for task in network.tasks]
+        if tasks != list(params.active.tasks):
+            raise InputError(
+                f"models/fit/{name}.safetensors: found tasks {some(tasks)}; allowed: {some(params.active.tasks)}, the "
+                "active profile's; run: dvc repro"
+            )
         aligned = aligned_sources(params, recipe, method.match, sources()) if way.aligned else ((), None)
         recalibrate(
             network,

@@ -31,7 +31,7 @@ USAGE = "METHOD --to model.onnx (or .pt2) [--task TASK]"
 def main(method: str, *words: str) -> None:
     """Write a merged network of the pipeline to a file. Raises InputError for what is not there or not writable."""
     options = dict(zip(words[::2], words[1::2], strict=False))
-    if len(words) % 2 or "--to" not in options or not options.keys() <= {"--to", "--task"}:
+    if len(words) != 2 * len(options) or "--to" not in options or not options.keys() <= {"--to", "--task"}:
         raise InputError(f"export: found {' '.join([method, *words])}; allowed: {USAGE}")
     path = FOLDER / f"{method}.safetensors"
     check_target(Path(options["--to"]))

@@ -90,6 +90,8 @@ def read_columns(
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {REPAIR}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a CSV file ({error}); {REPAIR}") from error
     absent = [name for name in names + numbers if name not in table]

@@ -45,6 +45,11 @@ HELD = (
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 
 
+def _grouped(network):
+    """Whether it has convolutions in groups."""
+    return any(getattr(part, "groups", 1) > 1 for part in network.modules())
+
+
 @pytest.fixture(params=STYLES)
 def style(request):
     """(name, seed -> a network, its input)."""
@@ -151,3 +156,11 @@ def test_independent_networks_merge_at_any_budget(style):
         assert found.about["budget"]["reached"] <= budget
         with torch.no_grad():
             assert torch.isfinite(found(x)).all()
+
+
+@pytest.mark.parametrize("name", [n for n, (make, _) in STYLES.items() if _grouped(make())])
+def test_grouped_layers_of_single_precision_are_fitted_with_a_ridge_of_their_own(name):
+    make, shape = STYLES[name]
+    x = torch.randn(8, *shape)
+    merged = merge({n: make().eval() for n in "ab"}, dict.fromkeys("ab", x), 1.3, progress=False)
+    assert bool(merged(x).isfinite().all())

@@ -1,5 +1,6 @@
 """`python -m stages.new` as a user calls it: what it finds, tries, refuses and writes."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -70,6 +71,62 @@ def test_what_comes_behind_the_profiles_stays_behind_them(project, own):
     assert "my_pair" in load_params(path).profiles
 
 
+def test_a_profile_is_put_into_the_users_own_file_as_it_is(project, own):
+    """Line ends, indentation, a mark of the encoding, a link, the mode: all but the profile stays."""
+    path, real = project / "params.yaml", project / "real.yaml"
+    top, profiles = path.read_text().split("\nprofiles:\n")
+    profiles = "".join(f"  {line}" if line.startswith(" ") else line for line in profiles.splitlines(True))
+    before = ("\ufeff" + f"{top}  # mine: é\nprofiles:\n{profiles}# end".replace("\n", "\r\n")).encode()
+    path.unlink()
+    real.write_bytes(before)
+    real.chmod(0o600)
+    path.symlink_to("real.yaml")
+    new.main("my_pair", *flags(own), "--mean", "0.8", "--std", "0.1")
+    assert path.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+    after = real.read_bytes()
+    start, end = after.index(b"\r\n    my_pair:"), after.index(b"# end")
+    assert after[:start] + after[end:] == before
+    assert after.count(b"\n") == after.count(b"\r\n")
+    assert "my_pair" in load_params(path).profiles
+
+
+def test_a_file_that_may_only_be_read_is_left_alone(project, own):
+    path = project / "params.yaml"
+    path.chmod(0o444)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"params.yaml: may only be read; allowed: .* chmod u\+w"):
+        new.main("my_pair", *flags(own), "--mean", "0.8", "--std", "0.1")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["null", "true", "1e3", "010", "0x1f", "7", "inf", "NaN", "a b", "a.b", "x" * 101, "_a", ""]
+)
+def test_a_name_that_dvc_would_read_as_something_else_is_refused(name, project, own):
+    with pytest.raises(InputError, match=r"new: found the name .*; allowed: "):
+        new.main(name, *flags(own))
+    with pytest.raises(InputError, match=r"new: (found the name|--checkpoint: found) .*; allowed: "):
+        new.main("my_pair", *flags(own, **{name: own / "first.pth"}))
+
+
+def test_a_folder_without_an_end_is_refused(project, own, tmp_path):
+    for what, make in {
+        "neither a file nor a folder": os.mkfifo,
+        "a link to a folder that contains it": lambda path: path.symlink_to(".."),
+    }.items():
+        shutil.copytree(own / "first", tmp_path / "odd")
+        make(tmp_path / "odd/train/first 0/odd.png")
+        with pytest.raises(InputError, match=what):
+            new.main(
+                "my_pair",
+                *flags(own)[:2],
+                f"--images=first={tmp_path / 'odd'}",
+                f"--images=second={own / 'second'}",
+            )
+        shutil.rmtree(tmp_path / "odd")
+
+
 def test_of_the_usual_ways_to_preprocess_the_one_that_suits_is_taken(project, own, capsys):
     new.main("my_pair", *flags(own))
     text = capsys.readouterr().out
@@ -108,6 +165,12 @@ def test_files_below_data_own_are_named_by_key(project, own, capsys):
         (["--network", "resnet18"], "nearest is resnet18, which differs"),
         (["--network", "nowhere:build"], "cannot be imported"),
         (["--size", "4"], "new: size: found 4"),
+        (
+            ["--argument", "depth=20"],
+            r"found resnet .depth=8, .* for --argument depth=20; allowed: what the file says",
+        ),
+        (["--argument", "colour=1"], r"found resnet .* for --argument colour=1"),
+        (["--argument", "depth=["], r"--argument depth: line 2: not a YAML file"),
         (["my pair"], "found the name 'my pair'; allowed: letters"),
     ],
 )

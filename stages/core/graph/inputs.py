@@ -12,15 +12,20 @@ from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
 
 
-def as_taken(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
+def as_taken(trace: Trace, x: Tensor, weight: Tensor) -> Tensor:
     """x: (n, ...), as the network's first operation takes it: whole numbers as floats where sources take them so.
 
-    Raises InputError for other dimensions, channels or kinds of number than were traced. dtype: of the network's own
-    tensors, which floats must be of unless torch casts them (autocast). Sizes of images are left to the layers that
-    fix them.
+    Raises InputError for other dimensions, channels or kinds of number than were traced. weight: one of the network's
+    own, on whose device the input must be, and of its type unless torch casts it (autocast). Sizes of images are left
+    to the layers that fix them.
     """
     if not isinstance(x, Tensor):
         raise InputError(f"input: found {type(x).__name__}; allowed: a tensor")
+    if x.layout != torch.strided:
+        raise InputError(f"input: found a tensor of layout {x.layout}; allowed: an ordinary one")
+    if x.device != weight.device:
+        raise InputError(f"input: found it on {x.device}; allowed: {weight.device}, where the network is")
+    dtype, casts = weight.dtype, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     first = trace.graph.nodes[0]
     if first.attributes.get("counts") and not x.is_floating_point() and not x.is_complex():
         x = x.to(dtype)
@@ -29,7 +34,7 @@ def as_taken(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dim() != len(shape) or (channels and x.shape[1] != shape[1]):
         raise InputError(f"input: found {of_shape(x.shape)}; allowed: {of_shape(shape)}")
     check_numbers(x, whole)
-    if not whole and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if not whole and x.dtype != dtype and not casts:
         raise InputError(f"input: found {x.dtype}; allowed: {dtype}, as the network has it")
     return x
 

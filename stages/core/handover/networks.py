@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.core.graph.compare import check_alike
 from stages.core.graph.nodes import graph_from_json, graph_to_json
 from stages.core.graph.source import Source, Task, trace_among
+from stages.core.handover.reading import left_by
 from stages.core.runtime.files import read_json, read_tensors, sha256, write_json, write_tensors
 from stages.core.settings.params import Params
 
@@ -48,7 +49,9 @@ def load_sources(params: Params, device: torch.device) -> list[Source]:
         about, (tensors, _) = read_json(path.with_suffix(".json")), read_tensors(path)
         state = {key: tensor.to(device) for key, tensor in tensors.items()}
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        trace = trace_among(sources, graph_from_json(about["graph"]), shapes, about["example"])
-        sources.append(Source(trace, state, Task(name, tuple(about["classes"])), {"sha256": sha256(path)}))
+        with left_by("finetune", path.with_suffix(".json")):
+            trace = trace_among(sources, graph_from_json(about["graph"]), shapes, about["example"])
+            task = Task(name, tuple(about["classes"]))
+        sources.append(Source(trace, state, task, {"sha256": sha256(path)}))
     check_alike(sources, params.active.labels)
     return sources

@@ -25,6 +25,10 @@ def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedN
     Its format is looked at first, then the seal over all it holds, then every range and size, before anything is
     built. It takes no more than a small multiple of the file's size.
     """
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InputError(f"device: found {device!r:.60}; allowed: cpu, or a GPU that is there") from error
     text = read_metadata(path).get("merged", "{}")
     try:
         header = json.loads(text)
@@ -33,7 +37,7 @@ def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedN
         tensors, _ = read_tensors(path)
         check_seal(text, tensors)
         del tensors[SEAL]
-        return _from_header(header, tensors).to(device).eval()
+        return _from_header(header, tensors).to(place).eval()
     except InputError as error:
         said = str(error)
         raise InputError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from error

@@ -212,7 +212,7 @@ class MergedNetwork(nn.Module):
         """x: (n, ...) preprocessed images. Returns (n, classes). Raises InputError for what no source takes."""
         index, output = self._index(task), self.trace.graph.output
         if self.ordinary is not None and self._undisturbed(x):
-            return self.ordinary(as_taken(self.trace, x, self._dtype()), index)
+            return self.ordinary(as_taken(self.trace, x, next(self.parameters())), index)
         if (
             index is None and self.corrected
         ):  # separate heads side by side, each with its own task's corrections
@@ -268,9 +268,6 @@ class MergedNetwork(nn.Module):
         name = self.head.inputs[0]
         return self._joined(name, self._run(x, self.head, index)[name])
 
-    def _dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters())
-
     def _index(self, task: str | None) -> int | None:
         names = [own.name for own in self.tasks]
         if task is None and not (self.corrected and self.labels == "shared"):
@@ -292,7 +289,7 @@ class MergedNetwork(nn.Module):
 
         look: is shown each node and its inputs before it runs.
         """
-        values = {self.trace.graph.nodes[0].name: [as_taken(self.trace, x, self._dtype())]}
+        values = {self.trace.graph.nodes[0].name: [as_taken(self.trace, x, next(self.parameters()))]}
         for node in self.trace.graph.nodes[1:]:
             if node is stop:
                 break

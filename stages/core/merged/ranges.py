@@ -114,6 +114,8 @@ def check_values(state: Mapping[str, Tensor]) -> None:
 
     What is added to a value or masks it may be minus infinity. Raises InputError with the first that is not.
     """
+    if empty := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise InputError(f"{empty[0]}: found a tensor on the meta device; allowed: one with numbers")
     counts = {name for name in state if name.endswith("num_batches_tracked")}
     kinds = {str(tensor.dtype) for name, tensor in state.items() if name not in counts}
     if not kinds <= FLOATS or len(kinds) > 1 or any(state[name].dtype != torch.int64 for name in counts):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.core.graph.inputs import as_taken
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import BlockMap
 from stages.core.runtime.errors import InputError
@@ -83,6 +84,7 @@ def tune(network: nn.Module, example: Tensor) -> Tuning:
     if example.shape[1:] != network.trace.shapes[first][1:] or not len(example):
         shape = ("n", *network.trace.shapes[first][1:])
         raise InputError(f"example: found shape {tuple(example.shape)}; allowed: {shape}, n from 1")
+    as_taken(network.trace, example, next(network.parameters()))  # before anything is undone
     training = [module for module in network.modules() if module.training]
     network.eval()
     network.untune()

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -28,6 +29,7 @@ CLOSED = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+FULL_DISK = "{}: no space left on the device; free some and run the same again"
 HEADER = 1 << 25  # bytes of a safetensors file that describe its tensors
 
 
@@ -41,20 +43,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = as_path(path)
     temporary = handle = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        temporary, handle = _temporary(path)
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in FULL:
-            raise InputError(
-                f"{path}: no space left on the device; free some and run the same again"
-            ) from error
-        if error.errno in CLOSED:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-        raise
+        with _told(path):
+            _check_replaceable(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
+            temporary, handle = _temporary(path)
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno not in (*FULL, *CLOSED):
+                raise  # of whatever the block reads
+            with _told(path):
+                raise
+        with _told(path):
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -62,11 +65,47 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system says of a path that cannot be written, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise InputError(FULL_DISK.format(path)) from error
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Gate: a file is moved onto ``path``, which a device, a pipe or a socket would not survive."""
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be written (Is a directory)")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: cannot be written (no ordinary file); allowed: a file, or a new name")
+
+
 def as_path(path: str | Path) -> Path:
-    """What a user gives as one. Raises InputError for anything else."""
-    if not isinstance(path, str | os.PathLike):
+    """What a user gives as one, ``~`` for the own folder. Raises InputError for anything else."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in str(path):
         raise InputError(f"path: found {path!r:.60}; allowed: a text or a Path")
-    return Path(path)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # somebody whom the system does not know
+        raise InputError(f"path: found {path!r:.60}; allowed: the whole path ({error})") from error
+
+
+def _existing(path: str | Path) -> Path:
+    """The path of a file. Raises InputError where there is none."""
+    path = as_path(path)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: no such file")
+    return path
 
 
 def _temporary(path: Path) -> tuple[Path, int]:
@@ -87,6 +126,27 @@ def sweep(folder: Path) -> None:
         with contextlib.suppress(OSError), open(path, "rb+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by whoever still writes it
             path.unlink()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder but hidden ones, links followed, in any order.
+
+    Raises InputError for what is neither a file nor a folder (a pipe would never end), for a link that leads nowhere
+    and for one to a folder that contains it (which would never end either).
+    """
+    try:
+        entries = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    for path in entries:
+        if path.is_file():
+            yield path
+        elif not path.is_dir():
+            raise InputError(f"{path}: neither a file nor a folder")
+        elif folder.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path}: a link to a folder that contains it")
+        else:
+            yield from files_below(path)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -146,9 +206,11 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises InputError when it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a JSON file ({error})") from error
 
 
@@ -156,9 +218,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a safetensors file: (tensors by name, metadata). Raises InputError when missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    path = as_path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = _existing(path)
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -171,9 +231,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """A safetensors file's own texts alone. Raises InputError when it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    path = as_path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = _existing(path)
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -184,13 +242,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def _check_header(path: Path) -> None:
     """Its size against the file's and a bound: what it describes is built before a single tensor is read."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if size > HEADER and size <= path.stat().st_size:
         raise InputError(f"{path}: found a header of {size} bytes; allowed: up to {HEADER}")
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Hex SHA-256 of a file's bytes. Raises InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from stages.core.runtime.errors import InputError
 from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN
 from stages.core.settings.profiles import Place, Profile
 from stages.core.settings.sections import Count, Name, Section, Whole
+from stages.core.settings.yaml_text import read_yaml
 
 PROFILE_FILES = ("params.yaml", "published.yaml")
 
@@ -106,8 +106,17 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     found = read_yaml(Path(path))
     other = found.get("profiles_from") if isinstance(found, dict) else None
     if other in PROFILE_FILES[1:] and isinstance(found.get("profiles"), dict):
-        found["profiles"] |= read_yaml(Path(path).with_name(other))["profiles"]
+        found["profiles"] |= _profiles_of(Path(path).with_name(other))
     return parse_params(found, str(path))
+
+
+def _profiles_of(path: Path) -> dict[str, Any]:
+    """Those of a file, unchecked. Raises InputError where it has none."""
+    found = read_yaml(path)
+    profiles = found.get("profiles") if isinstance(found, dict) else None
+    if not isinstance(profiles, dict):
+        raise InputError(f"{path}: profiles: found {type(profiles).__name__}; allowed: a mapping of profiles")
+    return profiles
 
 
 def nearest(name: str, names: Collection[str], count: int = 5) -> str:
@@ -125,24 +134,16 @@ def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
         path = Path(folder) / name
         if path.is_file():
             try:
-                found[name] = TypeAdapter(dict[str, Profile]).validate_python(read_yaml(path)["profiles"])
-            except (ValidationError, TypeError, KeyError) as error:
-                raise InputError(f"{path}: profiles: {' '.join(str(error).split())}") from error
+                found[name] = TypeAdapter(dict[str, Profile]).validate_python(_profiles_of(path))
+            except ValidationError as error:
+                raise InputError(f"{path}: {first_line(error, Params, 'profiles')}") from error
     return found
-
-
-def read_yaml(path: Path) -> Any:
-    """What a file says. Raises InputError when it is not there or no YAML."""
-    try:
-        return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; run from the top folder of the project") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not a YAML file ({error})") from error
 
 
 def parse_params(found: Any, path: str = "params.yaml") -> Params:
     """Check an already read mapping (what ``load_params`` does after reading)."""
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: found {_short(found)}; allowed: a mapping of settings, as it is committed")
     if (
         isinstance(found, dict)
         and isinstance(found.get("budget"), int)
