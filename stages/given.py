@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from stages.core.graph.inputs import of_shape
 from stages.core.merged.network import MergedNetwork
 from stages.core.merged.ranges import FLOATS
+from stages.core.networks.outputs import with_logits_alone
 from stages.core.runtime.cache import Storage
 from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.values import ImagesOnDisk
-from stages.core.tracing.copies import copied
+from stages.core.tracing.copies import copied, unwrap
 from stages.loaders import kind_of, read_images
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def checked_networks(networks: Any) -> dict[str, nn.Module]:
 
 @torch.no_grad()  # tensors that inference mode made take part in no other
 def checked_network(network: Any, what: str) -> nn.Module:
-    """A module whose tensors are ordinary ones. Raises InputError."""
+    """A module of ordinary tensors, out of its wrappers, that returns its logits alone. Raises InputError."""
     if isinstance(network, MergedNetwork):
         log.info("%s: a merged network, taken in its plain form", what)
         network = network.plain()
@@ -75,7 +76,7 @@ def checked_network(network: Any, what: str) -> nn.Module:
     for name, tensor in network.named_parameters():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{what}: {name} holds NaN or infinite values; allowed: finite weights")
-    return network
+    return with_logits_alone(unwrap(network))
 
 
 def _unusual(tensor: Tensor) -> str:

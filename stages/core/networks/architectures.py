@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from stages.core.networks.outputs import with_logits_alone
 from stages.core.runtime.errors import InputError
 
 
@@ -151,7 +152,8 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     `resnet` takes depth, width, channels and classes (``ResNet``), `mlp` inputs, widths and classes (``mlp``). The
     other names are torchvision's, without weights, and take classes; `vit_b_16` also size, in pixels. A name
     `package.module:function` is any other constructor that can be imported, `timm:create_model` say: it is called
-    with the arguments as they are, `classes` as `num_classes`, `n_classes` or the like where it knows no `classes`.
+    with the arguments as they are, `classes` as `num_classes`, `n_classes` or the like where it knows no `classes`; of
+    what it returns the logits alone are read (stages.core.networks.outputs).
 
     Raises InputError for an unknown name or argument, a missing one, a value that is not allowed, and a constructor
     that cannot be imported or called.
@@ -159,7 +161,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     check_architecture(name, arguments)
     if ":" in name:
         constructor, given = _imported(name, arguments)
-        return _within_memory(lambda: _called(name, constructor, given), given)
+        return with_logits_alone(_within_memory(lambda: _called(name, constructor, given), given))
     entry = _REGISTRY[name]
     given = {key: _value(key, arguments, spec) for key, spec in entry.arguments.items()}
     return _within_memory(lambda: entry.constructor(**given), given)
