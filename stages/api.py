@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from stages.allocate.solve import check_budget
 from stages.allocate.splits import split_units
@@ -30,7 +30,7 @@ from stages.core.runtime.errors import LONGEST, InputError, some
 from stages.core.runtime.surroundings import undisturbed, users_code
 from stages.core.settings.params import first_line, nearest
 from stages.core.sweep.batches import Batch
-from stages.core.tracing.sources import make_sources
+from stages.core.tracing.sources import make_sources, traced_sources
 from stages.core.units.moments import pool
 from stages.fit.network import fit_network
 from stages.given import checked_batches, checked_networks, checked_sizes, run_once, two_of
@@ -200,7 +200,8 @@ def _sources(
     example, tasks = two_of(batches[0].images), []
     for index, (name, network) in enumerate(networks.items()):
         own = next(batch.images for batch in batches if batch.task == index)
-        tasks.append(Task(name, _classes(classes, name, run_once(network, own, f"task {name}").shape[1])))
+        logits = run_once(network, own, f"task {name}")
+        tasks.append(Task(name, _classes(classes, name, _width(network, logits, own))))
     if extra := set(classes or {}) - set(networks):
         raise InputError(f"classes: found task {min(map(str, extra))}; allowed: {some(networks)}")
     widths = {len(task.classes) for task in tasks}
@@ -211,6 +212,14 @@ def _sources(
             with users_code("a network", f"images of one size, {of_shape(example.shape)}"):
                 sources[0](images)
     return sources, chosen
+
+
+def _width(network: nn.Module, logits: Tensor, images: Tensor) -> int:
+    """How many classes the logits are of: those of each place or word may be behind the places."""
+    if logits.dim() != 3:
+        return logits.shape[1]
+    (source,) = traced_sources([network], [Task("", ())], two_of(images))
+    return source.trace.layouts[source.graph.output.name].width
 
 
 def _classes(classes: Any, name: str, width: int) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ class RowsApart(TwoParts):
         K = X @ X.T
         self._last = _Products(columns, X, K, middle)
         scale = float(K.diagonal()[:n].sum()) / len(columns)
-        return RowTrial(K[:n, :n], K[n:, :n], left[:n], left[n:], scale, learnt.name)
+        return RowTrial(K[:n, :n], K[n:, :n], left[:n], left[n:], scale)
 
     def block(self, rows: Tensor, columns: Tensor) -> RowSystem:
         (whole,), last, self._last = self.parts, self._last, None

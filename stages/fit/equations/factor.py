@@ -1,5 +1,6 @@
 """Factors of a symmetric matrix with a penalty on its diagonal, and solving with them: two steps kept apart."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,19 +40,25 @@ def factorise_(
 ) -> Cholesky | Spectrum:
     """A factor of G + penalty I; G (d, d) is lost. By eigenvalues where Cholesky cannot work.
 
-    again: makes G anew, should Cholesky fail. name: of the layer, for the log. eps: the relative rounding error in G,
-    when that is larger than its type's.
+    again: makes G anew, should Cholesky fail. name: of the layer, for the log, once. eps: the relative rounding error
+    in G, when that is larger than its type's.
     """
     if penalty > 0:
         lower, failed = cholesky_(G, penalty)
         if failed == 0:
             return Cholesky(lower)
-        log.warning("%s: Cholesky failed at pivot %d of %d; solved by eigenvalues", name, failed, len(G))
+        if name:
+            _tell(name)
         G = again()
     values, vectors = torch.linalg.eigh(G)
     values = values + penalty
     kept = values > values.max().clamp(min=0) * len(G) * max(eps, torch.finfo(G.dtype).eps)
     return Spectrum(torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0), vectors)
+
+
+@functools.cache
+def _tell(name: str) -> None:
+    log.info("%s: its inputs depend on each other; solved by eigenvalues, as Cholesky cannot", name)
 
 
 def cholesky_(G: Tensor, penalty: float) -> tuple[Tensor, int]:

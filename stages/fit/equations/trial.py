@@ -42,8 +42,8 @@ class Trial(ABC):
     single precision will do.
     """
 
-    def __init__(self, matrix: Tensor, left: Tensor, scale: float, name: str, eps: float) -> None:
-        self._matrix, self._name, self._eps = matrix, name, eps
+    def __init__(self, matrix: Tensor, left: Tensor, scale: float, eps: float) -> None:
+        self._matrix, self._eps = matrix, eps
         # (G / s + ridge I) D = R / s: all within single precision's reach but R
         self._scale = scale if scale > 0 else 1.0
         self._penalised = scale > 0  # else there are no inputs but zeros
@@ -91,7 +91,7 @@ class Trial(ABC):
         return not failed
 
     def _exactly(self, ridge: float) -> Tensor:
-        factor = factorise_(self._scaled(), ridge, self._scaled, self._name, self._eps)
+        factor = factorise_(self._scaled(), ridge, self._scaled, eps=self._eps)
         return factor.solve_(self._left.clone())
 
     def _scaled(self) -> Tensor:
@@ -112,7 +112,7 @@ class SumTrial(Trial):
     def __init__(self, learnt: NormalSystem, held: NormalSystem, start: Tensor) -> None:
         matrix = learnt.G if learnt.columns is None else learnt.matrix()
         left, scale = learnt.left_by(start, matrix), learnt.mean_diagonal(matrix)
-        super().__init__(matrix, left, scale, learnt.name, learnt.eps)
+        super().__init__(matrix, left, scale, learnt.eps)
         self._learnt, self._held, self._start = learnt, held, start
 
     def _left_over(self, solved: Tensor) -> float:
@@ -130,10 +130,8 @@ class RowTrial(Trial):
     what the start leaves of their targets, (n, outputs) and (m, outputs); lost.
     """
 
-    def __init__(
-        self, matrix: Tensor, across: Tensor, left: Tensor, held_left: Tensor, scale: float, name: str
-    ) -> None:
-        super().__init__(matrix, left, scale, name, 0.0)
+    def __init__(self, matrix: Tensor, across: Tensor, left: Tensor, held_left: Tensor, scale: float) -> None:
+        super().__init__(matrix, left, scale, 0.0)
         self._across, self._held_left = across, held_left
 
     def _left_over(self, solved: Tensor) -> float:

@@ -93,6 +93,20 @@ def test_several_of_which_none_is_named_are_refused_in_one_line(packed, found):
     assert len(str(error.value)) < 300
 
 
+def test_words_have_logits_each():
+    """The classes are behind the places: a model of language, a tagger."""
+
+    def tagger(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    texts = {name: torch.randint(0, 11, (20, 5), generator=torch.Generator().manual_seed(0)) for name in "ab"}
+    found = merge({"a": tagger(0), "b": tagger(1)}, texts, 2.0, labels="separate", progress=False)
+    assert found(texts["a"]).shape == (20, 5, 6)
+    for seed, name in enumerate("ab"):
+        torch.testing.assert_close(found(texts["a"], task=name), tagger(seed)(texts["a"]))
+
+
 def made(classes: int) -> nn.Module:
     """What a profile names as its architecture."""
     network = Returning(FORMS["dict"])

@@ -50,6 +50,32 @@ def numbered(m, x):
     return F.relu(m.first(x) + m.places(places) + m.kinds(torch.zeros_like(x))).mean(1)
 
 
+def causal(m, x):
+    """GPT-2 as Hugging Face writes it: a mask of what is seen, and a cache that is empty."""
+    x = m.first(x)
+    q, k, v = (own.view(*own.shape[:2], 2, 4).transpose(1, 2) for own in m.qkv(x).chunk(3, -1))
+    k = torch.cat([torch.tensor([]), k], -2)
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    y = F.scaled_dot_product_attention(q, k, v, seen[None, None].expand(len(x), -1, -1, -1))
+    return F.relu(m.out(y.transpose(1, 2).flatten(2)) + x)
+
+
+def kinds(m, x):
+    """RoBERTa: places that the tokens tell, and kinds that are looked up there in a list of zeros."""
+    places = torch.cumsum(x.ne(1).int(), 1).long() * x.ne(1) + 1
+    zeros = m.zeros.expand(len(x), -1).gather(1, places)
+    return F.relu(m.first(x) + m.kinds(zeros) + m.places(places)).mean(1)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("list", torch.zeros(1, 9, dtype=torch.long), persistent=False)
+
+    def expand(self, *sizes):
+        return self.list.expand(*sizes)
+
+
 def quotient(m, x):
     x = torch.fft.fft(x.mean(1))
     return (m.one(x) / (m.two(x) + 2) + torch.exp(m.one(x) / 9)).abs()
@@ -72,6 +98,10 @@ class Offsets(nn.Module):
 
 
 NETWORKS = {
+    "a mask of what is seen": ((5,), lambda: Small(
+        causal, 8, first=nn.Embedding(11, 8), qkv=nn.Linear(8, 24), out=nn.Linear(8, 8))),
+    "a list of zeros": ((5,), lambda: Small(
+        kinds, 6, first=nn.Embedding(11, 6), kinds=nn.Embedding(2, 6), places=nn.Embedding(9, 6), zeros=Listed())),
     "columns of one table": ((4,), lambda: Small(lambda m, x: m.rows(x), 16, rows=Offsets())),
     "deformable": ((3, 6, 6), lambda: Small(
         lambda m, x: F.relu(m.op(F.relu(m.first(x)), m.offset(x), m.mask(x).sigmoid())).mean((2, 3)), 4,

@@ -28,9 +28,10 @@ def test_symmetric_systems_of_every_kind_are_solved(kind):
 
 def test_a_failed_factorisation_is_named_and_solved_otherwise(caplog):
     G = torch.diag(torch.tensor([1.0, -1e-3]).double())
-    with caplog.at_level("WARNING"):
-        found = solved(G, 1e-6, torch.ones(2, 1).double(), "layer3.conv1")
-    assert "layer3.conv1: Cholesky failed at pivot 2 of 2" in caplog.text
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            found = solved(G, 1e-6, torch.ones(2, 1).double(), "layer3.conv1")
+    assert caplog.text.count("layer3.conv1: its inputs depend on each other; solved by eigenvalues") == 1
     torch.testing.assert_close(found, torch.tensor([[1 / (1 + 1e-6)], [0.0]]).double())
 
 

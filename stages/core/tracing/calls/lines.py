@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch import Tensor
 
 from stages.core.tracing.bare import made_constant, unexpanded
 from stages.core.tracing.calls.reductions import reduce
@@ -56,7 +57,8 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     """By an index that depends on the input, or by one that is the same for all images."""
     index, dim = given["index"], _dim(reader, fx, given) + len(reader.shape(given["self"]))
     if not reader.is_value(given["self"]):
-        raise reader.unknown(fx, "gather of a constant")
+        reader.same[fx] = _alike(reader, fx, given["self"], dim)
+        return
     if reader.is_value(index):
         one, settings = _one_for_all(reader, index), {"dim": dim}
         if one is not None:
@@ -71,6 +73,17 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     )  # as numbers, as whatever is kept
     wide = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(table))]
     reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
+
+
+def _alike(reader: Reader, fx: torch.fx.Node, table: torch.fx.Node, dim: int) -> torch.fx.Node:
+    """What any index takes of a constant whose entries are all one number (kinds of tokens, of RoBERTa)."""
+    held, wanted = reader.folding.value(reader.through(table), reader.module), reader.shape(fx)
+    whole = [n if d != dim else max(n, wanted[d]) for d, n in enumerate(reader.shape(table))]
+    if not isinstance(held, Tensor) or len(held.unique()) != 1 or whole != reader.shape(table):
+        raise reader.unknown(fx, "gather of a constant")
+    if [n for d, n in enumerate(whole) if d != dim] != [n for d, n in enumerate(wanted) if d != dim]:
+        raise reader.unknown(fx, "gather of a constant")
+    return made_constant(reader, torch.ops.aten.slice.Tensor, table, dim, 0, wanted[dim])
 
 
 def _one_for_all(reader: Reader, index: torch.fx.Node) -> torch.fx.Node | None:

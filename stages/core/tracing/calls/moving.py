@@ -99,7 +99,7 @@ def _cat(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
 def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node], dim: int) -> None:
     """Values side by side; zeros beside them are padding; parameters (a class token) one node each."""
     rank = len(reader.shape(fx))
-    tensors = [own for own in tensors if reader.shape(own)[dim]]  # without those of no entries
+    tensors = [own for own in tensors if 0 not in reader.shape(own)]  # without those of no entries
     if len(tensors) == 1:
         reader.same[fx] = tensors[0]
         return

@@ -8,6 +8,7 @@ import torch.fx
 
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import ADAPTIVE, POOLS
+from stages.core.tracing.bare import made_constant
 from stages.core.tracing.calls.joins import binary
 from stages.core.tracing.calls.moving import repeated
 from stages.core.tracing.export import opname
@@ -27,7 +28,8 @@ def _scaled_dot_product_attention(reader: Reader, fx: torch.fx.Node, given: Mapp
     if mask is not None and reader.is_value(mask):
         inputs.append(mask)
     elif mask is not None:
-        parameters["mask"] = reader.parameter(mask)
+        kind = given["query"].meta["val"].dtype
+        parameters["mask"] = reader.parameter(_added(reader, mask, kind) if _is_bool(mask) else mask)
     own, heads = reader.name(fx, {}), reader.shape(inputs[0])[1:-2]
     values = [reader.value(own) for own in inputs]
     for i, role in ((1, "keys"), (2, "values")):
@@ -39,6 +41,17 @@ def _scaled_dot_product_attention(reader: Reader, fx: torch.fx.Node, given: Mapp
         values[3] = _unexpanded(reader, values[3])
     reader.add(Node(own, "attention", tuple(values), attributes, parameters), fx)
     reader.names[fx] = own
+
+
+def _is_bool(mask: torch.fx.Node) -> bool:
+    return mask.meta["val"].dtype == torch.bool
+
+
+def _added(reader: Reader, mask: torch.fx.Node, kind: torch.dtype) -> torch.fx.Node:
+    """A mask of what is attended to, as numbers that are added to the scores: what is kept of a trace is numbers."""
+    aten = torch.ops.aten
+    hidden = made_constant(reader, aten.to.dtype, made_constant(reader, aten.logical_not.default, mask), kind)
+    return made_constant(reader, aten.mul.Scalar, hidden, -torch.finfo(kind).max / 64)
 
 
 def _unexpanded(reader: Reader, mask: str) -> str:
