@@ -60,6 +60,19 @@ def causal(m, x):
     return F.relu(m.out(y.transpose(1, 2).flatten(2)) + x)
 
 
+def last_word(m, x):
+    """GPT-2 as a classifier: of the last word that is no padding."""
+    last = (torch.arange(x.shape[1], dtype=torch.int32) * (x != 0).to(torch.int32)).argmax(-1)
+    return F.relu(m.out(F.relu(m.first(x))))[torch.arange(len(x)), last]
+
+
+def registers(m, x):
+    """DINOv2: tokens of its own between the first and the others."""
+    x = m.first(x)
+    x = torch.cat([x[:, :1], m.registers.expand(len(x), -1, -1), x[:, 1:]], 1)
+    return F.relu(m.out(torch.softmax(x @ x.mT / 3, -1) @ x)).mean(1)
+
+
 def kinds(m, x):
     """RoBERTa: places that the tokens tell, and kinds that are looked up there in a list of zeros."""
     places = torch.cumsum(x.ne(1).int(), 1).long() * x.ne(1) + 1
@@ -100,6 +113,12 @@ class Offsets(nn.Module):
 NETWORKS = {
     "a mask of what is seen": ((5,), lambda: Small(
         causal, 8, first=nn.Embedding(11, 8), qkv=nn.Linear(8, 24), out=nn.Linear(8, 8))),
+    "the last word": ((5,), lambda: Small(last_word, 6, first=nn.Embedding(11, 7), out=nn.Linear(7, 6))),
+    "the largest place": ((4, 5), lambda: Small(
+        lambda m, x: F.relu(m.first(x)).gather(1, x.argmin(1, keepdim=True)[..., :1].expand(-1, -1, 6)).mean(1), 6,
+        first=nn.Linear(5, 6))),
+    "tokens between others": ((4, 5), lambda: Small(
+        registers, 6, first=nn.Linear(5, 6), registers=torch.randn(1, 2, 6), out=nn.Linear(6, 6))),
     "a list of zeros": ((5,), lambda: Small(
         kinds, 6, first=nn.Embedding(11, 6), kinds=nn.Embedding(2, 6), places=nn.Embedding(9, 6), zeros=Listed())),
     "columns of one table": ((4,), lambda: Small(lambda m, x: m.rows(x), 16, rows=Offsets())),

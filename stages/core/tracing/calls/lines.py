@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from stages.core.graph.nodes import Node
 from stages.core.tracing.bare import made_constant, unexpanded
 from stages.core.tracing.calls.reductions import reduce
 from stages.core.tracing.export import opname
@@ -47,6 +48,21 @@ def _topk(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     settings = {"k": given["k"], "dim": _dim(reader, fx, given), "largest": bool(given["largest"])}
     for i, name in enumerate(("topk", "topk_index")):
         reader.parts[fx, i] = lambda user, name=name: reader.node(user, name, [given["self"]], settings)
+
+
+def _argmax(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], descending: bool) -> None:
+    """The first place of a sorted list."""
+    if given.get("dim") is None:
+        raise reader.unknown(fx, f"{opname(fx)} over all dimensions")
+    dim, own = _dim(reader, fx, given), reader.name(fx, {})
+    settings = {"dim": dim, "descending": descending, "stable": True}
+    reader.node(fx, "argsort", [given["self"]], settings, name=f"{own}_order")
+    at = dim + len(reader.shape(given["self"]))
+    name, where = (
+        ("slice", {"start": 0, "stop": 1, "step": 1}) if given.get("keepdim") else ("select", {"index": 0})
+    )
+    reader.add(Node(own, name, (f"{own}_order",), {"dim": at, **where}), fx)
+    reader.names[fx] = own
 
 
 def _triangle(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any], name: str) -> None:
@@ -145,6 +161,8 @@ LINE_CALLS = {
     "sort": partial(_sorted, name="sort"),
     "argsort": partial(_sorted, name="argsort"),
     "topk": _topk,
+    "argmax": partial(_argmax, descending=True),
+    "argmin": partial(_argmax, descending=False),
     "tril": partial(_triangle, name="tril"),
     "triu": partial(_triangle, name="triu"),
     "gather": _gather,

@@ -106,12 +106,11 @@ def _concatenate(reader: Reader, fx: torch.fx.Node, tensors: list[torch.fx.Node]
     if reader.shape(tensors[0])[dim] % INPUT == 0:
         raise reader.unknown(fx, "images side by side")
     values = [i for i, t in enumerate(tensors) if reader.is_value(t) or _is_table(reader, t)]
+    values = list(range(values[0], values[-1] + 1))  # what is between them (registers) is a value of its own
     if len(values) == len(tensors):
         reader.node(fx, "concatenate", tensors, {"dim": dim % rank})
         return
     first, last = values[0], values[-1]
-    if last - first + 1 != len(values):
-        raise reader.unknown(fx, "a constant between values that are concatenated")
     lone = [*reversed(tensors[:first]), *tensors[last + 1 :]]
     inner = reader.name(fx, {}) + "_values"
     if len(values) > 1:
