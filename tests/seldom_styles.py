@@ -171,7 +171,7 @@ class Capsules(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
         self.capsules = nn.ModuleList([nn.Conv2d(8, 4, 3, stride=2) for _ in range(4)])
-        self.routes = nn.Parameter(torch.randn(3, 16, 4, 5) / 3)
+        self.routes, self.fc = nn.Parameter(torch.randn(3, 16, 4, 5) / 3), nn.Linear(3, 3)
 
     @staticmethod
     def squash(x, dim=-1):
@@ -187,7 +187,7 @@ class Capsules(nn.Module):
             found = self.squash((F.softmax(logits, dim=2) * priors).sum(dim=2, keepdim=True))
             if i != 2:
                 logits = logits + (priors * found).sum(dim=-1, keepdim=True)
-        return (found.squeeze(2).squeeze(2).transpose(0, 1) ** 2).sum(dim=-1) ** 0.5
+        return self.fc((found.squeeze(2).squeeze(2).transpose(0, 1) ** 2).sum(dim=-1) ** 0.5)
 
 
 class Polynomials(nn.Module):

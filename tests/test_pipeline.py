@@ -116,7 +116,7 @@ TRAINED = ["statistics", "match", "allocate", *LATER]
          ["finetune", "statistics", "match", "allocate", "fit", "recalibrate", "probe"]),
         ("stages/core/handover/calibration.py", ["statistics", "fit", "recalibrate"]),
         ("stages/core/handover/statistics.py", ["statistics", "match", "fit", "recalibrate"]),
-        ("stages/core/handover/pairing.py", ["match", "fit", "recalibrate"]),
+        ("stages/core/handover/pairing.py", ["match", "allocate", "fit", "recalibrate"]),
         *((f"stages/{name}/__main__.py", [name]) for name in STAGES),
         ("stages/match/ways/dual.py", ["match"]),
         ("stages/core/align/ways/cca.py", ["match", "fit", "recalibrate"]),

@@ -104,7 +104,7 @@ BINARY = {
     "fmod": lambda x, value: torch.fmod(x, value),
     "floor_divide": lambda x, value: torch.floor_divide(x, value),
     "atan2": torch.atan2,
-    "hypot": torch.hypot,
+    "hypot": runs.hypot,
     "copysign": torch.copysign,
     **{name: runs.compared(name) for name in COMPARISONS},
 }

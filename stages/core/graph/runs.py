@@ -96,6 +96,11 @@ def concatenate(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     return torch.cat(both if a["first"] else both[::-1], a["dim"])
 
 
+def hypot(a: Tensor, b: Tensor) -> Tensor:
+    """As ``torch.hypot``, which ONNX does not know."""
+    return (a * a + b * b).sqrt()
+
+
 def constant(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """The same for each image. images: which of ``rank`` dimensions counts them. common, even: see rules."""
     if not 0 < a["rank"] <= MOST_DIMENSIONS:

@@ -14,8 +14,8 @@ from torch import Tensor
 from stages.core.graph.compare import check_alike
 from stages.core.graph.nodes import graph_from_json, graph_to_json
 from stages.core.graph.source import Source, Task, trace_among
-from stages.core.handover.reading import left_by
 from stages.core.runtime.files import read_json, read_tensors, sha256, write_json, write_tensors
+from stages.core.runtime.reading import left_by
 from stages.core.settings.params import Params
 
 NETWORKS = Path("models/finetune")

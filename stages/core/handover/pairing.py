@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.core.handover.reading import left_by
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import read_json, read_tensors, write_tensors
+from stages.core.runtime.reading import left_by
 from stages.core.units.matching import Matching, UnitSplit
 
 
@@ -37,7 +37,7 @@ def load_pairing(name: str) -> tuple[Matching, dict[str, UnitSplit], float, bool
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("units/", "similarity/")
     )
-    if not units or units.keys() != similarity.keys():
+    if not units or not similarity.keys() <= units.keys():
         raise InputError(f"{_match_path(name)}: not what the stage match leaves; run: dvc repro -f match")
     return Matching(units, similarity), splits, reached, dense
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from stages.core.handover.reading import left_by
 from stages.core.runtime.files import read_tensors
+from stages.core.runtime.reading import left_by
 from stages.core.settings.params import Params
 from stages.core.units.moments import Origin, Statistics, from_tensors, pool
 
