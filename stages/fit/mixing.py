@@ -53,9 +53,8 @@ class Mixing:
         at, bias = module.owners.index(-1), "bias" in node.parameters
         start = module.weight[at].flatten(1)
         d_out, d_in = start.shape
-        parts = 1 + any(ranks.said_by_all(any(batch.held for batch in sweep.batches)))
         sizes, what = (d_in, d_out, bias), (start.device, node.name)
-        equations = SumsApart([NormalEquations(*sizes, *what) for _ in range(parts)])
+        equations = SumsApart([NormalEquations(*sizes, *what) for _ in range(sweep.parts)])
         for index, batch in enumerate(sweep.batches):
             z, y = inputs_of(self.setup, node, sweep, index), targets_of(self.setup, node, sweep, index)
             equations.parts[batch.held].add(_rows(module, z), _rows(module, y), sweep.weights[batch.task])
@@ -64,7 +63,7 @@ class Mixing:
             return None
         every = tuple(torch.arange(n, device=start.device) for n in (d_out, d_in))
         start = start.double()
-        losses = _losses_of_copies(equations, start) if parts > 1 else None
+        losses = _losses_of_copies(equations, start) if sweep.parts > 1 else None
         ridge = decide(self.setup.ridge, losses)
         del losses  # and the matrices it has kept
         equations.join()

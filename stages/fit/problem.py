@@ -61,7 +61,7 @@ class LayerProblem:
 
     def parts(self) -> int:
         """Into how many the images are taken apart: those that the ridge is chosen by are the second."""
-        return 1 + any(ranks.said_by_all(any(batch.held for batch in self._sweep.batches)))
+        return self._sweep.parts
 
     def part(self, index: int) -> int:
         """Which of them a batch is of."""

@@ -96,10 +96,8 @@ def points(trace: Trace) -> dict[str, list[tuple[str, str]]]:
                 covered |= groups
                 at.setdefault(node.name, []).append(("after", node.inputs[0]))
     layers = [n for n in trace.graph.nodes if n.linear or n.grouped or n.operation == "embedding"]
-    for node in (
-        *layers,
-        *trace.graph.nodes,
-    ):  # a group that no layer reads: what its layers write, or what has it
+    # a group that no layer reads: what its layers write, or what has it
+    for node in (*layers, *trace.graph.nodes):
         written = here[node.name]
         if written - covered:
             covered |= written

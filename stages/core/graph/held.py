@@ -114,9 +114,8 @@ class Held:
     def value(self, units: Units, node: Node, inputs: list[Value], out: torch.Size) -> Value:
         """What a held operation gives."""
         _fix(units, inputs)
-        elsewhere = out[:1] != (
-            1,
-        )  # of one image: images do not come first, and may be on the second dimension
+        # of one image: images do not come first, and may be on the second dimension
+        elsewhere = out[:1] != (1,)
         last = node.operation in BY_LAST or ((len(out) < 4 or elsewhere) and not node.fitted)
         return _fixed_on(units, node, len(out) - 1 if last else 1, out)
 

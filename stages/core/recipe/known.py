@@ -3,10 +3,9 @@
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from stages.core.recipe.methods import MatchSettings, Method
 from stages.core.settings.sections import Name, Section
+from stages.core.settings.yaml_text import read_yaml
 
 FILE = Path(__file__).with_name("known.yaml")  # `match` and `full` of params.yaml; a test keeps them equal
 
@@ -21,5 +20,5 @@ class Known(Section):
 @cache
 def known_methods() -> Known:
     """Every row of the full list, and the matchings they use."""
-    found = yaml.safe_load(FILE.read_text())
+    found = read_yaml(FILE)
     return Known(match=found["match"], methods=found["full"])

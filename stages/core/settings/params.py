@@ -144,11 +144,7 @@ def parse_params(found: Any, path: str = "params.yaml") -> Params:
     """Check an already read mapping (what ``load_params`` does after reading)."""
     if not isinstance(found, dict):
         raise InputError(f"{path}: found {_short(found)}; allowed: a mapping of settings, as it is committed")
-    if (
-        isinstance(found, dict)
-        and isinstance(found.get("budget"), int)
-        and not isinstance(found["budget"], bool)
-    ):
+    if isinstance(found.get("budget"), int) and not isinstance(found["budget"], bool):
         found = {**found, "budget": float(found["budget"])}
     try:
         return Params.model_validate(found)

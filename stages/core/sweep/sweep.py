@@ -12,6 +12,7 @@ stages.core.sweep.memory says before anything runs.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from stages.core.graph.nodes import Node
 from stages.core.graph.source import Source
 from stages.core.graph.trace import Trace
+from stages.core.runtime import ranks
 from stages.core.runtime.device import freed_memory_returned
 from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import Batch, bounded, task_counts, task_weights
@@ -84,6 +86,11 @@ class Sweep:
         self.keeper, self.sparing = Keeper(), True
         self._actors = [*sources, *([] if merged is None else [merged])]
         self._values: list[dict[str, Kept]] = []
+
+    @cached_property
+    def parts(self) -> int:
+        """Into how many its images are taken apart, on any rank: those held out are the second."""
+        return 1 + any(ranks.said_by_all(any(batch.held for batch in self.batches)))
 
     def source(self, network: int, name: str, batch: int) -> Tensor:
         """A source's value for one batch."""

@@ -20,7 +20,7 @@ def unexpanded(reader: Reader, fx: torch.fx.Node) -> torch.fx.Node:
     name, source = opname(fx), fx.args[0]
     if name in SKIPPED:
         return unexpanded(reader, source)
-    if name in ("expand", "expand_as"):
+    if name == "expand":
         inner = unexpanded(reader, source)
         shape, ahead = reader.shape(inner), len(reader.shape(fx)) - len(reader.shape(inner))
         return (

@@ -21,7 +21,7 @@ Part = torch.fx.Node | float | None  # of a real number the imaginary part is no
 Pair = tuple[Part, Part]
 ALIKE = {
     *RESHAPES, *PERMUTES, *(SKIPPED - {"to", "_to_copy", "conj"}), "slice", "select", "narrow", "cat", "stack", "roll",
-    "flip", "expand", "expand_as", "repeat", "split", "split_with_sizes", "chunk", "unbind", "getitem", "sum", "mean",
+    "flip", "expand", "repeat", "split", "split_with_sizes", "chunk", "unbind", "getitem", "sum", "mean",
     "slice_scatter", "copy", "index", "index_select", "pad", "constant_pad_nd", "neg", "unfold", "concat",
 }  # fmt: skip
 FOURIER = {

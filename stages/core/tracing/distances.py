@@ -15,7 +15,7 @@ from stages.core.tracing.heads_apart import tensor_shape
 from stages.core.tracing.reader import SKIPPED
 from stages.core.tracing.rewriting import called, given_to, of_the_input
 
-WIDER = ("expand", "expand_as", "repeat")
+WIDER = ("expand", "repeat")
 LENGTHS = ("linalg_vector_norm", "norm")
 
 

@@ -17,8 +17,8 @@ from stages.core.tracing.export import opname
 from stages.core.tracing.heads_apart import tensor_shape
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.radix import DEFAULTS
-from stages.core.tracing.reader import RESHAPES, SKIPPED
-from stages.core.tracing.rewriting import arguments_of, called, of_the_input
+from stages.core.tracing.reader import RESHAPES
+from stages.core.tracing.rewriting import arguments_of, called, of_the_input, unviewed
 
 PADS = ("pad", "constant_pad_nd")
 MOST_KERNELS = 16  # more are no mixture, but a kernel that a layer makes
@@ -51,10 +51,10 @@ def _write(graph: torch.fx.Graph, node: torch.fx.Node, values: set[torch.fx.Node
     aten = torch.ops.aten
     value, weight, bias, stride, padding, dilation, groups = arguments_of(node, DEFAULTS)
     mixed = [_mixture(own, values) for own in (weight, bias) if own is not None]
-    pads, images = [], _unviewed(value)
+    pads, images = [], unviewed(value)
     while images.op == "call_function" and opname(images) in PADS:  # TensorFlow's "same"
         pads.insert(0, images)
-        images = _unviewed(images.args[0])
+        images = unviewed(images.args[0])
     shape = tensor_shape(images)
     spatial = shape[2:] == tensor_shape(pads[0].args[0] if pads else value)[2:]
     apart = shape[:1] == [INPUT] and spatial and all(len(pad.args[1]) <= 2 * len(shape) - 4 for pad in pads)
@@ -125,15 +125,9 @@ def _of_taps(
     return seen, [kernel[0], kernel[1] * count, 1]
 
 
-def _unviewed(node: torch.fx.Node) -> torch.fx.Node:
-    while node.op == "call_function" and opname(node) in RESHAPES | SKIPPED:
-        node = node.args[0]
-    return node
-
-
 def _mixture(node: torch.fx.Node, values: set[torch.fx.Node]) -> _Mixture | None:
     """What mixes a kernel: gates times a matrix of kernels, or a sum of kernels that gates were multiplied with."""
-    node, found = _unviewed(node), None
+    node, found = unviewed(node), None
     if node not in values or node.op != "call_function":
         return None
     if opname(node) in ("mm", "matmul"):
@@ -159,7 +153,7 @@ def _of_product(node: torch.fx.Node, values: set[torch.fx.Node]) -> _Mixture | N
     for gates, kernels in (node.args[:2], node.args[1::-1]):
         if not isinstance(gates, torch.fx.Node) or gates not in values or kernels in values:
             continue
-        own, shape = _unviewed(gates), tensor_shape(gates)
+        own, shape = unviewed(gates), tensor_shape(gates)
         inner = kernels
         while opname(inner) in RESHAPES and math.prod(tensor_shape(inner)) == math.prod(
             tensor_shape(inner.args[0])
@@ -194,7 +188,7 @@ def _around(node: torch.fx.Node, values: set[torch.fx.Node]) -> _Mixture | None:
                 return None
             (dim,) = wide
             if dim == 1 and gates is None:
-                gates = _unviewed(own) if tensor_shape(_unviewed(own)) == shape[:2] else own
+                gates = unviewed(own) if tensor_shape(unviewed(own)) == shape[:2] else own
             elif dim == 1:
                 return None
             else:

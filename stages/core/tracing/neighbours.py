@@ -17,7 +17,7 @@ from stages.core.tracing.export import opname
 from stages.core.tracing.heads_apart import tensor_shape
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, SKIPPED
-from stages.core.tracing.rewriting import called, of_the_input
+from stages.core.tracing.rewriting import called, of_the_input, unviewed
 
 MOST_COUNTED = 10**7  # of a constant that is looked at for all images
 
@@ -53,7 +53,7 @@ def _chosen(node: torch.fx.Node, values: set[torch.fx.Node]) -> tuple[torch.fx.N
 def _among_all(
     source: torch.fx.Node, chosen: torch.fx.Node, values: set[torch.fx.Node]
 ) -> tuple[torch.fx.Node, torch.fx.Node] | None:
-    chosen, whole = _unviewed(chosen), source
+    chosen, whole = unviewed(chosen), source
     while (
         whole.op == "call_function"
         and opname(whole) in RESHAPES | SKIPPED
@@ -71,12 +71,6 @@ def _among_all(
             if known and _counts(starts, len(tensor_shape(own)), shape[1]):
                 return whole, own
     return None
-
-
-def _unviewed(node: torch.fx.Node) -> torch.fx.Node:
-    while node.op == "call_function" and opname(node) in RESHAPES | SKIPPED:
-        node = node.args[0]
-    return node
 
 
 def _counts(node: torch.fx.Node, rank: int, step: int) -> bool:

@@ -13,7 +13,7 @@ from stages.core.tracing.calls.joins import BINARY_CALLS
 from stages.core.tracing.export import opname
 from stages.core.tracing.folding import made_like
 from stages.core.tracing.one_by_one import INPUT
-from stages.core.tracing.reader import SKIPPED
+from stages.core.tracing.reader import RESHAPES, SKIPPED
 
 
 def called(
@@ -55,6 +55,13 @@ def cut_in(
     return [called(graph, like, cut, value, dim, i * size, (i + 1) * size) for i in range(parts)]
 
 
+def unviewed(node: torch.fx.Node) -> torch.fx.Node:
+    """What a value is another view of."""
+    while node.op == "call_function" and opname(node) in RESHAPES | SKIPPED:
+        node = node.args[0]
+    return node
+
+
 def given_to(node: torch.fx.Node) -> dict[str, Any]:
     """The arguments of a call by their names, whether given by place or by name."""
     names = [own.name for own in node.target._schema.arguments]
@@ -78,7 +85,7 @@ def of_the_input(graph: torch.fx.Graph, tensors: Container[str]) -> set[torch.fx
     return found
 
 
-SHAPED = ("expand_as", "view_as", "reshape_as")
+SHAPED = ("expand_as", "view_as", "reshape_as")  # none is left behind it
 
 
 def of_known_shape(graph: torch.fx.Graph) -> None:

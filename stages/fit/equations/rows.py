@@ -42,7 +42,7 @@ class RowEquations:
 
     @staticmethod
     def solve_bytes(count: int, columns: int, rows: int) -> int:
-        """Memory of solving a block: A with what it is made from, A A^T as its own factor, what is like y and W."""
+        """Memory of solving a block: A with what it is made from, A A^T and its factor, what is like y and W."""
         return 8 * (count * (2 * columns + 2 * count + 4 * rows) + 2 * columns * rows)
 
     def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:

@@ -65,14 +65,13 @@ class Trial(ABC):
         if not self._penalised:
             yield from [self._exactly(0.0)] * len(ridges)
             return
-        largest = self._left.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         for ridge in ridges:
             if ridge <= self.single or not self._factorised(ridge, ridges):
                 yield self._exactly(ridge)
                 continue
-            right = (self._left / largest).float()
+            right, largest = self._right
             if ridge == self._at:
-                found = self._factor.solve_(right)
+                found = self._factor.solve_(right.clone())
             else:
                 self._near = self._near or Nearby(self._factor, self._at, right)
                 found = self._near.solution(ridge)
@@ -96,6 +95,12 @@ class Trial(ABC):
 
     def _scaled(self) -> Tensor:
         return self._matrix / self._scale
+
+    @cached_property
+    def _right(self) -> tuple[Tensor, Tensor]:
+        """What is left in single precision, relative to its largest number, and that number."""
+        largest = self._left.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+        return (self._left / largest).float(), largest
 
     @cached_property
     def _rough(self) -> Tensor:

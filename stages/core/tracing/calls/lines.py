@@ -84,9 +84,8 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     table = unexpanded(reader, index)
     if reader.shape(table)[0] > 1:
         raise reader.unknown(fx, "gather by an index that differs from image to image, and is constant")
-    places = made_constant(
-        reader, torch.ops.aten.to.dtype, table, torch.float32
-    )  # as numbers, as whatever is kept
+    # as numbers, as whatever is kept
+    places = made_constant(reader, torch.ops.aten.to.dtype, table, torch.float32)
     wide = [n == 1 and d not in (0, dim) for d, n in enumerate(reader.shape(table))]
     reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
 
@@ -94,10 +93,9 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
 def _alike(reader: Reader, fx: torch.fx.Node, table: torch.fx.Node, dim: int) -> torch.fx.Node:
     """What any index takes of a constant whose entries are all one number (kinds of tokens, of RoBERTa)."""
     held, wanted = reader.folding.value(reader.through(table), reader.module), reader.shape(fx)
-    whole = [n if d != dim else max(n, wanted[d]) for d, n in enumerate(reader.shape(table))]
-    if not isinstance(held, Tensor) or len(held.unique()) != 1 or whole != reader.shape(table):
-        raise reader.unknown(fx, "gather of a constant")
-    if [n for d, n in enumerate(whole) if d != dim] != [n for d, n in enumerate(wanted) if d != dim]:
+    there = zip(reader.shape(table), wanted, strict=True)
+    fits = all(n >= m if d == dim else n == m for d, (n, m) in enumerate(there))
+    if not fits or not isinstance(held, Tensor) or len(held.unique()) != 1:
         raise reader.unknown(fx, "gather of a constant")
     return made_constant(reader, torch.ops.aten.slice.Tensor, table, dim, 0, wanted[dim])
 
@@ -105,7 +103,7 @@ def _alike(reader: Reader, fx: torch.fx.Node, table: torch.fx.Node, dim: int) ->
 def _one_for_all(reader: Reader, index: torch.fx.Node) -> torch.fx.Node | None:
     """What was only repeated along dimensions of one entry to be an index."""
     index = reader.through(index)
-    if index.op != "call_function" or opname(index) not in ("expand", "repeat", "expand_as"):
+    if index.op != "call_function" or opname(index) not in ("expand", "repeat"):
         return None
     before, after = reader.shape(index.args[0]), reader.shape(index)
     kept = len(before) == len(after) and all(n in (1, m) for n, m in zip(before, after, strict=True))

@@ -65,9 +65,7 @@ def _linalg_vector_norm(reader: Reader, fx: torch.fx.Node, given: Mapping[str, A
     dims, low = given.get("dim"), next(iter(fx.users), None)
     at = low.users if low is not None and opname(low) in ("clamp_min", "clamp") else {}
     wide = next(iter(at), None)
-    quotient = (
-        next(iter(wide.users), None) if wide is not None and opname(wide) in ("expand", "expand_as") else wide
-    )
+    quotient = next(iter(wide.users), None) if wide is not None and opname(wide) == "expand" else wide
     fits = (
         given["ord"] == 2 and dims is not None and len(dims) == 1 and given["keepdim"]
         and len(fx.users) == 1 and len(at) == 1 and quotient is not None and opname(quotient) == "div"
