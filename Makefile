@@ -10,10 +10,10 @@ repro: $(VENV)/installed
 	dvc repro
 	@python -m stages.report.show
 
-# First what is fast, in several processes; then whole runs of the pipeline, which use all cores themselves, in one.
+# First what is fast, then whole runs of the pipeline, of one thread each; file by file in a process for each core.
 test: $(VENV)/installed
 	python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
-	python -m pytest -m slow
+	python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile
 
 # Public networks, family by family, and docs/families.md (the seconds of each are in it; all of them about half an hour of one core, up to 12 GB)
 test-models: $(VENV)/installed

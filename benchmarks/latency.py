@@ -110,7 +110,7 @@ def forms(merges: Mapping[tuple[float, str], MergedNetwork], one: float, x: Tens
         executed = built_cost(network, "macs", executed=True) / one
         at_once = sum(layer.at_once for layer in tuned.layers)
         what = f"{at_once} of {len(tuned.layers)} layers at once" if layout == "blocks" else "layer by layer"
-        what = f"as an ordinary network, {tuned.whole}" if tuned.whole else what
+        what = tuned.whole or what
         found.append(Form(budget, f"{layout}, tuned: {what}", counted, executed, network))
         whole = sum(
             network.trace.positions(node) * network.map_of(node).dense_weight().numel()

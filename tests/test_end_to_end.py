@@ -26,13 +26,17 @@ AFTER_ALLOCATE = {"allocate", "common", "fit", "recalibrate", "probe", "report"}
 
 
 class Clone:
-    """A clone of what is tracked, as it is in the working tree."""
+    """A clone of what is tracked, as it is in the working tree, but for one thread: others run beside it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.copytree(
             ROOT, folder, ignore=lambda path, names: [n for n in names if not self._tracked(path, n)]
         )
+        params = folder / "params.yaml"
+        text, found = re.subn(r"^threads: \d+\b", "threads: 1", params.read_text(), flags=re.M)
+        assert found == 1
+        params.write_text(text)
         self.env = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -290,7 +294,7 @@ from stages.core.networks.checkpoints import load_network
 from stages.core.images.load import load_images
 from stages.core.images.batches import normalise
 from stages.core.settings.params import load_params
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 params = load_params()
 net_a, net_b = (load_network(params.active.architecture, network_path(t)) for t in params.active.tasks)
 def calibration(task):

@@ -17,6 +17,7 @@ from stages.core.settings.params import PROFILE_FILES, load_params, profiles_by_
 from stages.core.settings.places import DATA, MODELS, file_name, kind_of
 from stages.core.settings.profiles import Profile
 
+LONGEST_KEY = 1024  # bytes, of S3
 KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
 
 
@@ -55,9 +56,13 @@ def show(word: str, prefix: str = "", *more: str) -> None:
     from stages.artifacts import listing
     from stages.artifacts.client import Store
 
-    if word != "list" or more:
+    if word != "list" or more or prefix.startswith("--"):
         raise InputError(
             f"artifacts: found {' '.join([word, prefix, *more]).strip()}; allowed: nothing, or list [PREFIX]"
+        )
+    if not prefix.isprintable() or len(prefix.encode()) > LONGEST_KEY:
+        raise InputError(
+            f"artifacts list: found a prefix {prefix[:40]!r}; allowed: printable, at most {LONGEST_KEY} bytes"
         )
     store, bucket = Store(load_params().artifacts), load_params().artifacts.bucket
     files = profiles_by_file()

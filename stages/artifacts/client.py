@@ -31,7 +31,7 @@ from botocore.parsers import ResponseParserError
 from stages.artifacts.checks import SUMS, Version, equal_parts
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import ArtifactsSection
-from stages.core.settings.places import BUCKET_RULE
+from stages.core.settings.places import BUCKET_RULE, endpoint_fault
 
 TRIES_WHEN_BUSY = 4  # while the server says it is busy
 BUSY_PAUSE = 0.2  # seconds after the first of them, then twice as long each time
@@ -73,9 +73,11 @@ class Store:
 
     def __init__(self, section: ArtifactsSection):
         self.bucket, self.prefix, self.timeout = section.bucket, section.prefix.strip("/"), section.timeout
-        custom = (
-            section.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        )
+        custom = section.endpoint
+        for name in () if custom else ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            custom = custom or os.environ.get(name)
+            if fault := custom and endpoint_fault(custom):
+                raise InputError(f"{name}, of this machine's environment: {fault}")
         config = Config(
             signature_version=UNSIGNED if section.anonymous else None,
             connect_timeout=section.timeout,
@@ -93,10 +95,8 @@ class Store:
             raise InputError(
                 f"artifacts.region: found {section.region!r}; allowed: a region's name such as us-east-1"
             ) from error
-        except ValueError as error:
-            raise InputError(
-                f"artifacts.endpoint: found {custom!r}; allowed: null or an address such as https://host:9000"
-            ) from error
+        except ValueError as error:  # of the machine's settings, as those above are checked
+            raise InputError(f"artifacts: no S3 endpoint that boto3 takes: {reason(error)}") from error
         except BotoCoreError as error:
             raise InputError(
                 f"artifacts: the AWS settings of this machine cannot be used: {error}"

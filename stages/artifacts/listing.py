@@ -58,9 +58,19 @@ def _pages(store: Store, prefix: str, most: int) -> Iterator[list[Entry]]:
         answer = store.ask(
             lambda given=given: store.client.list_objects_v2(**given), f"{store.name(prefix)}*"
         )
-        yield [Entry(one["Key"][cut:], one["Size"]) for one in answer.get("Contents", ())]
-        token = answer.get("NextContinuationToken")
-        if not answer.get("IsTruncated") or not token:
+        objects, token = answer.get("Contents", ()), answer.get("NextContinuationToken")
+        sizes = [one.get("Size", -1) for one in objects if "Key" in one]
+        if (
+            "IsTruncated" not in answer  # as of a page that asks for a password
+            or (answer["IsTruncated"] and not token)
+            or len(sizes) < len(objects)
+            or min(sizes, default=0) < 0
+        ):
+            raise InputError(
+                f"{store.endpoint}: answers with what is no list of keys; artifacts.endpoint must be an S3 server"
+            )
+        yield [Entry(one["Key"][cut:], one["Size"]) for one in objects]
+        if not answer["IsTruncated"]:
             return
 
 
@@ -91,7 +101,8 @@ def table(store: Store, prefix: str, of: Uses, wanted: Uses) -> str:
     title = f"{store.name(prefix)}*: {len(entries)} object{'s' if len(entries) != 1 else ''}, {total}"
     title += f", and more; narrow it down: python -m stages.artifacts list {prefix}..." if more else ""
     rows = [
-        [entry.key, tqdm.format_sizeof(entry.size, "B"), _some(of.get(entry.key, ()))] for entry in entries
+        [_shown(entry.key), tqdm.format_sizeof(entry.size, "B"), _some(of.get(entry.key, ()))]
+        for entry in entries
     ]
     parts = [
         title,
@@ -100,7 +111,9 @@ def table(store: Store, prefix: str, of: Uses, wanted: Uses) -> str:
     keys = [entry.key for entry in entries]
     missing = [] if more else [key for key in wanted if key.startswith(prefix) and key not in keys]
     if missing:
-        rows = [[key, _some(wanted[key]), ", ".join(nearest(key, keys, 1)) or "-"] for key in missing]
+        rows = [
+            [key, _some(wanted[key]), ", ".join(map(_shown, nearest(key, keys, 1))) or "-"] for key in missing
+        ]
         header = ["named in a profile, not there", "used by", "nearest key"]
         parts.append(tabulate(rows, header, "simple", disable_numparse=True))
     return "\n\n".join(parts) + "\n"
@@ -130,6 +143,11 @@ def nearest(key: str, keys: Sequence[str], count: int = NEAR) -> list[str]:
 
     scores = {other: likeness(other) for other in keys}
     return [other for other in sorted(scores, key=lambda k: (-scores[k], k))[:count] if scores[other] > 0.4]
+
+
+def _shown(key: str) -> str:
+    """Without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in key)
 
 
 def _some(profiles: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from stages.core.recipe.rooms import check_match
 from stages.core.runtime.command import command
 from stages.core.runtime.device import generator, prepare
 from stages.core.runtime.files import write_csv, write_json
+from stages.core.runtime.progress import Bar
 from stages.core.settings.params import load_params
 from stages.core.units.groups import PermutationSpec
 from stages.core.units.matching import Matching, identity_matching
@@ -28,7 +29,7 @@ def main() -> None:
     for name, settings in matchings.items():
         check_match(settings, f"match.{name}")
     sources = load_sources(params, torch.device("cpu"))
-    for name, settings in matchings.items():
+    for name, settings in Bar(matchings.items(), desc="match", unit="matching"):
         statistics, start = load_statistics(params, settings.data), time.perf_counter()
         matching, benefits = make_matching(sources, settings, statistics, generator(params.seed))
         seconds = time.perf_counter() - start

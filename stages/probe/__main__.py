@@ -4,6 +4,8 @@ The rows `oracle` and `ensemble` need no merged network. This is the only stage 
 """
 
 import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from stages.core.recipe.sections import ProbeSection
 from stages.core.runtime.command import command
 from stages.core.runtime.device import prepare
 from stages.core.runtime.files import sha256, write_json
+from stages.core.runtime.progress import Bar
 from stages.core.settings.params import Params, load_params
 from stages.core.settings.places import DATA
 from stages.probe import chance
@@ -35,7 +38,12 @@ def main(*names: str) -> None:
     section = recipe.probe
     images = {split: labelled(params, section, split, device) for split in ("train", "test")}
     tasks = [(source.task.name, len(source.task.classes)) for source in sources]
-    for name in names or [*recipe.methods, "ensemble", "oracle"]:
+    rows = names or [*recipe.methods, "ensemble", "oracle"]
+    count = sum(len(truth) for split in images.values() for _, truth in split)
+    bar = Bar(total=len(rows) * count, unit="image")
+    images = {split: [(Watched(own, bar), truth) for own, truth in found] for split, found in images.items()}
+    for name in rows:
+        bar.set_description(f"probe {name}")
         if name in ("oracle", "ensemble"):
             row = reference_row(name, sources, profile.labels)
         else:
@@ -66,6 +74,20 @@ def main(*names: str) -> None:
             f"reports/probe/{name}.latency.json",
             {"latency": round(latency, 4), "executed": round(executed, 4)},
         )
+    bar.close()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Batches that are counted as they go by."""
+
+    batches: Iterable[Tensor]
+    bar: Bar
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for x in self.batches:
+            yield x
+            self.bar.update(len(x))
 
 
 def at_chance(scores: dict[str, dict[str, float]], truths: list[Tensor]) -> list[str]:

@@ -12,6 +12,10 @@ from stages.artifacts.client import Store
 from stages.artifacts.listing import Entry, closest, listed, nearest
 from stages.core.runtime.errors import InputError
 
+LISTING = (
+    b"<ListBucketResult><Name>b</Name><IsTruncated>%b</IsTruncated><Contents>%b</Contents></ListBucketResult>"
+)
+
 
 @pytest.fixture
 def public(store):
@@ -57,6 +61,24 @@ class TestListed:
     def test_missing_bucket(self, section):
         with pytest.raises(InputError, match="s3://not-there: no such bucket"):
             listed(Store(section(bucket="not-there")))
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"<html>sign in</html>",
+            LISTING % (b"true", b"<Key>a</Key><Size>1</Size>"),  # and no way to the rest
+            LISTING % (b"false", b"<Key>a</Key>"),
+            LISTING % (b"false", b"<Size>1</Size>"),
+            LISTING % (b"false", b"<Key>a</Key><Size>-1</Size>"),
+        ],
+    )
+    def test_an_answer_that_is_no_list(self, front, section, body):
+        front.error = 200, body
+        with pytest.raises(
+            InputError, match=r"answers with what is no list of keys; artifacts.endpoint must be"
+        ):
+            listed(Store(section()))
 
     def test_silent_endpoint(self, section):
         with socket.socket() as listener:
@@ -116,7 +138,23 @@ class TestCommand:
         show("list", "photographs/")
         assert "photographs/*: 1 object, 787kB\n" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("words", [("lst",), ("list", "a", "b")])
+    def test_a_key_cannot_move_the_cursor(self, front, section):
+        key = b"<Key>a%1B%5B2Jb%0Ac</Key><Size>1</Size>"
+        front.error = (
+            200,
+            LISTING % (b"false</IsTruncated><EncodingType>url</EncodingType><IsTruncated>false", key),
+        )
+        shown = listing.table(Store(section()), "", {}, {})
+        assert r"a\x1b[2Jb\nc" in shown
+
+    @pytest.mark.parametrize("prefix", ["a\nb", "\x1b[2J", "é" * 600, "\udc80"])
+    def test_a_prefix_that_is_none(self, prefix):
+        with pytest.raises(
+            InputError, match=r"artifacts list: found a prefix .* allowed: printable, at most 1024"
+        ):
+            show("list", prefix)
+
+    @pytest.mark.parametrize("words", [("lst",), ("list", "a", "b"), ("list", "--all")])
     def test_other_words(self, words):
         with pytest.raises(InputError, match=r"artifacts: found .*; allowed: nothing, or list"):
             show(*words)

@@ -151,8 +151,12 @@ class TestRefusals:
             )
             assert time.monotonic() - start < 3
 
-    def test_endpoint_that_is_no_address(self, refused):
-        assert "artifacts.endpoint: found 'localhost:9000'; allowed:" in refused(endpoint="localhost:9000")
+    @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+    def test_endpoint_of_the_environment_that_is_no_address(self, refused, monkeypatch, variable):
+        monkeypatch.setenv(variable, "localhost:9000")
+        assert refused(endpoint=None).startswith(
+            f"{variable}, of this machine's environment: found 'localhost:9000'"
+        )
 
     @pytest.mark.usefixtures("own_settings")
     def test_unknown_profile_of_the_machine(self, refused, monkeypatch):

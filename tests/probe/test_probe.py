@@ -8,9 +8,11 @@ import torch
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
 from stages.core.recipe.sections import ProbeSection
+from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import images_to_batches
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.network import fit_network
+from stages.probe.__main__ import Watched
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import Ensemble, OneForAll, Oracle, collect, evaluate, linear_probe
 from stages.probe.latency import relative_latency
@@ -183,3 +185,10 @@ def test_no_more_test_images_than_asked_for(tmp_path, monkeypatch):
             parse_params(content), ProbeSection.model_validate(content["probe"]), "test", torch.device("cpu")
         ):
             assert sum(map(len, batches)) == len(labels) == expected
+
+
+def test_images_are_counted_as_they_go_by():
+    batches, bar = [torch.zeros(4, 1), torch.zeros(2, 1)], Bar(total=12, unit="image")
+    for _ in range(2):
+        assert [len(x) for x in Watched(batches, bar)] == [4, 2]
+    assert bar.n == bar.total

@@ -98,14 +98,14 @@ def built_cost(network: MergedNetwork, kind: str, heads: bool = False, executed:
 
     executed: multiply-accumulates as they are run, with the zeros of layers that run at once, or of all.
     """
-    total = 0
+    total, dense = 0, network.instead is not None and network.instead.dense
     for node in counted_nodes(network.trace, "shared" if heads else network.labels):
         if kind == "parameters":
             module = network.map_of(node) if node.parameters else None
             total += sum(p.numel() for p in module.parameters()) if module is not None else 0
         elif node.linear or node.grouped:
             module = network.map_of(node)
-            whole = executed and node.linear and (module.at_once or network.ordinary is not None)
+            whole = executed and node.linear and (module.at_once or dense)
             weights = [module.dense_weight()] if whole else module.weights
             total += network.trace.positions(node) * sum(weight.numel() for weight in weights)
         else:

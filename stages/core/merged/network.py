@@ -21,7 +21,7 @@ from stages.core.merged.arrangement import Arrangement, Piece, arrange, arrange_
 from stages.core.merged.blocks import BlockMap
 from stages.core.merged.plain import make_plain
 from stages.core.merged.table import layer_table
-from stages.core.merged.tuning import Ordinary, Tuning, tune
+from stages.core.merged.tuning import Folded, Tuning, tune
 from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.merged.written import write_merged
 from stages.core.runtime.errors import InputError
@@ -64,7 +64,8 @@ class MergedNetwork(nn.Module):
                 )
         self.units = dict(units or {})
         self.about = dict(about or {})
-        self.ordinary: Ordinary | None = None  # what runs in its place, where that is faster (tuning)
+        self.instead: Folded | None = None  # what runs in its place, where that is faster (tuning)
+        self.folded: set[str] = set()  # batch norms that are in the linear maps before them
         self._arrangements: dict[str, Arrangement] = {}
         self._last = trace.graph.last_uses()
         self.head, output = trace.graph.head, trace.graph.output
@@ -211,8 +212,8 @@ class MergedNetwork(nn.Module):
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """x: (n, ...) preprocessed images. Returns (n, classes). Raises InputError for what no source takes."""
         index, output = self._index(task), self.trace.graph.output
-        if self.ordinary is not None and self._undisturbed(x):
-            return self.ordinary(as_taken(self.trace, x, next(self.parameters())), index)
+        if self.instead is not None and self._undisturbed(x):
+            return self.instead(as_taken(self.trace, x, next(self.parameters())), index)
         if (
             index is None and self.corrected
         ):  # separate heads side by side, each with its own task's corrections
@@ -224,12 +225,12 @@ class MergedNetwork(nn.Module):
         return self._heads(self._run(x, self.head, index)[self.head.inputs[0]], index)
 
     def _undisturbed(self, x: Tensor) -> bool:
-        """Whether nothing is asked that an ordinary network in its place would not give: gradients, other types."""
+        """Whether nothing is asked that a folded network in its place would not give: gradients, other types."""
         casts = torch.is_autocast_enabled(x.device.type)
         return not (self.training or torch.is_grad_enabled() or casts or torch.compiler.is_compiling())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ordinary": None}
+        return {**self.__dict__, "instead": None}
 
     def _heads(self, features: Sequence[Tensor], task: int | None) -> Tensor:
         """The logits of separate label spaces from what the heads read, and what follows them, head by head."""
@@ -302,6 +303,8 @@ class MergedNetwork(nn.Module):
         return values
 
     def _on_pieces(self, node: Node, inputs: Sequence[list[Tensor]], task: int | None) -> list[Tensor]:
+        if node.name in self.folded:
+            return inputs[0]
         if not (
             node.name in self._piecewise
             or node.linear
@@ -341,10 +344,10 @@ class MergedNetwork(nn.Module):
         return make_plain(self, self._index(task), fold)
 
     def tune(self, example: Tensor) -> Tuning:
-        """Run layers in blocks as one dense layer each, or the whole as an ordinary network, batch norms folded, where
-        that is measured to be faster on ``example``'s device.
+        """Run layers in blocks as one dense layer each, or the whole with its batch norms folded, in blocks or as an
+        ordinary network, where that is measured to be faster on ``example``'s device.
 
-        example: images (n, ...) as many as are usual. In memory only, where an ordinary network takes as much again:
+        example: images (n, ...) as many as are usual. In memory only, where a folded network takes as much again:
         what it gives is the same within rounding, and what it saves is the same. Gradients are those of the blocks,
         which then run. Raises InputError for images of another shape.
         """
@@ -352,7 +355,7 @@ class MergedNetwork(nn.Module):
 
     def untune(self) -> None:
         """All blocks again."""
-        self.ordinary = None
+        self.instead = None
         for module in self.maps.values():
             if isinstance(module, BlockMap):
                 module.at_once, module._made = False, None

@@ -45,6 +45,13 @@ def make_plain(network: nn.Module, task: int | None, fold: bool) -> torch.fx.Gra
     return plain.train(network.training)
 
 
+def foldable_norms(network: nn.Module) -> dict[str, Node]:
+    """{linear map of a merged network: the batch norm that alone reads it}, where nothing but the norm corrects it."""
+    outside = {*network.corrected, *network.trace.graph.logits}
+    outside |= {node.name for node in network.trace.graph.nodes if not node.linear}
+    return {n: norm for n, norm in exclusive_norms(network.trace.graph).items() if n not in outside}
+
+
 class _Writer:
     """Writes a merged network's nodes as calls of torch.fx, with the tensors and layers that they need."""
 
@@ -52,12 +59,7 @@ class _Writer:
         self.net, self.trace = network, network.trace
         self.places, self.graph = Places(), torch.fx.Graph()
         self.tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
-        self.norms: dict[str, Node] = {}
-        if fold:
-            outside = {*network.corrected, *self.trace.graph.logits}
-            inside = exclusive_norms(self.trace.graph)
-            outside |= {node.name for node in self.trace.graph.nodes if not node.linear}
-            self.norms = {name: norm for name, norm in inside.items() if name not in outside}
+        self.norms = foldable_norms(network) if fold else {}
         self.gone = {norm.name for norm in self.norms.values()}
 
     def proxy(self, node: torch.fx.Node) -> Proxy:

@@ -12,6 +12,7 @@ from stages.core.graph.source import Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.arrangement import Arrangement
 from stages.core.merged.blocks import BlockMap
+from stages.core.merged.tuning import layer_by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,7 @@ class Tabled(Protocol):
     labels: str
     about: dict[str, Any]
     corrected: list[str]
+    instead: Any
 
     def arrangement(self, value: str) -> Arrangement: ...
 
@@ -102,6 +104,7 @@ def _refining(record: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def executed(network: Tabled) -> dict[str, int]:
     """Multiply-accumulates of one run on one image, by node; of what no layer's weights are in, under ``attention``."""
+    network = layer_by_layer(network)
     nodes = network.trace.graph.nodes
     owners = {}
     for node in nodes:

@@ -1,16 +1,17 @@
 """How a merged network runs fastest: measured, on the device at hand.
 
 Convolutions of a few channels cost as much as those of eight or sixteen, so that blocks pay only where layers are wide:
-layers may run as one dense layer each. Where all are narrow, the whole is faster as an ordinary network, batch norms
-folded, with the channels of its values last or not.
+layers may run as one dense layer each. The whole may run with its batch norms folded, with the channels of its values
+last or not: in its blocks, or, where all are narrow, as an ordinary network.
 """
 
+import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from stages.core.graph.inputs import as_taken
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import BlockMap
+from stages.core.merged.plain import foldable_norms
 from stages.core.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -41,23 +43,38 @@ class LayerTime:
 @dataclass(frozen=True)
 class Tuning:
     """seconds: of a forward pass in blocks and as tuned. layers: those of several blocks. whole: "" where layers run by
-    themselves, else how the network runs as an ordinary one, "contiguous" or "channels last"."""
+    themselves, else the form in which all of them do, such as "in blocks, channels last" (``FOLDED_FORMS``)."""
 
     layers: tuple[LayerTime, ...]
     seconds: tuple[float, float]
     whole: str = ""
 
 
-class Ordinary:
-    """A merged network as one of torch's own layers, batch norms folded; made anew when a tensor of it has changed."""
+ORDINARY, BLOCKS = "as an ordinary network", "in blocks"
+FOLDED_FORMS = {  # batch norms folded in all
+    f"{kind}, {memory}": (kind, layout)
+    for kind, (memory, layout) in product(
+        (ORDINARY, BLOCKS),
+        {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}.items(),
+    )
+}
 
-    def __init__(self, network: nn.Module, channels_last: bool) -> None:
+
+class Folded:
+    """A merged network with its batch norms folded (``FOLDED_FORMS``), made anew when a tensor of it has changed."""
+
+    def __init__(self, network: nn.Module, form: str) -> None:
         self.network = network
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.kind, self.memory = FOLDED_FORMS[form]
         self._made: tuple[list[tuple[int, int]], nn.Module] | None = None
         modules = list(network.modules())
         self._places = [(own._parameters, name) for own in modules for name in own._parameters]
         self._places += [(own._buffers, name) for own in modules for name in own._buffers]
+
+    @property
+    def dense(self) -> bool:
+        """Whether it multiplies by the zeros between blocks."""
+        return self.kind == ORDINARY
 
     def __call__(self, x: Tensor, task: int | None) -> Tensor:
         """As the network: x (n, ...), the logits of all heads or of one task's."""
@@ -66,13 +83,40 @@ class Ordinary:
             (own.data_ptr(), 0 if own.is_inference() else own._version) for own in tensors if own is not None
         ]
         if self._made is None or self._made[0] != state:
-            self._made = state, self.network.plain(fold=True).to(memory_format=self.format)
-        found = self._made[1](x.contiguous(memory_format=self.format))
+            made = self.network.plain(fold=True) if self.dense else fold_blocks(self.network)
+            self._made = state, made.to(memory_format=self.memory)
+        found = self._made[1](x.contiguous(memory_format=self.memory))
         if task is None:
             return found
         widths = [len(own.classes) for own in self.network.tasks]
         trace = self.network.trace
         return found.narrow(trace.layouts[trace.graph.output.name].dim, sum(widths[:task]), widths[task])
+
+
+def layer_by_layer(network: nn.Module) -> nn.Module:
+    """A merged network whose layers run by themselves, and multiply as they do in the form that was found fastest."""
+    if network.instead is None:
+        return network
+    made = copy.deepcopy(network)
+    if network.instead.dense:
+        for own in made.maps.values():
+            if isinstance(own, BlockMap):
+                own.at_once = len(own.blocks) > 1
+    return made
+
+
+def fold_blocks(network: nn.Module) -> nn.Module:
+    """A copy of a merged network that runs in the same blocks, without the batch norms that fold into them."""
+    made = copy.deepcopy(network)
+    for name, norm in foldable_norms(network).items():
+        blocks, own = made.maps[f"{name}_"], made.map_of(norm)
+        scale = (own.running_var + own.eps).rsqrt() * (own.weight if own.affine else 1.0)
+        shift = (own.bias if own.affine else 0.0) - own.running_mean * scale
+        for block, weight in zip(blocks.blocks, blocks.weights, strict=True):
+            weight.mul_(scale[block.start : block.stop].view(-1, *[1] * (weight.dim() - 1)))
+        blocks.bias = nn.Parameter(shift if blocks.bias is None else blocks.bias * scale + shift)
+        made.folded.add(norm.name)
+    return made
 
 
 @torch.no_grad()
@@ -110,21 +154,33 @@ def tune(network: nn.Module, example: Tensor) -> Tuning:
         )
     whole = ""
     if not network.corrected:
-        forms = {"contiguous": False, **({"channels last": True} if example.dim() == 4 else {})}
-        made = {name: Ordinary(network, last) for name, last in forms.items()}
+        made: dict[str, Folded] = {}
+        for form, (kind, memory) in FOLDED_FORMS.items():
+            own = Folded(network, form)
+            if (kind == BLOCKS and not layers and made) or (
+                memory == torch.channels_last and example.dim() != 4
+            ):
+                continue  # of one block each an ordinary network is the same
+            if _runs(own, example):
+                made[form] = own
         runs = [partial(own, example, None) for own in made.values()]
-        try:
-            tuned, *times = fastest([partial(network, example, task), *runs], example)
-        except InputError as error:  # of a module path that torch.fx keeps for itself
-            logger.info("tune: layer by layer; as an ordinary network it does not run: %s", error)
-            tuned, times = seconds[1], [math.inf]
-        best = min(range(len(times)), key=times.__getitem__)
-        if times[best] < GAIN * tuned:
+        tuned, *times = fastest([partial(network, example, task), *runs], example)
+        best = min(range(len(times)), key=times.__getitem__, default=None)
+        if best is not None and times[best] < GAIN * tuned:
             whole = list(made)[best]
-            network.ordinary, seconds = made[whole], (seconds[0], seconds[1] * times[best] / tuned)
+            network.instead, seconds = made[whole], (seconds[0], seconds[1] * times[best] / tuned)
     for module in training:
         module.training = True
     return Tuning(tuple(layers), tuple(seconds), whole)
+
+
+def _runs(folded: Folded, example: Tensor) -> bool:
+    try:
+        folded(example, None)
+    except InputError as error:  # of a module path that torch.fx keeps for itself
+        logger.info("tune: %s it does not run: %s", folded.kind, error)
+        return False
+    return True
 
 
 def _layer(module: BlockMap, node: Node, pieces: list[Tensor]) -> LayerTime:

@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from stages.core.runtime.errors import InputError
-from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN
+from stages.core.runtime.errors import InputError, some
+from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN, endpoint_fault
 from stages.core.settings.profiles import Place, Profile
 from stages.core.settings.sections import Count, Name, Section, Whole
 from stages.core.settings.yaml_text import read_yaml
@@ -28,7 +28,14 @@ def _check_bucket(name: str) -> str:
     return name
 
 
+def _check_endpoint(address: str) -> str:
+    if fault := endpoint_fault(address):
+        raise ValueError(fault)
+    return address
+
+
 BucketName = Annotated[str, AfterValidator(_check_bucket)]
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 
 
 class ArtifactsSection(Section):
@@ -36,7 +43,7 @@ class ArtifactsSection(Section):
 
     bucket: BucketName
     prefix: str = ""
-    endpoint: str | None = None
+    endpoint: Endpoint | None = None
     region: str = "us-east-1"
     anonymous: bool = True
     cache: str | None = None
@@ -127,6 +134,12 @@ def nearest(name: str, names: Collection[str], count: int = 5) -> str:
     return f"{', '.join(found)}, and {len(names) - count} more"
 
 
+class ProfilesAlone(Section):
+    """What is read of a file of which nothing else is asked."""
+
+    profiles: dict[str, Profile]
+
+
 def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
     """The profiles of every file that has some. Raises InputError in one line, as ``load_params`` does."""
     found = {}
@@ -134,9 +147,9 @@ def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
         path = Path(folder) / name
         if path.is_file():
             try:
-                found[name] = TypeAdapter(dict[str, Profile]).validate_python(_profiles_of(path))
+                found[name] = ProfilesAlone(profiles=_profiles_of(path)).profiles
             except ValidationError as error:
-                raise InputError(f"{path}: {first_line(error, Params, 'profiles')}") from error
+                raise InputError(f"{path}: {first_line(error, ProfilesAlone)}") from error
     return found
 
 
@@ -180,12 +193,18 @@ def first_line(error: ValidationError, section: type[Section] = Params, name: st
         return f"{where}: not there; allowed: a value for it"
     if kind == "extra_forbidden":
         return f"{where}: unknown key; allowed: {', '.join(_siblings(section, first['loc']))}"
-    allowed = " or ".join(
-        own["msg"].removeprefix("Input should be ").removeprefix("a valid ") for own in kinds
-    )
+    allowed = " or ".join(dict.fromkeys(map(_allowed, kinds)))
+    if kind == "model_type" and len(kinds) == 1:
+        allowed += f" of {some(_siblings(section, (*first['loc'], '')), 8)}"
     value = first["input"]
     found = "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
     return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
+
+
+def _allowed(kind: Mapping[str, Any]) -> str:
+    if kind["type"] in ("model_type", "dict_type"):
+        return "a mapping"
+    return kind["msg"].removeprefix("Input should be ").removeprefix("a valid ")
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import posixpath
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 MODELS, DATA = Path("models/artifacts"), Path("data/artifacts")  # where they are in the workspace
 OWN = Path("data/own")  # the folder in the workspace for files of the user's own
@@ -22,6 +23,23 @@ PATTERN = (
     rf"|s3://{BUCKET}/[^/].*"
     r"|(~|\.|\.\.)?/.*[^/])$"
 )
+
+
+def endpoint_fault(address: str) -> str | None:
+    """What is wrong with an S3 endpoint, in words that hold no password; None where nothing is."""
+    allowed = "allowed: null or an address such as https://host:9000"
+    try:
+        parts = urlsplit(address)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of a host or port that is none
+        whole = False
+    if "@" in address:
+        return (
+            f"found an address with a name or password; {allowed}, and credentials as the AWS tools keep them"
+        )
+    if not whole or parts.query or parts.fragment or not address.isprintable() or " " in address:
+        return f"found {address[:80]!r}; {allowed}"
+    return None
 
 
 def kind_of(place: str) -> Literal["key", "url", "path", "initial"]:

@@ -104,6 +104,17 @@ def test_weights_that_change_are_seen(network, images, tmp_path, monkeypatch):
     torch.testing.assert_close(network(x.float()), in_blocks(network)(x.float()), rtol=1e-4, atol=1e-4)
 
 
+def side_by_side(network):
+    """Random weights and statistics, nothing shared."""
+    made = MergedNetwork(
+        network.trace, network.tasks, network.labels, dict.fromkeys(network.shared, 0)
+    ).double()
+    generator = torch.Generator().manual_seed(0)
+    for own in [*made.parameters(), *(b for n, b in made.named_buffers() if "running" in n)]:
+        own.data.copy_(torch.rand(own.shape, generator=generator) + 0.1)
+    return made
+
+
 def in_blocks(network):
     found = copy.deepcopy(network)
     found.untune()
@@ -138,35 +149,44 @@ def test_images_of_another_shape_are_refused(network, images):
 
 
 @torch.no_grad()
-def test_the_whole_runs_as_an_ordinary_network_where_that_is_faster(network, images, monkeypatch):
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_whole_runs_folded_where_that_is_faster(network, images, monkeypatch, apart):
+    """In blocks or as an ordinary network, also where nothing is shared and the networks lie side by side."""
     x = images()
+    network = side_by_side(network) if apart else network
     before, counted = network(x), built_cost(network, "macs", executed=True)
     count = len(network.tune(x).layers)
     for times, whole in (
-        ((9.0, 2.0, 1.0), "channels last"),
-        ((9.0, 1.0, 2.0), "contiguous"),
-        ((1.0, 1.0, 1.0), ""),
+        ((9.0, 2.0, 1.0, 3.0, 3.0), "as an ordinary network, channels last"),
+        ((9.0, 1.0, 2.0, 3.0, 3.0), "as an ordinary network, contiguous"),
+        ((9.0, 3.0, 3.0, 2.0, 1.0), "in blocks, channels last"),
+        ((9.0, 3.0, 3.0, 1.0, 2.0), "in blocks, contiguous"),
+        ((1.0, 1.0, 1.0, 1.0, 1.0), ""),
     ):
         clock(monkeypatch, *[(1.0, 2.0)] * (1 + count), times)
         found = network.tune(x)
         assert found.whole == whole
-        assert (network.ordinary is not None) == bool(whole)
+        assert (network.instead is not None) == bool(whole)
         torch.testing.assert_close(network(x), before)
-        assert (built_cost(network, "macs", executed=True) > counted) == bool(whole)
+        assert (built_cost(network, "macs", executed=True) > counted) == ("ordinary" in whole)
+        table = network.report()
+        assert (table["executed"] > 0).all()
+        assert bool((table["executed"] > table["counted"] + 0.001).any()) == ("ordinary" in whole)
         for task in [own.name for own in network.tasks] if network.labels == "separate" else []:
             torch.testing.assert_close(network(x, task), before.split(3, 1)[int(task)])
 
 
 @torch.no_grad()
-def test_an_ordinary_network_follows_weights_and_modes(network, images, monkeypatch):
+@pytest.mark.parametrize("times", [(9.0, 1.0, 2.0, 2.0, 2.0), (9.0, 2.0, 2.0, 1.0, 2.0)])
+def test_a_folded_network_follows_weights_and_modes(network, images, monkeypatch, times):
     x = images()
-    clock(monkeypatch, *[(1.0, 2.0)] * (1 + len(network.tune(x).layers)), (9.0, 1.0, 2.0))
+    clock(monkeypatch, *[(1.0, 2.0)] * (1 + len(network.tune(x).layers)), times)
     network.tune(x)
-    assert network.ordinary is not None
+    assert network.instead is not None
     keys = network.state_dict().keys()
     network.load_state_dict({name: value * 1.5 for name, value in network.state_dict().items()})
     torch.testing.assert_close(network(x), in_blocks(network)(x))
-    assert copy.deepcopy(network).ordinary is None
+    assert copy.deepcopy(network).instead is None
     assert keys == in_blocks(network).state_dict().keys()
     with torch.enable_grad():
         network(x).sum().backward()
@@ -179,6 +199,20 @@ def test_an_ordinary_network_follows_weights_and_modes(network, images, monkeypa
     torch.testing.assert_close(network(x), again(x))
     with pytest.raises(InputError, match="input: found n x 2 x 8"):
         network(x[..., 0])
+
+
+def test_what_has_one_block_a_layer_is_not_tried_in_blocks(network, images, monkeypatch):
+    dense = MergedNetwork(network.trace, network.tasks, network.labels, network.shared, dense=True).double()
+    for made, forms in ((dense, 2), (network, 4)):
+        tried = []
+
+        def fastest(runs, like, tried=tried):
+            tried.append(len(runs))
+            return [1.0] * len(runs)
+
+        monkeypatch.setattr("stages.core.merged.tuning.fastest", fastest)
+        made.tune(images())
+        assert tried[-1] == 1 + forms
 
 
 def test_what_takes_long_is_run_four_times(monkeypatch):

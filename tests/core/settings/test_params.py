@@ -374,3 +374,11 @@ def test_a_checkpoint_has_any_suffix(place, suffix):
     found = copy.deepcopy(GIVEN)
     found["profiles"]["digits"]["tasks"]["upright"]["checkpoint"] = place.format(suffix)
     parse_params(found)
+
+
+@pytest.mark.parametrize("address", ["", "localhost:9000", "ftp://host", "http://", "http://[::1", "http://host:99999",
+                                     "https://host/?a=b", "https://ho st", "https://me:secret@host:9"])  # fmt: skip
+def test_endpoints_that_are_none(address):
+    line = refused(["artifacts", "endpoint"], address)
+    assert "artifacts.endpoint: found" in line
+    assert "secret" not in line

@@ -70,7 +70,8 @@ def test_a_folder_in_its_place_is_told_of(tmp_path):
         read_yaml(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "- a", "a: 1", "profiles: [1]", "profiles:", "profiles: {a: 1}"])
+@pytest.mark.parametrize("content", ["", "- a", "a: 1", "profiles: [1]", "profiles:", "profiles: {a: 1}",
+                                     "profiles: {a: {labels: shared, tasks: {}, colour: 1}}"])  # fmt: skip
 def test_published_profiles_that_are_none_are_told_of(content, tmp_path, request):
     text = (request.config.rootpath / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(
