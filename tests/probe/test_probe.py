@@ -12,7 +12,7 @@ from stages.core.runtime.progress import Bar
 from stages.core.sweep.batches import images_to_batches
 from stages.core.units.matching import full_split, identity_matching
 from stages.fit.network import fit_network
-from stages.probe.__main__ import Watched
+from stages.probe.__main__ import REUSED, Watched, at_once
 from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import Ensemble, OneForAll, Oracle, collect, evaluate, linear_probe
 from stages.probe.latency import relative_latency
@@ -192,3 +192,16 @@ def test_images_are_counted_as_they_go_by():
     for _ in range(2):
         assert [len(x) for x in Watched(batches, bar)] == [4, 2]
     assert bar.n == bar.total
+
+
+def test_large_images_are_run_a_few_at_once(sources, small, images):
+    own = sources([small(0), small(1)], images())
+    largest = max(shape.numel() for shape in own[0].trace.shapes.values())
+    assert at_once(250, own, torch.device("cpu")) == 250
+    own[0].trace.shapes["large"] = torch.Size([1, REUSED // 4 // 7])
+    assert largest < REUSED // 4 // 7
+    assert at_once(250, own, torch.device("cpu")) == 7
+    assert at_once(5, own, torch.device("cpu")) == 5
+    own[0].trace.shapes["larger"] = torch.Size([1, REUSED])
+    assert at_once(250, own, torch.device("cpu")) == 1
+    assert at_once(250, own, torch.device("cuda")) == 250
