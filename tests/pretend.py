@@ -36,7 +36,7 @@ FACTORIES = {
 GETTERS = {Tensor.device.__get__: GPU, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
 HOST = {Tensor.numpy, Tensor.__array__}
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
-ANY = {Tensor.__repr__, Tensor.data.__set__, torch._has_compatible_shallow_copy_type}
+ANY = {Tensor.__repr__, Tensor.__deepcopy__, Tensor.data.__set__, torch._has_compatible_shallow_copy_type}
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 SPREAD = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu"
 
