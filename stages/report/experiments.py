@@ -3,6 +3,8 @@
 python -m stages.report --experiments      ->  reports/experiments/{runs.csv, table.md, *.png}
 """
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from stages.core.runtime.files import read_json
 from stages.core.settings.params import load_params
 from stages.report.tables import AVERAGE, METRICS, REFERENCES, TIMINGS
 
+log = logging.getLogger(__name__)
+
+LEFT_OUT = "experiment %s: %s: found %.40r, which is no number; left out"
 MEASURES = ("accuracy", "joint", "probe", "macs", "parameters", "latency", "seconds")
 RUN = ("profile", "budget", "seed")
 ABSENT = (None, "None", "", "-", "!")  # of dvc: the text for nothing, and for a file that could not be read
@@ -76,12 +81,15 @@ def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 
 def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    ending = f".{AVERAGE}.accuracy"
-    for key, value in experiment.items():
-        if not key.endswith(ending) or value is None:
-            continue
+    ending, run = f".{AVERAGE}.accuracy", experiment.get("Experiment") or experiment.get("rev")
+    results = [key for key, value in experiment.items() if key.endswith(ending) and value is not None]
+    for key in ("budget", "seed") if results else ():
+        if not _number(experiment.get(key)):
+            log.warning(LEFT_OUT, run, key, experiment[key])
+            return
+    for key in results:
         method = key.removesuffix(ending)
-        row = {"experiment": experiment.get("Experiment") or experiment.get("rev"), "method": present(method)}
+        row = {"experiment": run, "method": present(method)}
         row |= {name: experiment.get(name) for name in RUN}
         row["images"] = experiment.get("fit.images")
         for name in MEASURES:
@@ -97,8 +105,19 @@ def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         )
         recalibrated = experiment.get(f"methods.{method}.recalibrate")
         row["recalibration"] = None if row["fit"] is None else recalibrated or "batchnorm"
-        if None not in [row[name] for name in RUN]:
-            yield row
+        if None in [row[name] for name in RUN]:
+            continue
+        if wrong := [name for name in MEASURES if not _number(row[name])]:
+            log.warning(LEFT_OUT, run, f"{method}, {wrong[0]}", row[wrong[0]])
+            continue
+        yield row
+
+
+def _number(value: Any) -> bool:
+    """Or nothing: what was not measured."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fit_name(fit: Mapping[str, Any]) -> str | None:

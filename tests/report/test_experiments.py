@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from stages.core.runtime.errors import InputError
+from stages.report import experiments as experiments_module
 from stages.report.__main__ import main
 from stages.report.comparison import comparisons
 from stages.report.experiments import fit_name, markdown, order, read_runs, summary, with_joint
@@ -52,6 +53,28 @@ def test_mean_and_deviation_are_those_of_the_seeds(folders):
 def test_a_run_that_was_made_again_counts_once(folders):
     again = read_runs(folders=[folders[0], *folders])
     assert len(again) == len(read_runs(folders=folders))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said", "lost"),
+    [
+        ("budget", "lots", "budget: found 'lots'", len(ROWS) + 2),
+        ("seed", True, "seed: found True", len(ROWS) + 2),
+        ("pleas.average.accuracy", "high", "pleas, accuracy: found 'high'", 1),
+        ("pleas.average.accuracy", float("nan"), "pleas, accuracy: found nan", 1),
+        ("pleas.average.macs", [1], "pleas, macs: found [1]", 1),
+    ],
+)
+def test_what_is_no_number_is_left_out_and_said(folders, monkeypatch, caplog, key, value, said, lost):
+    whole, read = read_runs(folders=folders), experiments_module._workspace
+    broken = [{**read(folder), **({key: value} if folder == folders[0] else {})} for folder in folders]
+    monkeypatch.setattr(experiments_module, "_experiments", lambda commits: broken)
+    runs = read_runs()
+    assert len(runs) == len(whole) - lost
+    assert markdown(runs)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"experiment {folders[0].name}: {said}, which is no number; left out"
+    ]
 
 
 @pytest.fixture
