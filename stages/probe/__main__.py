@@ -29,9 +29,8 @@ from stages.probe.candidates import merged_row, reference_row
 from stages.probe.evaluate import evaluate
 from stages.probe.latency import relative_latency
 
-REUSED = (
-    2**25
-)  # bytes: glibc asks the system anew for what is larger, which took a sixth of the time at 224 pixels
+# bytes: glibc asks the system anew for what is larger, which took a sixth of the time at 224 pixels
+REUSED = 2**25
 
 log = logging.getLogger(__name__)
 
