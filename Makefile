@@ -15,11 +15,9 @@ test: $(VENV)/installed
 	python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 	python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile
 
-# Public networks, family by family, and docs/families.md (the seconds of each are in it; all of them about half an hour of one core, up to 12 GB);
-# and every case of the tests of which `make test` runs one in three.
+# Public networks, family by family, and docs/families.md (the seconds of each are in it; all of them about half an hour of one core, up to 12 GB)
 test-models: $(VENV)/installed
 	python tests/models.py
-	python -m pytest -m sampled --every -n auto --maxprocesses 4
 
 lint: $(VENV)/installed
 	ruff check .

@@ -1,9 +1,8 @@
-"""Small random networks and the sources made of them, all in float64; and which tests are run."""
+"""Small random networks and the sources made of them, all in float64."""
 
 import copy
 import random
 import signal
-from collections import Counter
 
 import pytest
 import torch
@@ -15,25 +14,6 @@ from stages.core.tracing.sources import make_sources
 from stages.core.tracing.trace import trace
 from stages.core.units.groups import permute
 from stages.core.units.matching import Matching, full_split
-
-ONE_IN = 3
-
-
-def pytest_addoption(parser):
-    parser.addoption("--every", action="store_true", help=f"all of what is sampled, not one in {ONE_IN}")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Of a test that is marked as sampled every third case is run, the first included."""
-    if config.getoption("--every"):
-        return
-    kept, dropped, seen = [], [], Counter()
-    for item in items:
-        left_out = item.get_closest_marker("sampled") is not None and seen[item.originalname] % ONE_IN > 0
-        seen[item.originalname] += 1
-        (dropped if left_out else kept).append(item)
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -73,11 +73,12 @@ class Store:
 
     def __init__(self, section: ArtifactsSection):
         self.bucket, self.prefix, self.timeout = section.bucket, section.prefix.strip("/"), section.timeout
-        custom = section.endpoint
-        for name in () if custom else ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-            custom = custom or os.environ.get(name)
-            if fault := custom and endpoint_fault(custom):
-                raise InputError(f"{name}, of this machine's environment: {fault}")
+        places = {"artifacts.endpoint": section.endpoint}
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            places[f"{name}, of this machine's environment"] = os.environ.get(name)
+        place, custom = next((own for own in places.items() if own[1]), ("", None))
+        if custom and (fault := endpoint_fault(custom)):
+            raise InputError(f"{place}: {fault}")
         config = Config(
             signature_version=UNSIGNED if section.anonymous else None,
             connect_timeout=section.timeout,

@@ -59,18 +59,14 @@ def _pages(store: Store, prefix: str, most: int) -> Iterator[list[Entry]]:
             lambda given=given: store.client.list_objects_v2(**given), f"{store.name(prefix)}*"
         )
         objects, token = answer.get("Contents", ()), answer.get("NextContinuationToken")
-        sizes = [one.get("Size", -1) for one in objects if "Key" in one]
-        if (
-            "IsTruncated" not in answer  # as of a page that asks for a password
-            or (answer["IsTruncated"] and not token)
-            or len(sizes) < len(objects)
-            or min(sizes, default=0) < 0
-        ):
+        more = answer.get("IsTruncated")  # None: as of a page that asks for a password
+        whole = all("Key" in one and one.get("Size", -1) >= 0 for one in objects)
+        if more is None or (more and not token) or not whole:
             raise InputError(
                 f"{store.endpoint}: answers with what is no list of keys; artifacts.endpoint must be an S3 server"
             )
         yield [Entry(one["Key"][cut:], one["Size"]) for one in objects]
-        if not answer["IsTruncated"]:
+        if not more:
             return
 
 

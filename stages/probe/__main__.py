@@ -45,41 +45,42 @@ def main(*names: str) -> None:
     tasks = [(source.task.name, len(source.task.classes)) for source in sources]
     rows = names or [*recipe.methods, "ensemble", "oracle"]
     count = sum(len(truth) for split in images.values() for _, truth in split)
-    bar = Bar(total=len(rows) * count, unit="image")
-    images = {split: [(Watched(own, bar), truth) for own, truth in found] for split, found in images.items()}
-    for name in rows:
-        bar.set_description(f"probe {name}")
-        if name in ("oracle", "ensemble"):
-            row = reference_row(name, sources, profile.labels)
-        else:
-            recipe.method(name)
-            path = Path(f"models/recalibrate/{name}.safetensors")
-            row = merged_row(path, sources, profile.labels, device)
-        with threadpool_limits(torch.get_num_threads()):
-            scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)
-        cost = {kind: round(value, 6) for kind, value in row.cost.items()}
-        found = {
-            "method": name,
-            "budget": row.budget,
-            "tasks": scores,
-            "cost": cost,
-            "images": recipe.fit.images,
+    with Bar(total=len(rows) * count, unit="image") as bar:
+        images = {
+            split: [(Watched(own, bar), truth) for own, truth in found] for split, found in images.items()
         }
-        if name == "oracle":
-            found["sha256"] = {str(network_path(s.task.name)): s.about["sha256"] for s in sources}
-            found["at_chance"] = at_chance(scores, [truth for _, truth in images["test"]])
-        elif name != "ensemble":
-            found["sha256"] = {str(path): sha256(path)}
-        write_json(f"reports/probe/{name}.json", found)
-        first = next(iter(profile.tasks.values())).data
-        x = torch.zeros(section.latency_batch, first.channels, first.size, first.size, device=device)
-        executed = row.tune(x)
-        latency = relative_latency(row.forward, sources, x, section.latency_repeats)
-        write_json(
-            f"reports/probe/{name}.latency.json",
-            {"latency": round(latency, 4), "executed": round(executed, 4)},
-        )
-    bar.close()
+        for name in rows:
+            bar.set_description(f"probe {name}")
+            if name in ("oracle", "ensemble"):
+                row = reference_row(name, sources, profile.labels)
+            else:
+                recipe.method(name)
+                path = Path(f"models/recalibrate/{name}.safetensors")
+                row = merged_row(path, sources, profile.labels, device)
+            with threadpool_limits(torch.get_num_threads()):
+                scores = evaluate(row.candidate, images, tasks, profile.labels == "separate", section.penalty)
+            cost = {kind: round(value, 6) for kind, value in row.cost.items()}
+            found = {
+                "method": name,
+                "budget": row.budget,
+                "tasks": scores,
+                "cost": cost,
+                "images": recipe.fit.images,
+            }
+            if name == "oracle":
+                found["sha256"] = {str(network_path(s.task.name)): s.about["sha256"] for s in sources}
+                found["at_chance"] = at_chance(scores, [truth for _, truth in images["test"]])
+            elif name != "ensemble":
+                found["sha256"] = {str(path): sha256(path)}
+            write_json(f"reports/probe/{name}.json", found)
+            first = next(iter(profile.tasks.values())).data
+            x = torch.zeros(section.latency_batch, first.channels, first.size, first.size, device=device)
+            executed = row.tune(x)
+            latency = relative_latency(row.forward, sources, x, section.latency_repeats)
+            write_json(
+                f"reports/probe/{name}.latency.json",
+                {"latency": round(latency, 4), "executed": round(executed, 4)},
+            )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ python -m stages.report --experiments      ->  reports/experiments/{runs.csv, ta
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from stages.core.recipe.names import present
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import read_json
 from stages.core.settings.params import load_params
-from stages.report.tables import AVERAGE, METRICS, REFERENCES, TIMINGS
+from stages.report.tables import AVERAGE, METRICS, REFERENCES, TIMINGS, number_or_none
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ending, run = f".{AVERAGE}.accuracy", experiment.get("Experiment") or experiment.get("rev")
     results = [key for key, value in experiment.items() if key.endswith(ending) and value is not None]
     for key in ("budget", "seed") if results else ():
-        if not _number(experiment.get(key)):
+        if not number_or_none(experiment.get(key)):
             log.warning(LEFT_OUT, run, key, experiment[key])
             return
     for key in results:
@@ -107,17 +106,10 @@ def _rows(experiment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         row["recalibration"] = None if row["fit"] is None else recalibrated or "batchnorm"
         if None in [row[name] for name in RUN]:
             continue
-        if wrong := [name for name in MEASURES if not _number(row[name])]:
+        if wrong := [name for name in MEASURES if not number_or_none(row[name])]:
             log.warning(LEFT_OUT, run, f"{method}, {wrong[0]}", row[wrong[0]])
             continue
         yield row
-
-
-def _number(value: Any) -> bool:
-    """Or nothing: what was not measured."""
-    if value is None:
-        return True
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fit_name(fit: Mapping[str, Any]) -> str | None:

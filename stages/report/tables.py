@@ -260,8 +260,14 @@ def _numbers(path: Path, where: str, found: Any) -> dict[str, float]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: {where}: found {found!r}; allowed: a mapping of numbers; {REPAIR}")
     for name, value in found.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not number:
+        if not number_or_none(value):
             key = f"{where}.{name}".lstrip(".")
             raise InputError(f"{path}: {key}: found {value!r}; allowed: a finite number; {REPAIR}")
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def number_or_none(value: Any) -> bool:
+    """Whether a value is a finite number, or nothing: what was not measured."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

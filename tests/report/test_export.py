@@ -38,7 +38,6 @@ def run(path, x):
     return torch.from_numpy(session.run(["logits"], {given.name: x.numpy()})[0]), session
 
 
-@pytest.mark.sampled  # torch's exporter takes two seconds for each
 @pytest.mark.parametrize("style", STYLES)
 @torch.no_grad()
 def test_onnxruntime_gives_what_the_merged_network_gives(style, tmp_path):

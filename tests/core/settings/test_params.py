@@ -381,4 +381,6 @@ def test_a_checkpoint_has_any_suffix(place, suffix):
 def test_endpoints_that_are_none(address):
     line = refused(["artifacts", "endpoint"], address)
     assert "artifacts.endpoint: found" in line
+    assert "allowed: null or an address such as https://host:9000" in line
+    assert (repr(address) in line) == ("secret" not in address)
     assert "secret" not in line
