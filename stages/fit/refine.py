@@ -228,7 +228,7 @@ class _Run:
         """What it holds at most: a step forward and back, or a look; and the weights in all their copies."""
         network, examiner = self.network, self.examiner
         size = next(network.parameters()).element_size()
-        own = max(shape.numel() for shape in network.trace.shapes.values())
+        own = network.trace.largest
         images = self.settings.batch_size * len(self.images)
         step = images * (step_entries(network) + 3 * networks * own)
         look = statistics_bytes(network, examiner.exact, examiner.statistics) if examiner.norms else 0

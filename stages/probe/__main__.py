@@ -100,7 +100,7 @@ def at_once(batch_size: int, sources: Sequence[Source], device: torch.device) ->
     """How many images to run at once: on a CPU no more than leave their largest value in reused memory."""
     if device.type != "cpu":
         return batch_size
-    largest = max(shape.numel() for source in sources for shape in source.trace.shapes.values())
+    largest = max(source.trace.largest for source in sources)
     return max(1, min(batch_size, REUSED // (4 * largest)))
 
 

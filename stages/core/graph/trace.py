@@ -51,6 +51,11 @@ class Trace:
     parameters: Mapping[str, tuple[int, ...]]
     moved: Mapping[str, tuple[int, ...]]
 
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest value of one image."""
+        return max(shape.numel() for shape in self.shapes.values())
+
     def positions(self, node: Node) -> int:
         """How often a linear map is applied to one image: its multiply-accumulates are positions * weights."""
         name = node.inputs[0] if node.transposed else node.name

@@ -52,6 +52,15 @@ def foldable_norms(network: nn.Module) -> dict[str, Node]:
     return {n: norm for n, norm in exclusive_norms(network.trace.graph).items() if n not in outside}
 
 
+def with_norm(
+    norm: nn.Module, weight: Tensor, bias: Tensor | None, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """The weight (rows, ...) and bias of a linear map with the batch norm behind it. rows: of the norm."""
+    affine = (norm.weight[rows], norm.bias[rows]) if norm.affine else (None, None)
+    statistics = norm.running_mean[rows], norm.running_var[rows]
+    return fuse_conv_bn_weights(weight, bias, *statistics, norm.eps, *affine)
+
+
 class _Writer:
     """Writes a merged network's nodes as calls of torch.fx, with the tensors and layers that they need."""
 
@@ -151,11 +160,7 @@ class _Writer:
         weight = module.dense_weight()
         bias = None if module.bias is None else module.bias.detach().clone()
         if node.name in self.norms:
-            norm = self.net.map_of(self.norms[node.name])
-            scale, shift = (norm.weight, norm.bias) if norm.affine else (None, None)
-            weight, bias = fuse_conv_bn_weights(
-                weight, bias, norm.running_mean, norm.running_var, norm.eps, scale, shift
-            )
+            weight, bias = with_norm(self.net.map_of(self.norms[node.name]), weight, bias)
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
         own = {"weight": oriented(node, weight).contiguous(), **({} if bias is None else {"bias": bias})}

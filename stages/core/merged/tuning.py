@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stages.core.graph.inputs import as_taken
 from stages.core.graph.nodes import Node
 from stages.core.merged.blocks import BlockMap
-from stages.core.merged.plain import foldable_norms
+from stages.core.merged.plain import foldable_norms, with_norm
 from stages.core.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,13 @@ def fold_blocks(network: nn.Module) -> nn.Module:
     """A copy of a merged network that runs in the same blocks, without the batch norms that fold into them."""
     made = copy.deepcopy(network)
     for name, norm in foldable_norms(network).items():
-        blocks, own = made.maps[f"{name}_"], made.map_of(norm)
-        scale = (own.running_var + own.eps).rsqrt() * (own.weight if own.affine else 1.0)
-        shift = (own.bias if own.affine else 0.0) - own.running_mean * scale
+        blocks, biases = made.maps[f"{name}_"], []
         for block, weight in zip(blocks.blocks, blocks.weights, strict=True):
-            weight.mul_(scale[block.start : block.stop].view(-1, *[1] * (weight.dim() - 1)))
-        blocks.bias = nn.Parameter(shift if blocks.bias is None else blocks.bias * scale + shift)
+            rows = slice(block.start, block.stop)
+            bias = None if blocks.bias is None else blocks.bias[rows]
+            weight.data, bias = with_norm(made.map_of(norm), weight, bias, rows)
+            biases.append(bias)
+        blocks.bias = nn.Parameter(torch.cat(biases))
         made.folded.add(norm.name)
     return made
 

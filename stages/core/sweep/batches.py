@@ -104,5 +104,5 @@ def images_to_batches(images: Sequence[Tensor | LateImages], batch_size: int) ->
 
 def bounded(batches: Sequence[Batch], trace: Trace) -> list[Batch]:
     """The same images in batches whose values have at most ``ENTRIES`` entries in any one network."""
-    most = max(1, ENTRIES // max(shape.numel() for shape in trace.shapes.values()))
+    most = max(1, ENTRIES // trace.largest)
     return [part for batch in batches for part in batch.split(most)]
