@@ -16,12 +16,13 @@ from test_rooms import ROOMS, arrows
 ROOT = Path(__file__).parents[1]
 STAGES = ["artifacts", "finetune", "statistics", "match", "allocate", "fit", "recalibrate", "probe", "report"]
 COMPUTING = STAGES[1:]  # those whose results depend on the versions of libraries
+arrows_once = cache(arrows)  # no test looks at a folder, changes it and looks again
 
 
 @cache
 def closure(root: Path, stage: str) -> frozenset[str]:
     """Files of ours that running a stage can load, relative to the top folder; those without content left out."""
-    own = arrows(root)
+    own = arrows_once(root)
     found, todo = set(), [f"stages/{stage}/__main__.py", "stages/__init__.py"]
     while todo:
         file = todo.pop()

@@ -2,18 +2,29 @@
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from styles import STYLES
+from torch.onnx._internal.exporter import _registration
 
 from stages.api import merge
 from stages.core.graph.source import Task
 from stages.core.runtime.errors import InputError
 from stages.report import export as export_module
 from stages.report.export import export, main
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_registry():
+    """What torch has for each operation, read once: for every file anew it is half of the time."""
+    registry = _registration.ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(cache(registry.from_torchlib)))
+        yield
 
 
 def merged(style, budget=1.3, layout="blocks"):
