@@ -156,7 +156,7 @@ def test_a_fit_holds_what_was_predicted(family, sources, splits, fit, dense, mon
     network = MergedNetwork(made[0].trace, tasks, "shared", shared, dense=dense).double()
     fill_average(network, made)
     own = torch.randn(60, *x.shape[1:], dtype=x.dtype)
-    data = images_to_batches([own, own.clone()], 2)
+    data = images_to_batches([own, own.clone()], 5)
     visitor = FitVisitor(Setup(network, made, fit))
     sweep = Sweep(made, data, network if fit.inputs == "merged" else None, x.dtype)
     promised = peak_bytes(sweep, visitor)
