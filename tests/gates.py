@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stages.allocate.splits import split_units
 from stages.core.align.order import align
+from stages.core.graph.compare import always_shared
 from stages.core.graph.source import Source, Task
 from stages.core.graph.trace import Trace
 from stages.core.merged.cost import built_cost, split_cost
@@ -96,7 +97,7 @@ def check(make: Callable[[], nn.Module], shape: Shape) -> Row:
     assert traced.spec.free, "nothing may be separate"
     copies_merge_to_the_network(a, x, splits, allocation.cost)
     assert allocation.cost <= 1.3 * base
-    if not traced.held:  # else some outputs are in an order of their own, and shared at every budget
+    if not always_shared([a, b]):  # else some outputs are in an order of their own, and shared at every budget
         separate_gives_both(a, b, x, 2 * base)
     seconds = tuple(stop - start for start, stop in itertools.pairwise(clock))
     units = sum(group.size for group in traced.spec.free.values())

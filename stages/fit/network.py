@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stages.core.align.alignment import Alignment
 from stages.core.align.order import align, merged_units
+from stages.core.graph.compare import always_shared
 from stages.core.graph.source import Source
 from stages.core.merged.cost import check_built, split_cost
 from stages.core.merged.network import MergedNetwork
@@ -159,10 +160,10 @@ def fit_layers(
 def check_separate(network: MergedNetwork, aligned: Sequence[Source], images: Tensor) -> None:
     """Gate: everything separate gives exactly the sources' features side by side.
 
-    A layer whose outputs meet features of the input one by one has the same outputs for all at every budget; what is
-    behind it is no source's own then.
+    Tensors that act on the input itself, or whose units meet its features one by one, are the same for all at every
+    budget; what is behind them is no source's own then.
     """
-    if any(network.shared.values()) or network.head is None or network.trace.held:
+    if any(network.shared.values()) or network.head is None or always_shared(aligned):
         return
     merged = network.features(images)
     name = network.head.inputs[0]

@@ -35,6 +35,23 @@ def check_alike(sources: Sequence[Source], labels: str) -> None:
         )
 
 
+def always_shared(sources: Sequence[Source]) -> list[str]:
+    """Tensors before the head that differ between networks and act on what may not be separate.
+
+    Those are values whose units keep their order: the input itself (its normalisation), what meets it one by one, logits
+    that something else follows. With any there, no budget makes a merged network its sources side by side.
+    """
+    first = sources[0]
+    trace, ends = first.trace, (first.graph.head, first.graph.output, *first.graph.tail)
+    free = trace.spec.free.keys()
+    found: dict[str, None] = {}
+    for node in first.graph.nodes:
+        kept = not {segment.group for segment in trace.layouts[node.name].segments} & free
+        if kept and node not in ends:
+            found |= dict.fromkeys(node.parameters.values())
+    return [n for n in found if any(not torch.equal(first.state[n], s.state[n]) for s in sources[1:])]
+
+
 def _check_length(first: Source, other: Source) -> None:
     found, expected = other.graph.nodes, first.graph.nodes
     if len(found) != len(expected):

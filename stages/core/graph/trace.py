@@ -61,18 +61,6 @@ class Trace:
         name = node.inputs[0] if node.transposed else node.name
         return self.shapes[name].numel() // self.layouts[name].width
 
-    @property
-    def held(self) -> list[str]:
-        """Layers before the head whose outputs are in a fixed order, and so are shared at every budget."""
-        free, head = self.spec.free.keys(), self.graph.head
-        return [
-            node.name
-            for node in self.graph.nodes
-            if node.fitted
-            and node not in (head, self.graph.output)
-            and not {segment.group for segment in self.layouts[node.name].segments} & free
-        ]
-
     def hidden_macs(self, node: Node) -> int:
         """Multiply-accumulates of a node without weights (attention) per entry of its output's units."""
         each = (

@@ -1,13 +1,17 @@
 """Plain networks -> sources: traced, compared with each other and verified."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from stages.core.graph.compare import check_alike
+from stages.core.graph.compare import always_shared, check_alike
 from stages.core.graph.source import Source, Task, trace_among
+from stages.core.runtime.errors import some
 from stages.core.tracing.known import read_known
 from stages.core.tracing.verify import verify
+
+log = logging.getLogger(__name__)
 
 
 def make_sources(
@@ -39,5 +43,11 @@ def traced_sources(
         trace = trace_among(sources, reading.graph, shapes, example[:1].shape, reading.place_of)
         sources.append(Source(trace, state, task))
     check(sources)
+    if found := always_shared(sources):
+        log.warning(
+            "%s: differ between the networks, but act on units that keep their order (of the input, of the logits); "
+            "shared at every budget",
+            some(found),
+        )
     verify(networks[0], sources[0].trace, example[:2].cpu(), state_of=readings[0].state)
     return sources
