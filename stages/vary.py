@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
@@ -30,6 +31,8 @@ def main(*words: str) -> None:
         raise InputError(
             f"vary: found {' '.join(words)}; allowed: each setting once, its values after commas"
         )
+    if not (here := str(Path.cwd())).isascii():
+        raise InputError(f"vary: found the folder {here!a}; allowed: ASCII letters, else DVC's queue fails in it")
     names = list(experiments(varied))
     if len({name for name, _ in names}) < len(names):
         raise InputError(

@@ -387,7 +387,10 @@ def test_images_of_several_sizes_are_taken_where_every_network_takes_them():
         ({"method": "fs_merge"}, "fit: found solver fs_merge with images of several sizes"),
         ({"method": "progressive_refined"}, "fit: found refine with images of several sizes"),
         ({"options": {"positions": 0.5}}, "fit: found positions 0.5 with images of several sizes"),
-        ({"method": "pleas_adam", "options": {"storage": "disk"}}, "solver adam with images of several sizes"),
+        (
+            {"method": "pleas_adam", "options": {"storage": "disk"}},
+            "solver adam with images of several sizes",
+        ),
     ]:
         refused({**whole, **changed}, message)
 

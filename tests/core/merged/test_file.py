@@ -61,7 +61,7 @@ def test_what_is_no_file_of_a_merged_network_is_named(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "net.pth")
     with pytest.raises(InputError, match="found a folder; allowed: a file"):
         load_merged(tmp_path)
-    with pytest.raises(InputError, match="not a whole safetensors file .*; found one of torch.save"):
+    with pytest.raises(InputError, match=r"not a whole safetensors file .*; found one of torch.save"):
         load_merged(tmp_path / "net.pth")
 
 
