@@ -197,7 +197,8 @@ def _sources(
     """The sources, and whether their labels are shared or separate."""
     if labels not in (None, "shared", "separate"):
         raise InputError(f"labels: found {labels!r:.40}; allowed: shared, separate")
-    example, tasks = two_of(batches[0].images), []
+    largest = max(batches, key=lambda batch: batch.images[0].numel())  # what memory is reckoned with
+    example, tasks = two_of(largest.images), []
     for index, (name, network) in enumerate(networks.items()):
         own = next(batch.images for batch in batches if batch.task == index)
         logits = run_once(network, own, f"task {name}")

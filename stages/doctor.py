@@ -161,6 +161,11 @@ def project(top: Path) -> Checked:
         return "note", (
             "git is on no branch, as a killed `dvc exp run` leaves it; go on with: git switch main (or your branch)"
         )
+    if not (here := str(top.resolve())).isascii():
+        return (
+            "note",
+            f"{here}: `dvc queue start` and `dvc exp run --temp` fail where a path is not of ASCII letters",
+        )
     return "ok", (
         f"dvc {metadata.version('dvc')}, profile {params.profile} from {params.source}, budget {params.budget:g}"
     )

@@ -62,12 +62,13 @@ def kind_of(value: Any) -> str:
 
 def _is_dataset(given: Any) -> bool:
     """Whether entries are asked for by number, each one image."""
-    return isinstance(given, torch.utils.data.Dataset) and hasattr(given, "__len__")
+    by_number = not isinstance(given, torch.utils.data.IterableDataset)
+    return isinstance(given, torch.utils.data.Dataset) and by_number and hasattr(given, "__len__")
 
 
 def _items(given: Any, what: str) -> Iterator[Any]:
     """One entry after the other, batch or image, with what is beside it."""
-    pair = isinstance(given, tuple) and len(given) == 2 and all(isinstance(own, Tensor) for own in given)
+    pair = isinstance(given, tuple | list) and [isinstance(own, Tensor) for own in given[:2]] == [True] * 2
     labelled = pair and given[1].dim() == 1 and len(given[0]) == len(given[1]) and given[0].dim() > 1
     if isinstance(given, Tensor | Mapping) or labelled:
         given = [given]

@@ -13,10 +13,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.progress import Bar
+from stages.core.settings.yaml_text import read_whole
 
 SETTING = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w.-]*)=(?P<values>.+)")
 LONGEST_NAME = 100  # of a file of git's
@@ -30,6 +32,11 @@ def main(*words: str) -> None:
         raise InputError(
             f"vary: found {' '.join(words)}; allowed: each setting once, its values after commas"
         )
+    if not (here := str(Path.cwd())).isascii():
+        raise InputError(
+            f"vary: found the folder {here!a}; allowed: ASCII letters, else DVC's queue fails in it"
+        )
+    read_whole(Path("params.yaml"))  # gate: without it DVC names the setting, not the folder
     names = list(experiments(varied))
     if len({name for name, _ in names}) < len(names):
         raise InputError(

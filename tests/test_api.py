@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages import load_merged, merge
@@ -119,10 +119,24 @@ def data_loader(images, count):
     return DataLoader(TensorDataset(images, labels), batch_size=count)
 
 
+class OneByOne(IterableDataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
+
+    def __len__(self):
+        return len(self.images)
+
+
 FORMS = {
     "tensor": lambda own: torch.cat(own),
     "DataLoader": lambda own: data_loader(torch.cat(own), 16),
     "mapping": lambda own: [{"pixel_values": torch.cat(own), "labels": torch.zeros(16, dtype=torch.int64)}],
+    "batch of a DataLoader": lambda own: next(iter(data_loader(torch.cat(own), 16))),
+    "batch with names": lambda own: (torch.cat(own), torch.zeros(16), ["name"] * 16),
+    "IterableDataset that knows its length": lambda own: OneByOne(torch.cat(own)),
     "list": lambda own: [[torch.cat(own), ["name"] * 16]],
 }
 

@@ -69,6 +69,12 @@ def test_a_missing_package_and_another_version_are_named(top):
     assert "for 0.1" in doctor.packages(top)[1]
 
 
+def test_a_folder_in_which_the_queue_fails_is_noted(top):
+    named = top.rename(top.with_name("Größe"))
+    assert doctor.project(named)[0] == "note"
+    assert "dvc queue start" in doctor.project(named)[1]
+
+
 def test_a_clone_on_no_branch_is_told_how_to_go_on(tmp_path):
     for name in (".git/HEAD", ".dvc/config", "dvc.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -368,9 +368,31 @@ def test_a_network_that_squeezes_is_merged_though_a_batch_may_hold_one_image():
     assert merge(given, own, progress=False)(torch.randn(1, 1, 6, 6)).shape[-1] == 3
 
 
+def sized():
+    body = (nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU())
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+
+
 def test_images_of_several_sizes_are_taken_where_every_network_takes_them():
     own = {"a": [torch.randn(8, 1, 6, 6)], "b": [torch.randn(8, 1, 8, 8)]}
     assert merge(networks(), own, progress=False)(torch.randn(2, 1, 7, 7)).shape == (2, 3)
+
+    deep = {n: sized() for n in "ab"}  # whose layers are fitted from maps where all are of one size
+    mixed = {"a": [torch.randn(8, 3, 6, 6), torch.randn(8, 3, 8, 6)], "b": [torch.randn(8, 3, 4, 4)]}
+    for method in ("pleas", "regmean", "featcal"):
+        assert merge(deep, mixed, method=method, progress=False)(torch.randn(2, 3, 7, 7)).shape == (2, 3)
+    whole = {"networks": deep, "batches": mixed}
+    for changed, message in [
+        ({"method": "pleas_adam"}, "fit: found solver adam with images of several sizes"),
+        ({"method": "fs_merge"}, "fit: found solver fs_merge with images of several sizes"),
+        ({"method": "progressive_refined"}, "fit: found refine with images of several sizes"),
+        ({"options": {"positions": 0.5}}, "fit: found positions 0.5 with images of several sizes"),
+        (
+            {"method": "pleas_adam", "options": {"storage": "disk"}},
+            "solver adam with images of several sizes",
+        ),
+    ]:
+        refused({**whole, **changed}, message)
 
     class Flat(Plain):
         def __init__(self):

@@ -55,6 +55,13 @@ def test_anything_else_is_one_line(words, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_in_which_the_queue_fails_is_said_before(tmp_path, monkeypatch):
+    (tmp_path / "Größe").mkdir()
+    monkeypatch.chdir(tmp_path / "Größe")
+    with pytest.raises(InputError, match="allowed: ASCII letters"):
+        main("seed=0,1")
+
+
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

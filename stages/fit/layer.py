@@ -100,7 +100,8 @@ class Layer:
     @cached_property
     def maps(self) -> Plan | None:
         """How sums over its rows are made without them, where that is faster: when all positions are used."""
-        if self.node.operation != "conv2d" or self.node.grouped or self.setup.positions < 1:
+        setup = self.setup
+        if self.node.operation != "conv2d" or self.node.grouped or setup.positions < 1 or not setup.one_size:
             return None
         found = plan(self.node, self.kernel, self.map_size)
         return found if worthwhile(found, self.module.inputs.width) else None
@@ -113,7 +114,7 @@ class Layer:
     def few_rows(self, images: int) -> int | None:
         """How many rows so many images give, when the layer is better solved on them than on sums of their products."""
         count = images * self.places
-        return count if 2 * count <= self.d_in else None
+        return count if self.setup.one_size and 2 * count <= self.d_in else None
 
     def batch_bytes(self, batch: int) -> tuple[int, int]:
         """What the inputs and targets of a batch take while they are assembled, and then."""

@@ -67,7 +67,10 @@ def fit_network(
     network = build(aligned, matching, splits, labels, about or {}, dense)
     fill_average(network, aligned, alignment)
     owned = all(batch.task >= 0 for batch in batches)
-    setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned)
+    one_size = len({batch.split(1)[0].images.shape for batch in batches}) <= 1
+    setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned, one_size)
+    if fit.refine is not None:
+        setup.check_one_size("refine")
     record = fit_layers(setup, batches, precision, storage, memory, progress)
     if fit.refine is not None:
         network.about["refined"] = refine(
@@ -142,6 +145,7 @@ def fit_layers(
         return []
     if visitor.whole is not None:
         network, place = setup.network, (precision, storage, memory)
+        setup.check_one_size(f"solver {setup.fit.solver}")
         check_memory(visitor.whole.bytes(), memory, batches[0].images.device, "fit", "a smaller batch_size")
         visitor.fit_whole(images_of(batches, network.networks, visitor.whole.images), progress)
         set_statistics(network, visitor.setup.exact, batches, *place, progress, "fit", same=True)

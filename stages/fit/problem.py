@@ -129,4 +129,5 @@ class LayerProblem:
         """The places of each image whose rows are used, where that is not all of them."""
         if self.setup.positions == 1 or self.node.operation == "linear" or self.layer.places == 1:
             return None
+        self.setup.check_one_size(f"positions {self.setup.positions:g}")
         return draw_places(images, self.layer.places, self.setup.positions, self.setup.generator)

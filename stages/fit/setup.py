@@ -15,6 +15,7 @@ from stages.core.graph.source import Source
 from stages.core.merged.copies import exact_entries
 from stages.core.merged.network import MergedNetwork
 from stages.core.recipe.methods import Fit
+from stages.core.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Setup:
 
     ridge: relative to the mean diagonal of G, or chosen by images held out, layer by layer (auto); a ridge of ``fit``
     comes first. positions: share of a feature map's positions that is used, drawn with ``generator``. owned: whether
-    every image has a task.
+    every image has a task. one_size: whether all are of that of the trace.
     """
 
     network: MergedNetwork
@@ -34,6 +35,7 @@ class Setup:
     generator: torch.Generator | None = None
     alignment: Alignment | None = None
     owned: bool = True
+    one_size: bool = True
 
     def __post_init__(self) -> None:
         fixed = {
@@ -73,6 +75,11 @@ class Setup:
             for name, norm in self.norms.items()
             if self.alignment.touches(layouts[name]) and "weight" in norm.parameters
         }
+
+    def check_one_size(self, what: str) -> None:
+        """Gate of what takes images out of their batches and puts them together."""
+        if not self.one_size:
+            raise InputError(f"fit: found {what} with images of several sizes; allowed: images of one size")
 
     def own_rows(self, node: Node) -> bool:
         """Heads of separate label spaces are fitted on their own task's rows, where images have a task."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.command import command
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.files import write_bytes, write_json, write_text
 from stages.core.settings.params import load_params
 from stages.report import tables
@@ -95,9 +95,12 @@ def experiments(option: str, *words: str) -> None:
 
     commits = int(words[0]) if len(words) == 1 and words[0].isdecimal() else 1
     folders = [Path(word) for word in words if not word.isdecimal()]
-    if option != "--experiments" or not all(folder.is_dir() for folder in folders):
-        found = " ".join([option, *words])
-        raise InputError(f"report: found {found}; allowed: nothing, or --experiments [commits | folder ...]")
+    lost = [folder for folder in folders if not folder.is_dir()]
+    if option != "--experiments" or lost:
+        found = f"{some(lost)}, no folder" if option == "--experiments" else " ".join([option, *words])
+        raise InputError(
+            f"report: found {found}; allowed: nothing, or --experiments, a number of commits or folders of other clones"
+        )
     folder, runs = Path("reports/experiments"), read_runs(commits, folders)
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "table.md", text := markdown(runs))

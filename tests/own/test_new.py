@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from stages import new
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params
+from stages.own.folder import look
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +58,19 @@ def test_a_whole_profile_is_written_and_nothing_else_changed(project, own, capsy
     assert re.search(r"right on (9\d|100)\.\d % of 32 test images; guessing gives 25.0 %", text)
     assert "WARNING" not in text
     assert text.endswith("run       dvc exp run -S profile=my_pair -S '~methods.pleas_adam'\n")
+
+
+def test_files_that_are_not_read_are_said(tmp_path):
+    for name in ("train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    assert look(tmp_path).described().endswith("all of 8x8 pixels")
+    for name in ("train/a/.DS_Store", "train/a/5.HEIC", "test/b/Thumbs.db"):
+        (tmp_path / name).write_bytes(b"something")
+    said = look(tmp_path).described()
+    assert said.endswith(
+        "pixels; passed over, not .jpg .jpeg .png .bmp .webp: test/b/Thumbs.db, train/a/5.HEIC"
+    )
 
 
 def test_what_comes_behind_the_profiles_stays_behind_them(project, own):

@@ -196,8 +196,10 @@ def test_the_command_writes_everything(folders):
 
 @pytest.mark.parametrize("words", [("--all",), ("--experiments", "nowhere"), ("--experiments", "1", "2x")])
 def test_other_words_are_refused(words, folders):
-    with pytest.raises(InputError, match=r"^report: found .*; allowed: nothing, or --experiments"):
+    with pytest.raises(InputError, match=r"^report: found .*; allowed: nothing, or --experiments") as error:
         main(*words)
+    named = [word for word in words if word in ("nowhere", "2x")]
+    assert all(f"found {word}, no folder" in str(error.value) for word in named)
 
 
 @pytest.mark.parametrize(

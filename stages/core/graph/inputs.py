@@ -12,6 +12,11 @@ from stages.core.graph.trace import Trace
 from stages.core.runtime.errors import InputError
 
 
+def is_cast(device: torch.device) -> bool:
+    """Whether torch casts what runs there (autocast): on some devices, as meta, it never does."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def as_taken(trace: Trace, x: Tensor, weight: Tensor) -> Tensor:
     """x: (n, ...), as the network's first operation takes it: whole numbers as floats where sources take them so.
 
@@ -25,7 +30,7 @@ def as_taken(trace: Trace, x: Tensor, weight: Tensor) -> Tensor:
         raise InputError(f"input: found a tensor of layout {x.layout}; allowed: an ordinary one")
     if x.device != weight.device:
         raise InputError(f"input: found it on {x.device}; allowed: {weight.device}, where the network is")
-    dtype, casts = weight.dtype, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype, casts = weight.dtype, is_cast(x.device) and x.dtype != torch.float64
     first = trace.graph.nodes[0]
     if first.attributes.get("counts") and not x.is_floating_point() and not x.is_complex():
         x = x.to(dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.core.graph import rules
-from stages.core.graph.inputs import as_taken
+from stages.core.graph.inputs import as_taken, is_cast
 from stages.core.graph.nodes import Node
 from stages.core.graph.operations import OPERATIONS, run_node
 from stages.core.graph.source import Task
@@ -226,7 +226,7 @@ class MergedNetwork(nn.Module):
 
     def _undisturbed(self, x: Tensor) -> bool:
         """Whether nothing is asked that a folded network in its place would not give: gradients, other types."""
-        casts = torch.is_autocast_enabled(x.device.type)
+        casts = is_cast(x.device)
         return not (self.training or torch.is_grad_enabled() or casts or torch.compiler.is_compiling())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -341,6 +341,8 @@ class MergedNetwork(nn.Module):
         A torch.fx.GraphModule with copies of the weights, zeros where there is no block. fold: batch norms are
         folded into the linear maps that they alone read. Raises InputError for a task that is not there.
         """
+        if not isinstance(fold, bool | int):
+            raise InputError(f"fold: found {fold!r:.60}; allowed: True, False")
         return make_plain(self, self._index(task), fold)
 
     def tune(self, example: Tensor) -> Tuning:

@@ -1,7 +1,7 @@
 """What every stage's command line does around its one sentence.
 
 Exit status: 0 done, 1 something the user gave (one line), 2 wrong arguments, 70 a fault of ours (its traceback), 130
-Ctrl-C, 143 the DVC that had started the stage is gone.
+Ctrl-C, 141 nobody reads what is printed, 143 the DVC that had started the stage is gone.
 """
 
 import gc
@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 from stages.core.runtime.errors import InputError
@@ -47,13 +48,15 @@ def command(main: Callable[..., None], *arguments: str, helps: bool = True) -> N
     )
     if helps and {"-h", "--help"} & set(words):
         about = (sys.modules[main.__module__].__doc__ or "").strip()
-        print(f"usage: {usage}\n\n{about}")  # noqa: T201
-        sys.exit(0)
-    if len(words) < least or (len(words) > least and not more):
+        main, words = partial(sys.stdout.write, f"usage: {usage}\n\n{about}\n"), []
+    elif len(words) < least or (len(words) > least and not more):
         say(f"{stage}: found {len(words)} arguments; usage: {usage}")
         sys.exit(2)
     try:
-        main(*words)
+        try:
+            main(*words)
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         if verbose:
             traceback.print_exc()
@@ -62,9 +65,22 @@ def command(main: Callable[..., None], *arguments: str, helps: bool = True) -> N
     except KeyboardInterrupt:
         say(INTERRUPTED.format(stage))
         sys.exit(130)
-    except Exception:  # noqa: BLE001 (printed as Python would, but with a status of its own)
+    except Exception as error:  # noqa: BLE001 (printed as Python would, but with a status of its own)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(128 + signal.SIGPIPE)
         traceback.print_exc()
         sys.exit(OUR_FAULT)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what is printed is read no longer, as behind `| head -1`; then the rest is thrown away."""
+    try:
+        sys.stdout.write("\n")  # what failed may not have been kept
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 INTERRUPTED = "{}: interrupted; run the same command again"

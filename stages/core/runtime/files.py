@@ -104,7 +104,8 @@ def _existing(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{path}: no such file")
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
+        raise InputError(f"{path}: found {kind}; allowed: a file")
     return path
 
 
@@ -224,7 +225,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+        raise InputError(f"{path}: not a whole safetensors file ({error}){_instead(path)}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -237,7 +238,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+        raise InputError(f"{path}: not a whole safetensors file ({error}){_instead(path)}") from error
+
+
+def _instead(path: Path) -> str:
+    """What a file is, where its first bytes say so."""
+    with open(path, "rb") as file:
+        return "; found one of torch.save" if file.read(2) == b"PK" else ""
 
 
 def _check_header(path: Path) -> None:

@@ -73,6 +73,7 @@ class Adam:
 
 
 def _pairs(problem: LayerProblem) -> Pairs:
+    problem.setup.check_one_size("solver adam")
     z, y, counted, where = problem.keep(), problem.keep(), [], []
     for index, task, _ in problem.batches():
         z.append(problem.inputs(index))

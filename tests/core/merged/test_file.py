@@ -57,6 +57,14 @@ def refused(path, message):
 # -- by accident ----------------------------------------------------------------------------------------------------
 
 
+def test_what_is_no_file_of_a_merged_network_is_named(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="found a folder; allowed: a file"):
+        load_merged(tmp_path)
+    with pytest.raises(InputError, match=r"not a whole safetensors file .*; found one of torch.save"):
+        load_merged(tmp_path / "net.pth")
+
+
 def test_any_flipped_bit_is_seen(whole, tmp_path):
     """Drawn at random over the whole file: header, names, types, shapes and numbers."""
     content, draw = whole.read_bytes(), random.Random(0)

@@ -173,6 +173,17 @@ def test_a_wrong_task_is_refused_and_the_right_ones_named(merged, images):
         merged((3, 3), "shared")(images(), task="task0")
 
 
+def test_a_network_on_the_meta_device_tells_its_shapes(merged, images):
+    network = merged([3, 4], "separate").to("meta")
+    with torch.no_grad():
+        assert network(images().double().to("meta")).shape == (len(images()), 7)
+
+
+def test_fold_is_yes_or_no(merged):
+    with pytest.raises(InputError, match=r"^fold: found 'no'; allowed: True, False$"):
+        merged([3, 4], "separate").plain(fold="no")
+
+
 def test_separate_label_spaces_need_a_linear_head():
     body = nn.Sequential(nn.Linear(4, 3), nn.GELU()).double()
     traced = trace(body, torch.zeros(1, 4))

@@ -45,6 +45,17 @@ def test_help_is_how_to_call_it_and_what_it_does(module):
     assert found.stdout.count("\n") > 2
 
 
+@pytest.mark.parametrize("module", ["stages.vary", "stages.new"])
+def test_help_may_be_read_in_part(module):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    words = [sys.executable, "-m", module, "--help"]
+    found = subprocess.run(words, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert found.returncode in (0, 141)  # argparse says nothing where it cannot print
+    assert found.stderr == ""
+
+
 def test_interrupted_is_one_line():
     code, text = run("raise KeyboardInterrupt")
     assert code == 130

@@ -35,7 +35,7 @@ def read(archive: Archive) -> Listing:
 def _check(archive: Archive, found: dict[str, dict[str, list[str]]], tops: set[str]) -> None:
     allowed = f"allowed: train/<class>/ and test/<class>/ with images ({' '.join(IMAGES)})"
     if not archive.names:
-        raise InputError(f"{archive.path}: the archive is empty; {allowed}")
+        raise InputError(f"{archive.path}: nothing in it; {allowed}")
     lost = [part for part in ("train", "test") if part not in found]
     if lost:
         raise InputError(
