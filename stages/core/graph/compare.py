@@ -38,8 +38,8 @@ def check_alike(sources: Sequence[Source], labels: str) -> None:
 def always_shared(sources: Sequence[Source]) -> list[str]:
     """Tensors before the head that differ between networks and act on what may not be separate.
 
-    Those are values whose units keep their order: the input itself (its normalisation), what meets it one by one, logits
-    that something else follows. With any there, no budget makes a merged network its sources side by side.
+    Those are values whose units keep their order: the input itself (its normalisation), what meets it one by one,
+    logits that something else follows. With any there, no budget makes a merged network its sources side by side.
     """
     first = sources[0]
     trace, ends = first.trace, (first.graph.head, first.graph.output, *first.graph.tail)
