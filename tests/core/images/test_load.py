@@ -267,7 +267,7 @@ def without(part):
 @pytest.mark.parametrize(
     ("entries", "changes", "message"),
     [
-        ({}, {}, "empty"),
+        ({}, {}, "nothing in it"),
         ({"notes.txt": b""}, {}, "no images in train/ or test/"),
         (without("train/"), {}, "no images in train/;"),
         (without("test/"), {}, "no images in test/;"),
