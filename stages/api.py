@@ -197,7 +197,7 @@ def _sources(
     """The sources, and whether their labels are shared or separate."""
     if labels not in (None, "shared", "separate"):
         raise InputError(f"labels: found {labels!r:.40}; allowed: shared, separate")
-    largest = max(batches, key=lambda batch: batch.images[0].numel())  # what memory is reckoned with
+    largest = max(batches, key=lambda batch: batch.shape.numel())  # what memory is reckoned with
     example, tasks = two_of(largest.images), []
     for index, (name, network) in enumerate(networks.items()):
         own = next(batch.images for batch in batches if batch.task == index)
@@ -208,7 +208,7 @@ def _sources(
     widths = {len(task.classes) for task in tasks}
     chosen = labels or ("shared" if len(widths) == 1 else "separate")
     sources = make_sources(list(networks.values()), tasks, example, chosen)
-    for shape, images in {batch.images.shape[1:]: batch.images[:1] for batch in batches}.items():
+    for shape, images in {batch.shape: batch.images[:1] for batch in batches}.items():
         if shape != example.shape[1:]:
             with users_code("a network", f"images of one size, {of_shape(example.shape)}"):
                 sources[0](images)

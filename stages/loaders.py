@@ -68,7 +68,8 @@ def _is_dataset(given: Any) -> bool:
 
 def _items(given: Any, what: str) -> Iterator[Any]:
     """One entry after the other, batch or image, with what is beside it."""
-    pair = isinstance(given, tuple | list) and [isinstance(own, Tensor) for own in given[:2]] == [True] * 2
+    several = isinstance(given, tuple | list) and len(given) > 1
+    pair = several and all(isinstance(own, Tensor) for own in given[:2])
     labelled = pair and given[1].dim() == 1 and len(given[0]) == len(given[1]) and given[0].dim() > 1
     if isinstance(given, Tensor | Mapping) or labelled:
         given = [given]

@@ -97,9 +97,8 @@ def check(make: Callable[[], nn.Module], shape: Shape) -> Row:
     assert traced.spec.free, "nothing may be separate"
     copies_merge_to_the_network(a, x, splits, allocation.cost)
     assert allocation.cost <= 1.3 * base
-    if not always_shared(
-        [a, b]
-    ):  # else some outputs are in an order of their own, and shared at every budget
+    # Else some outputs are in an order of their own, and shared at every budget.
+    if not always_shared([a, b]):
         separate_gives_both(a, b, x, 2 * base)
     seconds = tuple(stop - start for start, stop in itertools.pairwise(clock))
     units = sum(group.size for group in traced.spec.free.values())

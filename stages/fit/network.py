@@ -67,7 +67,7 @@ def fit_network(
     network = build(aligned, matching, splits, labels, about or {}, dense)
     fill_average(network, aligned, alignment)
     owned = all(batch.task >= 0 for batch in batches)
-    one_size = len({batch.split(1)[0].images.shape for batch in batches}) <= 1
+    one_size = len({batch.shape for batch in batches}) <= 1
     setup = Setup(network, aligned, fit, ridge, positions, generator, alignment, owned, one_size)
     if fit.refine is not None:
         setup.check_one_size("refine")

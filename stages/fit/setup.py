@@ -24,7 +24,7 @@ class Setup:
 
     ridge: relative to the mean diagonal of G, or chosen by images held out, layer by layer (auto); a ridge of ``fit``
     comes first. positions: share of a feature map's positions that is used, drawn with ``generator``. owned: whether
-    every image has a task. one_size: whether all are of that of the trace.
+    every image has a task. one_size: whether all images are of one, the trace's.
     """
 
     network: MergedNetwork

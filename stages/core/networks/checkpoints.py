@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stages.core.networks.architectures import build
 from stages.core.networks.torch_files import read_torch
 from stages.core.runtime.errors import InputError, some
-from stages.core.runtime.files import read_tensors
+from stages.core.runtime.files import first_bytes, read_tensors
 from stages.core.settings.profiles import Architecture
 
 # Where training scripts keep the state dict, in this order.
@@ -98,8 +98,7 @@ def load_network(architecture: Architecture, path: Path) -> nn.Module:
 
 
 def _is_safetensors(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(9)
+    head = first_bytes(path, 9)
     return head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80")))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.serialization import safe_globals
 
 from stages.core.runtime.errors import InputError
+from stages.core.runtime.files import first_bytes
 
 MOST_ENTRIES = 20_000  # tensors and notes of one file
 PICKLE = 1 << 26  # bytes of what describes the tensors
@@ -50,7 +51,7 @@ def read_torch(path: Path) -> Any:
     checksum of every tensor.
     """
     try:
-        if _head(path, 2) == b"PK":
+        if first_bytes(path, 2) == b"PK":
             _check_zip(path)
         # Training scripts (torchvision's among them) save their arguments beside the weights; a Namespace is only data.
         with (
@@ -67,7 +68,7 @@ def read_torch(path: Path) -> Any:
             raise InputError(f"{path}: not a checkpoint but {other}; allowed: a whole file") from error
         if isinstance(error, pickle.UnpicklingError) and "magic number" not in str(error).lower():
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if named is None and re.fullmatch(rb"[\t\n\r -~]+[ \n][\t\n\r -~]*", _head(path, 64)):
+            if named is None and re.fullmatch(rb"[\t\n\r -~]+[ \n][\t\n\r -~]*", first_bytes(path, 64)):
                 raise InputError(f"{path}: not a checkpoint but a text; {ALLOWED}") from error
             what = f"{named[1]}, which could run code" if named else "pickled objects, which could run code"
             raise InputError(f"{path}: refused: it holds more than tensors ({what}); {ALLOWED}") from error
@@ -103,17 +104,12 @@ def _check_zip(path: Path) -> None:
 
 def _what_else(path: Path) -> str | None:
     """What often bears the name of a checkpoint without being one, by how it begins."""
-    head = _head(path, 64).lstrip()
+    head = first_bytes(path, 64).lstrip()
     if not head:
         return "empty"
     if head.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS (git lfs pull brings the file)"
     return "a web page (the download was refused)" if head[:1] == b"<" else None
-
-
-def _head(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size)
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -225,7 +225,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}){_instead(path)}") from error
+        raise _no_safetensors(path, error) from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -238,13 +238,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}){_instead(path)}") from error
+        raise _no_safetensors(path, error) from error
 
 
-def _instead(path: Path) -> str:
-    """What a file is, where its first bytes say so."""
+def _no_safetensors(path: Path, error: Exception) -> InputError:
+    """What to say of a file that cannot be read as one, and what it is where its first bytes say so."""
+    instead = "; found one of torch.save" if first_bytes(path, 2) == b"PK" else ""
+    return InputError(f"{path}: not a whole safetensors file ({error}){instead}")
+
+
+def first_bytes(path: Path, size: int) -> bytes:
+    """How a file begins."""
     with open(path, "rb") as file:
-        return "; found one of torch.save" if file.read(2) == b"PK" else ""
+        return file.read(size)
 
 
 def _check_header(path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from stages.core.graph.trace import Trace
@@ -39,6 +40,11 @@ class Batch:
     def images(self) -> Tensor:
         """(n, ...) preprocessed."""
         return self._images if self._chosen is None else self._images[self._chosen]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of one image; of those that are made when asked for the first is."""
+        return self._images.shape[1:] if self.at_hand else self._images[self._chosen[:1]].shape[1:]
 
     @property
     def at_hand(self) -> bool:

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.core.graph.compare import always_shared
+from stages.core.graph.source import Task
 from stages.core.runtime.errors import InputError
+from stages.core.tracing.sources import make_sources
 from stages.core.tracing.trace import trace
 from stages.core.tracing.verify import verify
 
@@ -47,6 +50,9 @@ def test_units_before_are_fixed_those_behind_are_free_and_the_log_says_why(what,
         traced = trace(network, x)
     verify(network, traced, x)
     assert {name: group.size for name, group in traced.spec.free.items()} == {"next": 5}
+    tasks = [Task(name, tuple("wxyz")) for name in "ab"]
+    sources = make_sources([network, Stream(body).double()], tasks, x, "shared")
+    assert always_shared(sources) == ["stem.weight", "stem.bias"]
     told = [record.message for record in caplog.records if record.name.endswith("graph.held")]
     assert words in told[0]
     assert told[0].endswith("its units keep their order and are shared")
