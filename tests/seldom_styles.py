@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from library_styles import LIBRARY
 from module_styles import IMAGE, around
 from torch import nn
 
@@ -229,4 +230,5 @@ SELDOM = {
     "capsules": (Capsules, IMAGE),
     "polynomials": (Polynomials, (4, 6)),
     "sub-pixels": (SubPixels, IMAGE),
+    **LIBRARY,
 }

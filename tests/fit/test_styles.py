@@ -42,6 +42,9 @@ HELD = (
     "attention and convolution",
     "neighbours among all images",
     "capsules",
+    "latent attention",
+    "norms of the input",
+    "positions of the input",
 )  # outputs in an order of their own, shared at every budget
 LOOSE = ("batch statistics",)  # what an image gives depends on the images beside it
 

@@ -6,8 +6,11 @@ from dataclasses import replace
 import torch
 
 from stages.core.graph.nodes import Node
+from stages.core.graph.operations import OPERATIONS
 from stages.core.graph.source import Source
 from stages.core.runtime.errors import InputError
+
+KEEP_MEANS = ("add", "subtract", "scale", "divide_by", "mean", "sum")
 
 
 def check_alike(sources: Sequence[Source], labels: str) -> None:
@@ -42,7 +45,13 @@ def always_shared(sources: Sequence[Source]) -> list[str]:
     logits that something else follows. With any there, no budget makes a merged network its sources side by side.
     """
     first = sources[0]
-    trace, ends = first.trace, (first.graph.head, first.graph.output, *first.graph.tail)
+    trace, ends = first.trace, [first.graph.head, first.graph.output, *first.graph.tail]
+    users, behind = first.graph.users(), {first.graph.output.name}
+    for node in reversed(first.graph.nodes):  # heads whose logits are added, or moved about
+        after = users[node.name]
+        if after and all(u.name in behind and _keeps_means(u, node.name) for u in after):
+            behind.add(node.name)
+            ends.append(node)
     free = trace.spec.free.keys()
     found: dict[str, None] = {}
     for node in first.graph.nodes:
@@ -50,6 +59,12 @@ def always_shared(sources: Sequence[Source]) -> list[str]:
         if kept and node not in ends:
             found |= dict.fromkeys(node.parameters.values())
     return [n for n in found if any(not torch.equal(first.state[n], s.state[n]) for s in sources[1:])]
+
+
+def _keeps_means(node: Node, value: str) -> bool:
+    """Whether it gives of a mean of values the mean of what it gives of each."""
+    picks = node.operation == "gather" and node.inputs[0] == value
+    return picks or node.operation in KEEP_MEANS or OPERATIONS[node.operation].moves
 
 
 def _check_length(first: Source, other: Source) -> None:

@@ -75,6 +75,8 @@ def with_heads(
         spare = _spare([a, b])
         if spare or rank == 3:
             return _product(node, {0: rank - 1, 1: rank - 2}, inputs, spare, back=False)
+        if ahead := _ahead([a, b]):
+            return _product(node, {0: rank - 1, 1: rank - 2}, inputs, True, False, ahead)
     turned = b.labels.numel() == 1 and b.dims == (len(b.shape) - 3,) and a.dims == (len(a.shape) - 2,)
     if turned and (len(b.shape) == len(a.shape) + 1 or (len(a.shape) == len(b.shape) and _spare([a]))):
         return _product(node, {0: len(a.shape) - 2}, inputs, len(a.shape) == len(b.shape), back=True)
@@ -85,6 +87,9 @@ def with_heads(
         and (len(a.shape) == rank + 1 or (len(a.shape) == rank and _spare([b])))
     ):
         return _product(node, {1: rank - 1}, inputs, len(a.shape) == rank, back=True)
+    ahead = _ahead([a, b]) if a.labels.numel() == 1 and b.dims == (rank - 1,) else None
+    if ahead and a.dims == (ahead,):
+        return _product(node, {1: rank - 1}, inputs, True, True, ahead)
     return [node]
 
 
@@ -186,22 +191,39 @@ def _spare(values: Sequence[Value]) -> bool:
     return all(len(value.shape) > 3 and value.shape[-3] == 1 for value in values)
 
 
+def _ahead(values: Sequence[Value]) -> int | None:
+    """A dimension of one entry further ahead, of heads that windows follow (Hiera)."""
+    rank = len(values[0].shape)
+    if any(len(value.shape) != rank for value in values):
+        return None
+    return next((d for d in range(rank - 4, 0, -1) if all(own.shape[d] == 1 for own in values)), None)
+
+
 def _attention(node: Node, inputs: Sequence[Value], masked: Sequence[int]) -> list[Node]:
     spare, rank = _spare(inputs[:3]), len(inputs[0].shape)
     masks = [value.shape for value in inputs[3:]] + ([masked] if masked else [])
-    if not spare and any(len(shape) > 2 for shape in masks):
+    ahead = None if spare else _ahead(inputs[:3])
+    if not (spare or ahead) and any(len(shape) > 2 for shape in masks):
         return [node]  # it would lie on another dimension
-    return _product(node, dict.fromkeys(range(3), rank - 1), inputs, spare, back=True)
+    return _product(node, dict.fromkeys(range(3), rank - 1), inputs, spare or bool(ahead), True, ahead)
 
 
 def _product(
-    node: Node, moved: Mapping[int, int], inputs: Sequence[Value], spare: bool, back: bool
+    node: Node,
+    moved: Mapping[int, int],
+    inputs: Sequence[Value],
+    spare: bool,
+    back: bool,
+    ahead: int | None = None,
 ) -> list[Node]:
-    """moved: {number of an input: the dimension of its units}. back: whether the output has its units moved back."""
+    """moved: {number of an input: the dimension of its units}. back: whether the output has its units moved back.
+
+    ahead: the dimension of heads where it is not the one before the last two.
+    """
     nodes, names = [], list(node.inputs)
     for i, dim in moved.items():
         names[i] = f"{node.name}_head{i}"
-        nodes.append(to_heads(names[i], node.inputs[i], inputs[i].shape, dim, spare))
+        nodes.append(to_heads(names[i], node.inputs[i], inputs[i].shape, dim, spare, ahead))
     if not back:
         return [*nodes, dataclasses.replace(node, inputs=tuple(names))]
     whole = f"{node.name}_heads"
@@ -210,7 +232,7 @@ def _product(
     rows, columns = inputs[0].shape[-2], inputs[2 if len(inputs) > 2 else 1].shape[-1]
     lead = list(inputs[1].shape[: rank - 2])
     at = rank - 2 if rank - 2 in (moved.get(0), moved.get(1)) else rank - 1
-    return [*nodes, from_heads(node.name, whole, [*lead, rows, columns], at, spare)]
+    return [*nodes, from_heads(node.name, whole, [*lead, rows, columns], at, spare, ahead)]
 
 
 def last_products_of(graph: Graph) -> set[str]:

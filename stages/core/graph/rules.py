@@ -29,7 +29,7 @@ def same(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, sha
             value.labels.reshape([1] * rank + list(value.labels.shape)),
             tuple(d + rank for d in value.dims),
             out,
-            value.common and not node.parameters,
+            value.common,
         )
     for other in inputs[1:]:
         value = join(units, node.name, value, other, out, places=True)
@@ -164,7 +164,7 @@ def channels(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size,
         if several or (value.dims == (1,) and value.shape[1] == 1):
             expect(node, value, 1)
             units.place(node.name, name, 0, value.along(1))
-    return Value(value.labels, value.dims, out, value.common and not node.parameters)
+    return Value(value.labels, value.dims, out, value.common)
 
 
 def layer_norm(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.runtime.errors import InputError, some
+from stages.core.runtime.surroundings import STANDS_FOR
 
 NAMES = ("logits", "out", "output", "pred", "preds", "prediction", "predictions", "scores")
 
@@ -25,6 +27,7 @@ def with_logits_alone(network: nn.Module) -> nn.Module:
         return network
     made = network.__new__(type(network))
     made.__dict__ = {**vars(network), "_forward_hooks": OrderedDict(network._forward_hooks)}
+    made.__dict__[STANDS_FOR] = weakref.ref(network)
     made.register_forward_hook(_logits_alone)
     return made
 

@@ -13,6 +13,9 @@ from stages.core.runtime.errors import InputError
 
 LIBRARIES = ("site-packages", "dist-packages")
 OURS = Path(__file__).parents[2]
+STANDS_FOR = (
+    "_stands_for"  # attribute of a module that is run in the place of a user's: a weak reference to that
+)
 
 
 @contextlib.contextmanager

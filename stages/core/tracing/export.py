@@ -21,6 +21,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import transformer
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.surroundings import place_of
@@ -188,7 +189,7 @@ def _quiet() -> Iterator[None]:
     import warnings
 
     before, plain = torch.backends.mha.get_fastpath_enabled(), F.local_response_norm
-    attention = F.multi_head_attention_forward
+    attention, causal = F.multi_head_attention_forward, transformer._detect_is_causal_mask
     frames, said = torch.fx.proxy.TracerBase._filter_traceback_frames, io.StringIO()
     torch.fx.proxy.TracerBase._filter_traceback_frames = _users_frames
     autocast = (
@@ -199,6 +200,8 @@ def _quiet() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     F.local_response_norm = torch.ops.networks.local_response_norm
     F.multi_head_attention_forward = _attention(attention)
+    # a branch on the mask's values, by which torch only chooses a faster way
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     notes = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx")]
     levels = [own.level for own in notes]
     for own in notes:
@@ -210,6 +213,7 @@ def _quiet() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
         F.local_response_norm, F.multi_head_attention_forward = plain, attention
+        transformer._detect_is_causal_mask = causal
         torch.autocast.__enter__, torch.autocast.__exit__ = autocast
         torch.fx.proxy.TracerBase._filter_traceback_frames = frames
         for own, level in zip(notes, levels, strict=True):

@@ -17,6 +17,7 @@ from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.permuting import PERMUTES, order_of
 from stages.core.tracing.reader import RESHAPES, SKIPPED
+from stages.core.tracing.rewriting import called
 
 PRODUCTS = ("bmm", "matmul")
 SOFTMAXES = ("softmax", "_softmax", "log_softmax", "_log_softmax")
@@ -49,7 +50,7 @@ def heads_apart(graph: torch.fx.Graph) -> None:
                 joined[root(other)] = root(inside[0])
         whole = root(inside[0])
         leads = {lead[number] for number in inside}
-        if len(leads) > 1 or not _supported(node, where):
+        if len(leads) > 1 or not _supported(node, where, next(iter(leads))):
             spoiled.update(inside)
             continue
         if opname(node) in PRODUCTS:
@@ -107,7 +108,21 @@ def _at(node: torch.fx.Node, where: dict[torch.fx.Node, int], extent: int) -> in
     )
 
 
-def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
+def _repeated(node: torch.fx.Node, lead: Sequence[int]) -> tuple[torch.fx.Node, list[torch.fx.Node]] | None:
+    """What is there once for each head, or once at all, and is repeated for images and heads; and how it is turned."""
+    turns: list[torch.fx.Node] = []
+    while node.op == "call_function" and opname(node) in PERMUTES and order_of(node, 3)[0] == 0:
+        turns.insert(0, node)
+        node = node.args[0]
+    if node.op != "call_function" or opname(node) not in ("repeat", "expand"):
+        return None
+    shape, source = tensor_shape(node), node.args[0]
+    once = [1, *shape[1:]] if opname(node) == "expand" else [lead[1], *shape[1:]]
+    fits = len(shape) == 3 and shape[0] == math.prod(lead) and tensor_shape(source) == once
+    return (source, turns) if fits and lead[0] == INPUT else None
+
+
+def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int], lead: Sequence[int]) -> bool:
     """Whether a call does the same where images and heads are two dimensions."""
     name, others = opname(node), [own for own in node.all_input_nodes if own not in where]
     at = {where[own] for own in node.all_input_nodes if own in where}
@@ -116,7 +131,11 @@ def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
     if name in RESHAPES or name in PERMUTES:
         return True
     if name in PRODUCTS:
-        return at == {0} and not others and all(len(tensor_shape(own)) == 3 for own in node.all_input_nodes)
+        given = all(_repeated(own, lead) for own in others)
+        return at == {0} and given and all(len(tensor_shape(own)) == 3 for own in node.all_input_nodes)
+    if name == "gather":
+        dim = node.args[1] % len(tensor_shape(node))
+        return at == {0} and dim > 0 and all(_repeated(own, lead) for own in others)
     if name in SOFTMAXES:
         return node.args[1] % len(tensor_shape(node)) not in at
     if name in SKIPPED or name.strip("_") in UNARY:
@@ -124,6 +143,23 @@ def _supported(node: torch.fx.Node, where: dict[torch.fx.Node, int]) -> bool:
     small = all(len(tensor_shape(own)) < 3 or tensor_shape(own)[0] == 1 for own in others)
     joins = name in BINARY_CALLS or name in ("rsub", "masked_fill", "where")
     return joins and (not others or (at == {0} and small))
+
+
+def _with_lead(
+    graph: torch.fx.Graph, node: torch.fx.Node, given: torch.fx.Node, lead: Sequence[int], name: str
+) -> torch.fx.Node:
+    """What is repeated for images and heads, for a product as it was before, for an index on two dimensions."""
+    found, turns = _repeated(given, lead) or (given, [])
+    if found is given:
+        return given
+    with graph.inserting_before(node):
+        for turn in turns:
+            found = called(graph, turn, turn.target, found, *turn.args[1:])
+        if name == "gather":
+            return called(
+                graph, node, torch.ops.aten.expand.default, found, [*lead, *tensor_shape(found)[1:]]
+            )
+        return called(graph, node, torch.ops.aten.unsqueeze.default, found, 0)
 
 
 def _write(
@@ -145,8 +181,13 @@ def _write(
     before = next((where[own] for own in node.all_input_nodes if own in where), 0)
     if name in RESHAPES:
         target, args, kwargs = aten.reshape.default, (args[0], shape), {}
-    elif name in PRODUCTS:
-        target = aten.matmul.default
+    elif name in PRODUCTS or name == "gather":
+        given = node.all_input_nodes
+        args = tuple(_with_lead(graph, node, own, lead, name) if own in given else own for own in args)
+        if name == "gather":
+            args = (args[0], args[1] % len(tensor_shape(node)) + 1, args[2])
+        else:
+            target = aten.matmul.default
     elif name in PERMUTES:
         order = [
             n

@@ -1,9 +1,12 @@
 import copy
 
+import gates
 import pytest
 import torch
+from library_styles import LIBRARY
 from torch import nn
 
+from stages.api import merge
 from stages.core.align.order import align, merged_units
 from stages.core.graph.source import Task
 from stages.core.networks.architectures import build
@@ -149,3 +152,18 @@ def test_the_identity_matching_pairs_equal_indices(small, images, sources):
     spec = made[0].trace.spec
     for source, same in zip(made, align(made, identity_matching(spec, 2), full_split(spec)), strict=True):
         assert all(torch.equal(source.state[name], tensor) for name, tensor in same.state.items())
+
+
+@torch.no_grad()
+def test_what_differs_and_acts_on_the_input_is_said_and_merged_at_every_budget(caplog):
+    networks = [gates.trained(LIBRARY["norms of the input"][0], seed) for seed in (0, 1)]
+    images = torch.randn(6, 3, 8, 8)
+    merged = merge(dict(zip("ab", networks, strict=True)), {"a": images, "b": images}, 2.0, progress=False)
+    assert torch.isfinite(merged(images)).all()
+    said = "norm.running_mean, ... (5): differ between the networks, but act on units that keep their order"
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert said in told[0]
+    caplog.clear()
+    make_sources([networks[0], copy.deepcopy(networks[0])], tasks(3, 3), images, "shared")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

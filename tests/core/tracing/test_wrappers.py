@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from stages import inspect
+from stages import inspect, merge
 from stages.core.graph.nodes import graph_from_json, graph_to_json
 from stages.core.graph.source import Task
 from stages.core.graph.trace import lay_out
@@ -146,6 +146,40 @@ def test_a_tensor_out_of_proportion_is_refused(small, images):
 def test_a_graph_survives_its_file(small, images):
     traced = trace(small(), images())
     assert altered(traced, lambda nodes: None) == traced
+
+
+class Seen(nn.Module):
+    """Reads what a hook has kept in a dict of the network, which the hook closes over."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(11, 3)
+        self.seen = {}
+        plain = self.second.forward
+        self.second.forward = lambda x: plain(x).tanh()
+
+        def kept(name):
+            def hook(module, given, found):
+                self.seen[name] = found
+                return self.second.weight.sum() * 0 + found
+
+            return hook
+
+        self.first.register_forward_hook(kept("first"))
+
+    def forward(self, x):
+        found = self.second(self.first(x).relu())
+        return {"logits": self.head(torch.cat([found, self.seen.pop("first")], 1))}
+
+
+@torch.no_grad()
+def test_a_hook_that_closes_over_the_network_closes_over_its_copy():
+    networks, images = [Seen(), Seen()], torch.randn(8, 4)
+    both, given = dict(zip("ab", networks, strict=True)), {"a": images, "b": images}
+    merged = merge(both, given, 2.0, "average", progress=False)
+    mean = sum(network(images)["logits"] for network in networks) / 2
+    torch.testing.assert_close(merged(images), mean, rtol=1e-4, atol=1e-5)
+    assert not networks[0].seen
 
 
 class Chosen(nn.Module):

@@ -15,6 +15,13 @@ from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import Reader
 from stages.core.tracing.rearranging import Factors
 
+EMPTY = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_permuted",
+)  # whose entries are nobody's until they are written
+
 
 def _slice(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     size = reader.shape(given["self"])[given["dim"]]
@@ -231,8 +238,9 @@ def _slice_scatter(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) 
     if step != 1 or shape[dim] % INPUT == 0:
         raise reader.unknown(fx, "a value written over every other place, or over images")
     if not reader.is_value(base):
-        held = reader.folding.value(reader.through(base), reader.module)
-        if bool((held != 0).any()) or reader.from_parameters(reader.through(base)):
+        made = reader.through(base)
+        zeros = opname(made) in EMPTY or not bool((reader.folding.value(made, reader.module) != 0).any())
+        if not zeros or reader.from_parameters(made):
             raise reader.unknown(fx, "a value written into a constant other than zeros")
         behind = len(shape) - 1 - dim
         _pad(reader, fx, {"self": part, "pad": [0, 0] * behind + [start, shape[dim] - stop]})
