@@ -60,6 +60,11 @@ def group_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 def attention(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     mask = p.get("mask", x[3] if len(x) > 3 else None)
+    windows = a.get("windows", 0)
+    a = {key: value for key, value in a.items() if key != "windows"}
+    if windows:  # dimensions beside the images: kernels and ONNX know one ahead of the heads
+        found = F.scaled_dot_product_attention(*(own.flatten(0, windows) for own in x), **a)
+        return found.reshape(x[0].shape[:-1] + x[2].shape[-1:])
     return F.scaled_dot_product_attention(x[0], x[1], x[2], mask, **a)
 
 

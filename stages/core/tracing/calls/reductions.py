@@ -39,6 +39,8 @@ def _scaled_dot_product_attention(reader: Reader, fx: torch.fx.Node, given: Mapp
             values[i] = f"{own}_{role}"
     if len(values) > 3:
         values[3] = _unexpanded(reader, values[3])
+    elif not parameters and len({tuple(reader.shape(own)[:-3]) for own in inputs}) == 1 < len(heads):
+        attributes["windows"] = len(heads) - 1
     reader.add(Node(own, "attention", tuple(values), attributes, parameters), fx)
     reader.names[fx] = own
 
