@@ -32,6 +32,14 @@ def add_gram(G: Tensor, z: Tensor, weight: float) -> None:
         G[block, : block.stop] += (z[:, block].T @ z[:, : block.stop]).double().mul_(weight)
 
 
+def gram(z: Tensor) -> Tensor:
+    """z^T z of float64 rows z (rows, d): (d, d)."""
+    G = z.new_zeros(z.shape[1], z.shape[1])
+    add_gram(G, z, 1.0)
+    complete_gram(G)
+    return G
+
+
 def gram_bytes(d: int) -> int:
     """Memory of what ``add_gram`` works with: one block of rows in float64, made from one in a shorter type."""
     return 12 * min(BLOCK, d) * d

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.core.sweep.gram import gram
 from stages.fit.equations.normal import Summed
 from stages.fit.equations.rows import RowEquations, RowSystem
 from stages.fit.equations.solve import System, check_finite, check_rows
@@ -87,7 +88,7 @@ class RowsApart(TwoParts):
         target, mean_y = learnt.about(learnt.y, rows)
         left = torch.cat([target, held.about(held.y, rows, mean_y)[0]]).addmm_(X, start.T, alpha=-1)
         check_finite(X, left, learnt.name)
-        K = X @ X.T
+        K = gram(X.T)
         self._last = _Products(columns, X, K, middle)
         scale = float(K.diagonal()[:n].sum()) / len(columns)
         return RowTrial(K[:n, :n], K[n:, :n], left[:n], left[n:], scale)

@@ -21,7 +21,8 @@ from stages.core.sweep.gram import (
 )
 from stages.core.sweep.maps import RowSums
 from stages.core.sweep.pooling import pool_sums
-from stages.fit.equations.solve import check_finite, check_rows
+from stages.fit.equations.factor import Cholesky
+from stages.fit.equations.solve import Energies, check_finite, check_rows
 
 
 class Summed(ABC):
@@ -195,10 +196,16 @@ class NormalSystem:
     def moved(self, start: Tensor, solved: Tensor) -> Tensor:
         return start + solved.T
 
-    def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def energies(self, W: Tensor) -> Energies:
         """That given is the diagonal of W G W^T."""
         given = W.new_zeros(len(W))
         for block in blocks(W.shape[1]):
             part = self.G[block] if self.columns is None else restricted_rows(self.G, self.columns, block)
             given += ((W @ part.T) * W[:, block]).sum(1)
         return given, self.yy - 2 * (W * self.C.T).sum(1) + given, self.yy
+
+    def solved_by(self, factor: Cholesky, start: Tensor, penalty: float) -> tuple[Tensor, Energies]:
+        """(G + r I) W^T = C + r W0^T, so that w^T G w is what w has of C and of r (W0 - W)."""
+        V = factor.solve_(torch.add(self.C, start.T, alpha=penalty))
+        along, back = (V * self.C).sum(0), penalty * (V * (start.T - V)).sum(0)
+        return V.T, (along + back, self.yy - along + back, self.yy)

@@ -1,7 +1,8 @@
 """A layer's ridge from its data, without labels: what is learnt with it from most images errs least on the rest.
 
-Images are held out, not rows: the positions of one image tell of each other. The search goes downhill over a grid from
-its middle, a layer being tried with three to five of them: but for noise, the loss of ridge regression has one valley.
+Images are held out, not rows: the positions of one image tell of each other. The search goes downhill over a grid, from
+its middle or from where it ended for a layer of as many inputs, three to five ridges a layer: but for noise, the loss of
+ridge regression has one valley.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from stages.core.runtime import ranks
 from stages.core.sweep.batches import Batch, task_counts
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))  # 1e-4, 3e-4, ..., 10
-MIDDLE = 5  # 0.03
+MIDDLE = GRID[5]  # 0.03
 ONE_IN = 5
 
 Losses = Callable[[Sequence[float]], list[float]]  # of ridges that are asked for together
@@ -55,17 +56,17 @@ def enough(counts: Iterable[int]) -> bool:
     return min(counts) >= ONE_IN
 
 
-def decide(ridge: float | str, losses: Losses | None) -> float:
-    """The ridge that is fixed, or that is chosen. losses: None where no images are held out."""
+def decide(ridge: float | str, losses: Losses | None, start: float = MIDDLE) -> float:
+    """The ridge that is fixed, or that is chosen from ``start`` on. losses: None where no images are held out."""
     if ridge != "auto":
         return ridge
-    return RIDGE_OF_FEW if losses is None else choose(losses)
+    return RIDGE_OF_FEW if losses is None else choose(losses, start)
 
 
-def choose(losses: Losses) -> float:
+def choose(losses: Losses, start: float = MIDDLE) -> float:
     """The ridge of GRID with the lowest loss, as far as it can be seen from its neighbours."""
     seen: dict[int, float] = {}
-    best = MIDDLE
+    best = GRID.index(start)
     while True:
         near = [index for index in (best + 1, best - 1) if 0 <= index < len(GRID)]
         new = [index for index in (best, *near) if index not in seen]

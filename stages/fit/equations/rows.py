@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from stages.core.runtime import ranks
-from stages.fit.equations.solve import check_finite, check_rows
+from stages.core.sweep.gram import gram
+from stages.fit.equations.factor import Cholesky
+from stages.fit.equations.solve import Energies, check_finite, check_rows
 
 
 class RowEquations:
@@ -111,7 +113,7 @@ class RowSystem:
     eps: float = 0.0  # that of its type
 
     def matrix(self) -> Tensor:
-        return self.A @ self.A.T if self.K is None else self.K.clone()
+        return gram(self.A.T) if self.K is None else self.K.clone()
 
     def mean_diagonal(self, matrix: Tensor) -> float:
         return float(torch.linalg.vector_norm(self.A).square()) / self.A.shape[1]
@@ -122,6 +124,13 @@ class RowSystem:
     def moved(self, start: Tensor, solved: Tensor) -> Tensor:
         return (solved.T @ self.A).add_(start)
 
-    def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def energies(self, W: Tensor) -> Energies:
         given = self.A @ W.T
         return tuple(own.square().sum(0) for own in (given, self.target - given, self.target))
+
+    def solved_by(self, factor: Cholesky, start: Tensor, penalty: float) -> tuple[Tensor, Energies]:
+        """(K + r I) S = R, so that r S is what W leaves of the target."""
+        solved = factor.solve_(self.left_by(start, self.A))
+        left = penalty * solved
+        energies = tuple(own.square().sum(0) for own in (self.target - left, left, self.target))
+        return self.moved(start, solved), energies

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.core.runtime.errors import InputError
-from stages.fit.equations.factor import factorise_
+from stages.fit.equations.factor import Cholesky, factorise_
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Solution:
     residual: Tensor  # (d_out,) energy left over
     energy: Tensor  # (d_out,) energy of y, about its mean with an intercept
     moments: Tensor | None  # (2, d_out) mean, variance of W z over the rows seen; None without an intercept
+
+
+Energies = tuple[
+    Tensor, Tensor, Tensor
+]  # of what a map gives, of what it leaves over and of y, (d_out,) each
 
 
 class System(Protocol):
@@ -55,15 +60,19 @@ class System(Protocol):
         """W: the start moved by the solution of the matrix's system."""
         ...
 
-    def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of what W gives, of what it leaves over and of y, (d_out,) each."""
+    def energies(self, W: Tensor) -> Energies:
+        """Of what W gives, of what it leaves over and of y."""
+        ...
+
+    def solved_by(self, factor: Cholesky, start: Tensor, penalty: float) -> tuple[Tensor, Energies]:
+        """W and its energies by a factor of the matrix with the penalty: what solves the system tells both."""
         ...
 
 
 def solve(system: System, start: Tensor, ridge: float) -> Solution:
     """The ridge regression of one block. start: W0, (d_out, d_in)."""
-    W = _weight(system, start.double(), ridge)
-    given, residual, energy = (own.clamp(min=0) for own in system.energies(W))
+    W, energies = _solved(system, start.double(), ridge)
+    given, residual, energy = (own.clamp(min=0) for own in energies)
     if system.means is None:
         return Solution(W, torch.zeros_like(energy), residual, energy, None)
     mean_z, mean_y = system.means
@@ -81,12 +90,14 @@ def left_over(system: System, weight: Tensor, bias: Tensor | None) -> float:
     return float(residual + system.weight * off.square().sum())
 
 
-def _weight(system: System, start: Tensor, ridge: float) -> Tensor:
+def _solved(system: System, start: Tensor, ridge: float) -> tuple[Tensor, Energies]:
     matrix = system.matrix()
     penalty = ridge_penalty(ridge, system.mean_diagonal(matrix))
-    left = system.left_by(start, matrix)
     factor = factorise_(matrix, penalty, system.matrix, system.name, system.eps)
-    return system.moved(start, factor.solve_(left))
+    if isinstance(factor, Cholesky):
+        return system.solved_by(factor, start, penalty)
+    W = system.moved(start, factor.solve_(system.left_by(start, system.matrix())))
+    return W, system.energies(W)
 
 
 def ridge_penalty(ridge: float, mean_diagonal: float) -> float:

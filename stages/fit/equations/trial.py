@@ -18,9 +18,9 @@ from stages.fit.equations.nearby import DIMENSIONS, Nearby, reaches
 from stages.fit.equations.normal import NormalSystem
 from stages.fit.equations.solve import left_over
 
-OUTPUTS = 64  # that stand for all
+OUTPUTS = 32  # that stand for all
 MANY = 512  # rows of a matrix from which on one factor for several ridges is worth its while
-ROUGH = 0.01  # the most that single precision rounds the matrix by, relative to the ridge
+ROUGH = 0.1  # the most that single precision rounds the matrix by, relative to the ridge
 
 
 def some(rows: Tensor) -> Tensor:
@@ -44,6 +44,7 @@ class Trial(ABC):
 
     def __init__(self, matrix: Tensor, left: Tensor, scale: float, eps: float) -> None:
         self._matrix, self._eps = matrix, eps
+        self._many = len(matrix) >= MANY
         # (G / s + ridge I) D = R / s: all within single precision's reach but R
         self._scale = scale if scale > 0 else 1.0
         self._penalised = scale > 0  # else there are no inputs but zeros
@@ -70,7 +71,7 @@ class Trial(ABC):
                 yield self._exactly(ridge)
                 continue
             right, largest = self._right
-            if ridge == self._at:
+            if ridge == self._at and (len(ridges) == 1 or not self._many):
                 found = self._factor.solve_(right.clone())
             else:
                 self._near = self._near or Nearby(self._factor, self._at, right)
@@ -78,13 +79,13 @@ class Trial(ABC):
             yield found.double().mul_(largest)
 
     def _factorised(self, ridge: float, ridges: Sequence[float]) -> bool:
-        """Whether there is a factor that does for a ridge: of the largest asked for, as more are asked for above it."""
-        many = len(self._matrix) >= MANY
-        if self._factor is not None and (ridge == self._at or (many and reaches(self._at, ridge))):
+        """Whether there is a factor that does for a ridge: of the middle one of those asked for, if of several."""
+        if self._factor is not None and (ridge == self._at or (self._many and reaches(self._at, ridge))):
             return True
         self._factor = self._near = None  # before another is made beside it
-        at = max(ridges) if many and reaches(max(ridges), ridge) else ridge
-        lower, failed = cholesky_(self._rough.clone(), at)
+        middle = sorted(ridges)[len(ridges) // 2]
+        at = middle if self._many and reaches(middle, ridge) else ridge
+        lower, failed = cholesky_(self._rough(), at)
         if not failed:
             self._factor, self._at = Cholesky(lower), at
         return not failed
@@ -102,9 +103,8 @@ class Trial(ABC):
         largest = self._left.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         return (self._left / largest).float(), largest
 
-    @cached_property
     def _rough(self) -> Tensor:
-        """The same in single precision."""
+        """The matrix in single precision."""
         found = torch.empty_like(self._matrix, dtype=torch.float32)
         for block in blocks(len(found)):
             found[block] = self._matrix[block] / self._scale

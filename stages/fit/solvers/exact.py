@@ -17,7 +17,7 @@ from stages.fit.equations.apart import RowsApart, SumsApart
 from stages.fit.equations.maps import MapEquations
 from stages.fit.equations.normal import NormalEquations, join_
 from stages.fit.equations.parts import PartEquations
-from stages.fit.equations.ridge import Losses, decide
+from stages.fit.equations.ridge import MIDDLE, Losses, decide
 from stages.fit.equations.rows import RowEquations
 from stages.fit.equations.solve import System, solve
 from stages.fit.equations.trial import SumTrial, Trial, some, trial_bytes
@@ -36,6 +36,9 @@ class Dense:
     """Holds sums of products of a layer's inputs, or the rows themselves where those are few; then solves them."""
 
     over_ranks = True
+
+    def __init__(self) -> None:
+        self._chosen: dict[int, float] = {}  # the last layer's with as many inputs
 
     def bytes(self, layer: Layer, images: int, batch: int) -> int:
         sizes, blocks, count = (layer.d_in, layer.d_out), layer.block_sizes, layer.few_rows(images)
@@ -89,7 +92,9 @@ class Dense:
             return None
         start = starts(layer)
         losses = _losses(layer, equations, start) if parts > 1 else None
-        ridge = decide(problem.setup.ridge, losses)
+        ridge = decide(problem.setup.ridge, losses, self._chosen.get(layer.d_in, MIDDLE))
+        if losses is not None:
+            self._chosen[layer.d_in] = ridge
         del losses  # and the matrices it has kept
         for own in equations:
             own.join()

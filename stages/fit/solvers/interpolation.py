@@ -34,6 +34,7 @@ class Level(Dense):
     over_ranks = False
 
     def __init__(self, head: Head) -> None:
+        super().__init__()
         self.head = head
 
     def _trained(self, layer: Layer) -> bool:

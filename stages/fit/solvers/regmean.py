@@ -16,8 +16,9 @@ from stages.core.recipe.rooms import SOLVERS
 from stages.core.runtime import ranks
 from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restricted
 from stages.core.sweep.maps import MapSums, map_entries
+from stages.fit.equations.factor import Cholesky
 from stages.fit.equations.maps import MapEquations
-from stages.fit.equations.solve import Solution, solve
+from stages.fit.equations.solve import Energies, Solution, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
@@ -123,12 +124,16 @@ class RegressionMean:
     def moved(self, start: Tensor, solved: Tensor) -> Tensor:
         return start + solved.T
 
-    def energies(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def energies(self, W: Tensor) -> Energies:
         given, residual, energy = (
             sum(((V @ G) * V).sum(1) for G, V in zip(self.grams, own, strict=True))
             for own in ([W] * len(self.grams), [W - own for own in self.weights], self.weights)
         )
         return given, residual, energy
+
+    def solved_by(self, factor: Cholesky, start: Tensor, penalty: float) -> tuple[Tensor, Energies]:
+        W = self.moved(start, factor.solve_(self.left_by(start, self.grams[0])))
+        return W, self.energies(W)
 
 
 def regression_mean(grams: list[Tensor], weights: list[Tensor], ridge: float, name: str = "") -> Solution:

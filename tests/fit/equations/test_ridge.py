@@ -156,16 +156,16 @@ def test_batches_are_taken_apart_as_their_images_are(count):
         assert all(len(own) for own in found)
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, 1), (64, 64), (65, 33), (512, 64), (1000, 63)])
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (32, 32), (33, 17), (512, 32), (1000, 32)])
 def test_some_outputs_stand_for_all(count, expected):
     found = some(torch.arange(count))
     assert len(found) == expected
     assert len(found.diff().unique()) <= 1
 
 
-@given(valley=st.floats(-5, 2), tilt=st.floats(0.1, 10))
+@given(valley=st.floats(-5, 2), tilt=st.floats(0.1, 10), start=st.sampled_from(GRID))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_the_lowest_of_a_valley_is_found_with_few_losses(valley, tilt):
+def test_the_lowest_of_a_valley_is_found_with_few_losses(valley, tilt, start):
     seen = []
 
     def loss(ridge):
@@ -173,7 +173,7 @@ def test_the_lowest_of_a_valley_is_found_with_few_losses(valley, tilt):
         away = math.log10(ridge) - valley
         return tilt * away**2 if away < 0 else away**2
 
-    assert choose(each(loss)) == min(GRID, key=loss)
+    assert choose(each(loss), start) == min(GRID, key=loss)
     assert all(b > a for a, b in pairwise(GRID))
     asked = seen[: -len(GRID)]
     assert len(asked) == len(set(asked)), "no ridge is tried twice"
