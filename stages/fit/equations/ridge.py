@@ -1,8 +1,8 @@
 """A layer's ridge from its data, without labels: what is learnt with it from most images errs least on the rest.
 
 Images are held out, not rows: the positions of one image tell of each other. The search goes downhill over a grid, from
-its middle or from where it ended for a layer of as many inputs, three to five ridges a layer: but for noise, the loss of
-ridge regression has one valley.
+its middle or from where it ended for a layer of as many inputs, and tries three to five ridges: but for noise, the loss
+of ridge regression has one valley.
 """
 
 from collections import Counter
