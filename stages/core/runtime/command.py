@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 
+from stages.core.runtime.copied_process import run_as_copy
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.messages import start_logging
 
@@ -25,6 +26,7 @@ GRACE = 2.0  # seconds to leave after it is gone
 SAID = (
     "STAGES_SAID"  # the variable with the file that a rank's last line goes to (stages.core.runtime.spread)
 )
+MANY = ("stages.fit",)  # stages that one DVC runs many times
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 
 
@@ -101,6 +103,8 @@ def begin() -> None:
             shown(kind, error, trace)
 
     sys.excepthook = hook
+    if "DVC_STAGE" in os.environ and module_name() in MANY:
+        run_as_copy(module_name(), _chain()[-1], end_with_dvc, _end_without)
     end_with_dvc()
 
 
@@ -129,7 +133,11 @@ def _chain() -> list[int]:
 def _watch(chain: list[int]) -> None:
     while all(_parent(child) == parent for child, parent in itertools.pairwise(chain)):
         time.sleep(LOOKS)
-    what = "dvc" if "DVC_STAGE" in os.environ else "process"
+    _end_without("dvc" if "DVC_STAGE" in os.environ else "process")
+
+
+def _end_without(what: str) -> None:
+    """End this process, which was started by one that is gone."""
     say(f"{module_name()}: the {what} that started it is gone; run the same command again")
     os.kill(os.getpid(), signal.SIGINT)  # removes what is half written
     time.sleep(GRACE)
