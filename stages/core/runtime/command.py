@@ -26,7 +26,7 @@ GRACE = 2.0  # seconds to leave after it is gone
 SAID = (
     "STAGES_SAID"  # the variable with the file that a rank's last line goes to (stages.core.runtime.spread)
 )
-MANY = ("stages.fit",)  # stages that one DVC runs many times
+REPEATED = ("stages.fit",)  # stages that one DVC runs many times
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh")
 
 
@@ -103,7 +103,7 @@ def begin() -> None:
             shown(kind, error, trace)
 
     sys.excepthook = hook
-    if "DVC_STAGE" in os.environ and module_name() in MANY:
+    if "DVC_STAGE" in os.environ and module_name() in REPEATED:
         run_as_copy(module_name(), _chain()[-1], end_with_dvc, _end_without)
     end_with_dvc()
 

@@ -24,8 +24,8 @@ from typing import NoReturn
 ALONE = "STAGES_ALONE"
 INTERRUPT = b"i"
 STATUS = struct.Struct("i")  # of a copy, negative for a signal
-CREDENTIALS = struct.Struct("3i")  # process, user, group
-HERE = Path(__file__).parents[2]
+PEER = struct.Struct("3i")  # process, user, group
+CODE = Path(__file__).parents[2]
 
 
 def run_as_copy(stage: str, dvc: int, watched: Callable[[], None], gone: Callable[[str], None]) -> None:
@@ -167,12 +167,12 @@ def _hear(asked: socket.socket, gone: Callable[[str], None]) -> None:
 
 
 def _of_this_user(asked: socket.socket) -> bool:
-    found = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-    return CREDENTIALS.unpack(found)[1] == os.getuid()
+    found = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+    return PEER.unpack(found)[1] == os.getuid()
 
 
 def _stamp() -> list:
     """What the imported code depends on: it is the stage's own while this is the same."""
-    code = sorted((str(path), path.stat().st_mtime_ns) for path in HERE.rglob("*.py"))
+    code = sorted((str(path), path.stat().st_mtime_ns) for path in CODE.rglob("*.py"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
     return json.loads(json.dumps([code, environment, sys.executable, sys.path, os.getcwd()]))
