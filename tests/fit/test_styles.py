@@ -43,6 +43,7 @@ HELD = (
     "neighbours among all images",
     "capsules",
     "latent attention",
+    "spans of words",
     "norms of the input",
     "positions of the input",
 )  # outputs in an order of their own, shared at every budget
