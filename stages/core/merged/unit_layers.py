@@ -55,7 +55,8 @@ def _fixed_sizes(node: Node, trace: Trace) -> dict[int, int]:
     shape, unit = trace.shapes[node.inputs[0]], trace.layouts[node.name].dim - len(trace.shapes[node.name])
     seen = node.attributes.get("view", trace.parameters[next(iter(node.parameters.values()))])
     dims = range(-min(len(seen), len(shape)), 0)
-    rows = -2 if node.operation == "matmul_parameter" else None  # what a table contracts is not the value's rows
+    # What a table contracts is not the value's rows.
+    rows = -2 if node.operation == "matmul_parameter" else None
     return {d: shape[d] for d in dims if seen[d] == shape[d] > 1 and d not in (unit, rows)}
 
 
