@@ -26,6 +26,8 @@ class MergedLayer(nn.Module):
         super().__init__()
         self.node, self.outputs = node, arrangement
         self.attributes = dict(node.attributes)
+        if node.operation != "convolve_parameter":  # parameters are as they are seen
+            self.attributes.pop("view", None)
         if node.attributes.get("groups", 1) > 1:  # as many channels in each as in a source
             self.attributes["groups"] *= arrangement.width
             self.attributes["groups"] //= trace.layouts[node.name].width
