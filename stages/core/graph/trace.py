@@ -147,6 +147,7 @@ def lay_out(
                     return _laid_out(own, parameters, example, place_of)
                 tried.append(own)
     with contextlib.suppress(InputError):
+        check_graph(graph, parameters, example, OPERATIONS)
         edges = places_first(graph, parameters, shapes_of(graph, parameters, example))
         found = _laid_out(edges, parameters, example, place_of) if edges != graph else None
         whole = found if found is not None and found.spec.free else whole
