@@ -306,6 +306,21 @@ class SetAttention(nn.Module):
         return self.norm(torch.cat(y.split(len(x), 0), 2))
 
 
+class WeighedPlaces(nn.Module):
+    """Windows with a token each, whose places einsums weigh by scores, entry by entry and summed (einops)."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.gate, self.score = nn.Parameter(torch.randn(6)), nn.Linear(6, 1), nn.Linear(6, 1)
+
+    def forward(self, x):
+        n = len(x)
+        x = torch.einsum("bnd,bn->bnd", x, self.gate(x).view(n, 16).sigmoid()).reshape(n * 4, 4, 6)
+        x = torch.cat((self.token[None].expand(n * 4, 6).unsqueeze(1), x), 1)
+        y = torch.einsum("b n, b n d -> b d", self.score(x).squeeze(-1).softmax(-1), x)
+        return y.view(n, 4, 1, 6).expand(-1, -1, 4, -1).reshape(n, 16, 6)
+
+
 def maps(make, wide=8):
     return lambda: OnMaps(make(), wide), IMAGE
 
@@ -331,5 +346,6 @@ ATTENTION = {
     "external attention": tokens(ExternalHeads),
     "attention free": tokens(AttentionFree),
     "gates of heads": tokens(GatesOfHeads),
+    "places weighed by einsum": tokens(WeighedPlaces, 6),
     "heads split and joined": tokens(SetAttention),
 }

@@ -105,6 +105,32 @@ class Latent(nn.Module):
         return self.fc((x + self.out(y.reshape(len(x), 4, 8))).mean(1))
 
 
+class Spans(nn.Module):
+    """ConvBERT: beside heads of attention, kernels over words that each word makes; then a layer in two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.fc = nn.Embedding(11, 8), nn.Linear(8, 3)
+        self.q, self.k, self.v, self.near = (nn.Linear(8, 4) for _ in range(4))
+        self.kernel, self.out, self.up = nn.Linear(4, 6), nn.Linear(8, 8), nn.Linear(8, 12)
+        self.weight, self.bias = nn.Parameter(torch.randn(2, 6, 4)), nn.Parameter(torch.zeros(8))
+
+    def grouped(self, x):
+        y = x.reshape(-1, 2, 6).permute(1, 0, 2) @ self.weight
+        return y.permute(1, 0, 2).reshape(len(x), -1, 8) + self.bias
+
+    def forward(self, ids):
+        x = self.table(ids)
+        q, k, v = (own(x).view(len(x), -1, 2, 2).transpose(1, 2) for own in (self.q, self.k, self.v))
+        kernel = self.kernel(self.q(x) * self.k(x)).reshape(-1, 3, 1).softmax(1)
+        near = F.unfold(self.near(x).transpose(1, 2).unsqueeze(-1), (3, 1), padding=(1, 0))
+        near = near.transpose(1, 2).reshape(-1, 2, 3) @ kernel
+        far = ((q @ k.mT / 2).softmax(-1) @ v).permute(0, 2, 1, 3)
+        both = torch.cat([far, near.reshape(len(x), -1, 2, 2)], 2)
+        x = x + self.out(both.flatten(2))
+        return self.fc((x + self.grouped(F.gelu(self.up(x)))).mean(1))
+
+
 class Decoder(nn.Module):
     """torch's encoder with a mask that hides what comes later."""
 
@@ -128,6 +154,7 @@ LIBRARY = {
     "one head ahead of windows, fused": (lambda: MaskUnits(1, True), IMAGE),
     "heads ahead of windows": (lambda: MaskUnits(2), IMAGE),
     "latent attention": (Latent, (4, 6)),
+    "spans of words": (Spans, (6,)),
     "later words hidden": (Decoder, (6,)),
     "norms of the input": (Normalised, IMAGE),
     "positions of the input": (Placed, (4, 6)),

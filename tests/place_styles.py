@@ -128,6 +128,38 @@ class Bilinear(nn.Module):
         return self.fc(torch.bmm(a, b.transpose(1, 2)).flatten(1) / a.size(2))
 
 
+class Edges(nn.Module):
+    """Chebyshev's polynomials of a graph's edges, on the input and on what a layer gives; a norm of each node."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", torch.randn(7, 7) / 4)
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 3, 6) / 2), nn.Parameter(torch.zeros(7))
+        self.second, self.norm, self.fc = nn.Linear(6, 5), nn.BatchNorm1d(7), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        once = self.edges @ x
+        steps = (x, once, 2 * (self.edges @ once) - x)
+        x = F.relu(
+            sum(own @ weight for own, weight in zip(steps, self.weight, strict=True)) + self.bias[:, None]
+        )
+        return self.fc(F.relu(self.norm(self.edges @ self.second(x))).mean(1))
+
+
+class BothWays(nn.Module):
+    """What a map over places gives meets, entry by entry, the units of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.across, self.along = nn.Conv1d(3, 7, 1), nn.Linear(7, 7), nn.Linear(7, 7)
+        self.last, self.fc = nn.Linear(7, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.fc(F.relu(self.last(self.across(x) + self.along(x.transpose(1, 2)))).mean(1))
+
+
 PLACES = {
     "attention over places": (Pooling, (4, 5)),
     "attention by a vector": (MeanOfPlaces, (4, 5)),
@@ -139,4 +171,6 @@ PLACES = {
     "columns as tokens": (Columns, (4, 1)),
     "bilinear pooling": (Bilinear, (3, 8, 8)),
     "largest of all channels": (LargestPutBack, (3, 8, 8)),
+    "edges of a graph": (Edges, (3, 7)),
+    "maps both ways": (BothWays, (3, 7)),
 }

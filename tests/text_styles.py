@@ -79,6 +79,19 @@ class Rotary(nn.Module):
         return self.fc(y.transpose(1, 2).flatten(2).mean(1))
 
 
+class Halves(Rotary):
+    """The same as sines and cosines that turn one half of a head with the other, of queries and keys in one layer."""
+
+    def turned(self, x):
+        turns = torch.view_as_real(self.turns).permute(2, 0, 1).repeat(1, 1, 2)
+        return x * turns[0] + torch.cat([-x[..., 2:], x[..., :2]], -1) * turns[1]
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.table(x)).reshape(-1, 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.fc(y.transpose(1, 2).flatten(2).mean(1))
+
+
 class OfThree(nn.Module):
     """Linear attention as one contraction of three values; learned queries that are contracted too."""
 
@@ -107,5 +120,6 @@ TEXTS = {
     "largest of a bag": (lambda: Bag("max"), TEXT),
     "last states of both ways": (LastOfBothWays, TEXT),
     "complex turns": (Rotary, TEXT),
+    "turned halves": (Halves, TEXT),
     "products of three": (OfThree, TEXT),
 }

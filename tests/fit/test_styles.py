@@ -43,6 +43,9 @@ HELD = (
     "neighbours among all images",
     "capsules",
     "latent attention",
+    "spans of words",
+    "edges of a graph",
+    "maps both ways",
     "norms of the input",
     "positions of the input",
 )  # outputs in an order of their own, shared at every budget

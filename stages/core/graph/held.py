@@ -102,10 +102,12 @@ class Held:
         return True
 
     def as_it_is(self, node: Node, inputs: Sequence[Value]) -> list[Node]:
-        """The node alone where it is held, or reads nothing but what is held, or meets it in a product."""
+        """The node alone where it is held, or reads nothing but what is held, or meets it in a product or side by side
+        on another dimension."""
         own = [value for value in inputs if not value.common]
+        apart = node.operation == "concatenate" and len({value.dims for value in own}) > 1
         met = any(value.held for value in own) and (
-            node.operation in MEET or all(value.held for value in own)
+            apart or node.operation in MEET or all(value.held for value in own)
         )
         whole = met and _dim_read(node, inputs) is None
         alike = not own and node.operation in MEET  # made of the input alone

@@ -7,20 +7,20 @@ they keep theirs.
 
 A convolution whose kernel runs over the dimension of the units (``along``) reads neighbours: all of them are one part,
 in the order that they have. Neither map has entries of its own for each unit: in a merged network every owner of units
-has a copy of it. A batch norm of the one channel that such a map gives (triplet attention) does one thing to all units:
-each has numbers of its own (``norm_parameter``).
+has a copy of it. A batch norm of positions, or of the one channel that such a map gives (triplet attention), does one
+thing to all units: each has numbers of its own (``norm_parameter``).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from stages.core.graph import rules
 from stages.core.graph.axes import Units, Value
-from stages.core.graph.nodes import COPIED, Node
+from stages.core.graph.nodes import COPIED, Graph, Node
 from stages.core.runtime.errors import InputError
 
 
@@ -28,8 +28,10 @@ def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
     """The node as ``mix`` or ``along``, where its linear map reads another dimension than the units', or as
     ``norm_parameter``, where its norm does; else the node."""
     if node.operation == "batch_norm" and inputs[0].dims and not inputs[0].common:
-        beside = inputs[0].shape[1] == 1 and 1 not in inputs[0].dims
-        return dataclasses.replace(node, operation="norm_parameter") if beside else node
+        if 1 in inputs[0].dims or 0 in inputs[0].dims:
+            return node
+        view = {"view": [inputs[0].shape[1], *[1] * (len(inputs[0].shape) - 2)]}
+        return dataclasses.replace(node, operation="norm_parameter", attributes={**node.attributes, **view})
     if not node.linear or node.transposed or not inputs[0].dims:
         return node
     value, weight = inputs[0], shapes["weight"]
@@ -50,12 +52,35 @@ def mixing(node: Node, inputs: Sequence[Value], shapes: rules.Shapes) -> Node:
     return dataclasses.replace(node, operation="mix", attributes={"dim": dim})
 
 
+def places_first(
+    graph: Graph, parameters: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]
+) -> Graph:
+    """Square maps over the last of several dimensions of the input as maps over positions: the edges of a graph whose
+    nodes the network adds up later. parameters, shapes: of tensors and values."""
+    of_input, nodes = set[str](), list[Node]()
+    for node in graph.nodes:
+        rank = len(shapes[node.inputs[0]]) if node.inputs else 0
+        if node.operation == "linear" and node.inputs[0] in of_input and rank > 2:
+            size = parameters[node.parameters["weight"]]
+            node = (
+                dataclasses.replace(node, operation="mix", attributes={"dim": rank - 1})
+                if size[0] == size[1]
+                else node
+            )
+        if not node.parameters and all(name in of_input for name in node.inputs):
+            of_input.add(node.name)
+        nodes.append(node)
+    return Graph(tuple(nodes))
+
+
 def mixed(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: rules.Shapes) -> Value:
     """The units that lie on the value stay; those across it are what the map reads, and new ones."""
     value, dim, weight = inputs[0], node.attributes["dim"], node.parameters["weight"]
-    if dim in value.dims or value.common:
+    if value.common:  # of the input, whose features are on another dimension
+        value = rules.as_read(units, dataclasses.replace(node, operation="conv1d"), value)
+    if dim in value.dims or (value.dims[:1] == (0,) and 1 not in value.shape):
         raise InputError(
-            f"{node.name}: {node.operation} over units or over images; allowed: over positions beside units"
+            f"{node.name}: {node.operation} over units, images or what is beside them; allowed: over positions"
         )
     name = node.path
     if value.across is not None and value.across.shape[dim] > 1:
@@ -111,6 +136,10 @@ def carried(
             across = None
     if across is None:
         units.fixed += [value.across for value in held]
+        # Units of another value that meet what lies across, entry by entry, are in its order.
+        lines = {d for own in held for d in range(-own.across.dim(), 0) if own.across.shape[d] > 1}
+        met = [own for own in inputs if own.across is None and {d - len(own.shape) for d in own.dims} & lines]
+        units.fixed += [own.labels for own in met]
         return found
     return dataclasses.replace(found, across=across)
 

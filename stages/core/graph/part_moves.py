@@ -41,10 +41,12 @@ def from_heads(
 
 
 def rearranged(name: str, source: str, atoms: list[list[int]], groups: list[list[int]]) -> Node:
-    images = next((d for d, own in enumerate(atoms) if own == [1]), 0) if atoms[0][0] > 1 else 0
+    # Images may come behind heads; windows beside them come first, ahead of other single entries.
+    images = {next((d for d, own in enumerate(atoms) if own == [1]), 0)} if atoms[0][0] > 1 else {0}
+    images |= {0} if len(atoms[0]) == 1 else set()
     attributes = {
         "atoms": atoms,
-        "free": [0 if d == images else None for d in range(len(atoms))],
+        "free": [0 if d in images else None for d in range(len(atoms))],
         "order": [i for own in groups for i in own],
         "groups": [len(own) for own in groups],
     }

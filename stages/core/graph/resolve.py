@@ -102,10 +102,11 @@ class Resolved:
         starts = np.concatenate([[0], changes])
         stops = np.concatenate([changes, [len(line)]])
         segments: list[Segment] = []
-        # what a unit holds is cut (queries, keys) where there is one unit alone; of several each lies as a whole
+        # what a unit holds is cut (queries, keys) where there is one unit alone; of several each lies as a whole, or
+        # as often in runs of one length (queries of all heads, then keys), in which rotary positions tie halves
         counts = np.unique(line[~none])
-        runs = len(starts) - int(none[starts].sum())
-        cut = len(counts) == 1 or runs != len(counts)
+        runs = (stops - starts)[~none[starts]]
+        cut = len(counts) == 1 or (len(runs) != len(counts) and len(np.unique(runs)) > 1)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             name = "" if group[start] < 0 else self.classes.names[group[start]]
             for block in _repeats(own[start:stop], self.kinds) if cut else [stop - start]:

@@ -36,6 +36,7 @@ def batch_norm(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
 
 def norm_parameter(x: Inputs, p: Parameters, a: Attributes) -> Tensor:
     """A batch norm whose parameters broadcast to the value."""
+    p = {role: own.view(a["view"]) for role, own in p.items()} if "view" in a else p
     y = (x[0] - p["running_mean"]) * (p["running_var"] + a["eps"]).rsqrt()
     return y * p["weight"] + p["bias"] if "weight" in p else y
 

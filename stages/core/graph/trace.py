@@ -20,7 +20,7 @@ from stages.core.graph.extent import check_value, place_for
 from stages.core.graph.heads import last_products_of, with_heads
 from stages.core.graph.held import NOTHING, Held
 from stages.core.graph.layouts import Layout
-from stages.core.graph.mixing import carried, mixing
+from stages.core.graph.mixing import carried, mixing, places_first
 from stages.core.graph.nodes import Graph, Node, check_graph
 from stages.core.graph.operations import BINARY, OPERATIONS
 from stages.core.graph.part_moves import one_part_more
@@ -128,10 +128,13 @@ def lay_out(
     parameters: the shape of each tensor of the state dict. example: the shape of one image, (1, ...). place_of: where
     each node is in the user's code. Raises InputError for what the table does not know, before anything is allocated.
     """
+    whole, first, tried = None, None, [graph]
     try:
-        return _laid_out(graph, parameters, example, place_of)
+        whole = _laid_out(graph, parameters, example, place_of)
+        if whole.spec.free:
+            return whole
     except InputError as error:
-        first, tried = error, [graph]
+        first = error
     changes = (
         lambda own: images_alone(own, shapes_of(own, parameters, example)),
         selected_first,
@@ -143,6 +146,13 @@ def lay_out(
                 with contextlib.suppress(InputError):
                     return _laid_out(own, parameters, example, place_of)
                 tried.append(own)
+    with contextlib.suppress(InputError):
+        check_graph(graph, parameters, example, OPERATIONS)
+        edges = places_first(graph, parameters, shapes_of(graph, parameters, example))
+        found = _laid_out(edges, parameters, example, place_of) if edges != graph else None
+        whole = found if found is not None and found.spec.free else whole
+    if whole is not None:
+        return whole
     found = [own for other in tried if (own := _with_held(other, parameters, example, place_of))]
     if not found:
         raise first

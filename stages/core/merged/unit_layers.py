@@ -26,6 +26,8 @@ class MergedLayer(nn.Module):
         super().__init__()
         self.node, self.outputs = node, arrangement
         self.attributes = dict(node.attributes)
+        if node.operation != "convolve_parameter":  # parameters are as they are seen
+            self.attributes.pop("view", None)
         if node.attributes.get("groups", 1) > 1:  # as many channels in each as in a source
             self.attributes["groups"] *= arrangement.width
             self.attributes["groups"] //= trace.layouts[node.name].width
@@ -55,7 +57,9 @@ def _fixed_sizes(node: Node, trace: Trace) -> dict[int, int]:
     shape, unit = trace.shapes[node.inputs[0]], trace.layouts[node.name].dim - len(trace.shapes[node.name])
     seen = node.attributes.get("view", trace.parameters[next(iter(node.parameters.values()))])
     dims = range(-min(len(seen), len(shape)), 0)
-    return {d: shape[d] for d in dims if seen[d] == shape[d] > 1 and d != unit}
+    # What a table contracts is not the value's rows.
+    rows = -2 if node.operation == "matmul_parameter" else None
+    return {d: shape[d] for d in dims if seen[d] == shape[d] > 1 and d not in (unit, rows)}
 
 
 class Moved(nn.Module):

@@ -8,7 +8,7 @@ import torch.fx
 
 from stages.core.tracing.export import opname
 from stages.core.tracing.permuting import PERMUTES, order_of
-from stages.core.tracing.reader import SKIPPED, Reader
+from stages.core.tracing.reader import RESHAPES, SKIPPED, Reader
 from stages.core.tracing.rewriting import called
 
 
@@ -28,6 +28,11 @@ def unexpanded(reader: Reader, fx: torch.fx.Node) -> torch.fx.Node:
             if ahead
             else inner
         )
+    if name in RESHAPES:
+        inner, (first, *rest) = unexpanded(reader, source), reader.shape(fx)
+        before = reader.shape(source)
+        if reader.shape(inner) == [1, *before[1:]] and before[0] == first != 1:
+            return made_constant(reader, torch.ops.aten.reshape.default, inner, [1, *rest])
     if name in PERMUTES:
         inner = unexpanded(reader, source)
         if inner is not reader.through(source):

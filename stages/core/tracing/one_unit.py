@@ -25,6 +25,8 @@ def unit_kept(graph: torch.fx.Graph) -> None:
     changed = False
     for node in list(graph.nodes):
         _as_matrix(graph, node)
+        _as_product(graph, node)
+    for node in list(graph.nodes):
         last = _drops_unit(node)
         found = _between(node) if last else None
         if found and found[1]:
@@ -46,6 +48,29 @@ def _as_matrix(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         matrix = called(graph, weights, aten.unsqueeze.default, weights, 1)
         column = called(graph, node, aten.matmul.default, value, matrix)
     node.target, node.args, node.kwargs = aten.squeeze.dim, (column, len(tensor_shape(node))), {}
+
+
+def _as_product(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """What an einsum weighs places by (bn,bnd->bd, or ->bnd) is a row of a product, or multiplied entry by entry."""
+    if node.op != "call_function" or opname(node) != "einsum" or len(node.args[1]) != 2:
+        return
+    given, _, out = node.args[0].replace(" ", "").partition("->")
+    (few, weights), (many, value) = sorted(
+        zip(given.split(","), node.args[1], strict=True), key=lambda own: len(own[0])
+    )
+    left = [letter for letter in many if letter not in few]
+    if len(few) < 2 or len(left) != 1 or len({*many}) != len(few) + 1 != len(many) or "." in given:
+        return
+    aten, behind = torch.ops.aten, few + left[0]
+    with graph.inserting_before(node):
+        value = called(graph, node, aten.permute.default, value, [many.index(letter) for letter in behind])
+        if out == behind:
+            column = called(graph, node, aten.unsqueeze.default, weights, -1)
+            node.target, node.args = aten.mul.Tensor, (column, value)
+        elif out == few[:-1] + left[0]:
+            row = called(graph, node, aten.unsqueeze.default, weights, -2)
+            whole = called(graph, node, aten.matmul.default, row, value)
+            node.target, node.args = aten.squeeze.dim, (whole, -2)
 
 
 def _drops_unit(node: torch.fx.Node) -> bool:

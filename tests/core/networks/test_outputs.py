@@ -42,6 +42,10 @@ FORMS = {
     "tuple with None": lambda logits, _: (logits, None),
     "named tuple": Named,
     "object": lambda logits, _: Output(logits),
+    "features beside": lambda logits, features: (features, logits),
+    "probabilities beside": lambda logits, _: (logits, logits.softmax(1)),
+    "whole numbers beside": lambda logits, _: (logits.argmax(1), logits, logits.mean()),
+    "detached beside": lambda logits, features: {"y": logits, "x": features.detach()},
     "segmentation": lambda logits, features: OrderedDict(out=logits, aux=features),
 }
 
@@ -79,8 +83,8 @@ def test_which_is_read_is_said_once(caplog):
 @pytest.mark.parametrize(
     ("packed", "found"),
     [
-        (lambda logits, features: (logits, features), "a tuple of 0, 1"),
-        (lambda logits, features: {"a": logits, "b": features}, "a dict of a, b"),
+        (lambda logits, features: logits.split([1, 2], 1), r"a tuple of 0, 1.*call\[-1\]\[0\]"),
+        (lambda logits, features: {"a": logits, "b": features.exp()}, r"a dict of a, b.*call\[-1\]\['a'\]"),
         (lambda *_: None, "a NoneType of no tensor"),
         (lambda *_: {}, "a dict of no tensor"),
     ],
