@@ -7,8 +7,8 @@ import zipfile
 import pytest
 
 from stages.artifacts import local
-from stages.artifacts.__main__ import outputs
 from stages.artifacts.local import materialise
+from stages.artifacts.settings import outputs
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params
 
