@@ -31,8 +31,9 @@ def main(*words: str) -> None:
     if of["path"] or of["local"]:
         from stages.artifacts import local
 
-        local.materialise(of["path"], homes, Path())
-        local.materialise(of["local"], homes, Path(params.own))
+        folders = {place for own in profile.data.values() if own.kind == "folder" for place in own.places}
+        local.materialise(of["path"], homes, Path(), folders)
+        local.materialise(of["local"], homes, Path(params.own), folders)
     if of["url"] or of["s3"]:
         from stages.artifacts import bucket
 

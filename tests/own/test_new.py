@@ -69,7 +69,8 @@ def test_files_that_are_not_read_are_said(tmp_path):
         (tmp_path / name).write_bytes(b"something")
     said = look(tmp_path).described()
     assert said.endswith(
-        "pixels; passed over, not .jpg .jpeg .png .bmp .webp: test/b/Thumbs.db, train/a/5.HEIC"
+        "pixels; passed over 2 files, not .jpg .jpeg .png .bmp .webp .gif in train/ or test/: test/b/Thumbs.db, "
+        "train/a/5.HEIC"
     )
 
 
