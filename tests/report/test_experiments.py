@@ -206,7 +206,7 @@ def test_other_words_are_refused(words, folders):
 def test_experiments_are_listed_from_the_top_folder_alone(project, monkeypatch):
     (project / "below").mkdir()
     monkeypatch.chdir(project / "below")
-    with pytest.raises(InputError, match="params.yaml: no such file; run from the top folder"):
+    with pytest.raises(InputError, match=r"params\.yaml: no such file; run from the top folder"):
         main("--experiments")
     assert not any(Path().iterdir())
 
