@@ -179,7 +179,7 @@ def test_files_below_data_own_are_named_by_key(project, own, capsys):
         ),
         (["--mean", "0.5"], "found one of --mean and --std"),
         (["--network", "resnet18"], "nearest is resnet18, which differs"),
-        (["--network", "nowhere:build"], "cannot be imported"),
+        (["--network", "nowhere:build"], "cannot be imported .*installed or in this folder"),
         (["--size", "4"], "new: size: found 4"),
         (
             ["--argument", "depth=20"],
