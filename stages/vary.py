@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stages.core.runtime.command import command
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.progress import Bar
 from stages.core.settings.params import PROFILE_FILES
 from stages.core.settings.yaml_text import read_whole
@@ -47,6 +47,11 @@ def main(*words: str) -> None:
         )
     for name, settings in Bar(names, desc="check", unit="experiment"):
         check(name, settings)
+    if there := taken() & {name for name, _ in names}:
+        raise InputError(
+            f"vary: found {some(sorted(there))}, done or queued on this commit; allowed: other values, or first "
+            "dvc exp remove NAME, dvc queue remove NAME"
+        )
     for name, settings in Bar(names, desc="queue", unit="experiment"):
         queue(name, settings)
         log.info("%s", name)
@@ -128,6 +133,27 @@ def _refused(name: str, error: Exception) -> InputError:
     """What DVC's parser of settings says; of its own exceptions the cause alone says it."""
     said = str(error.__cause__ or error).partition("\n")[0]
     return InputError(f"vary: {name}: {said}; allowed: a key of params.yaml and a value, as `-S` takes them")
+
+
+def taken() -> set[str]:
+    """Names of experiments of this commit that are done, run or wait: DVC refuses the first, and fails at the others.
+
+    Raises InputError where there is no DVC project.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        with Repo() as repo:
+            commit, queued = repo.scm.get_rev(), repo.experiments.celery_queue
+            done = {name for found in repo.experiments.ls().values() for name, _ in found}
+            waiting = [*queued.iter_queued(), *queued.iter_active()]
+            return done | {own.name for own in waiting if own.name and own.baseline_rev == commit}
+    except (DvcException, SCMError) as error:
+        raise InputError(
+            f"vary: dvc cannot list experiments ({error}); allowed: a clone with a commit"
+        ) from error
 
 
 def queue(name: str, settings: Sequence[str]) -> None:

@@ -83,6 +83,10 @@ def test_experiments_are_in_the_queue_by_their_names(pipeline):
     main("budget=1.0,1.5", "seed=3")
     shown = subprocess.run([sys.executable, "-m", "dvc", "queue", "status"], capture_output=True, text=True)
     assert {"budget-1.0", "budget-1.5"} <= set(shown.stdout.split())
+    before = Path(".git/refs/exps/celery/stash").read_text()
+    with pytest.raises(InputError, match=r"vary: found budget-1.5, done or queued on this commit"):
+        main("budget=1.2,1.5", "seed=3")
+    assert Path(".git/refs/exps/celery/stash").read_text() == before
 
 
 @pytest.mark.parametrize(
