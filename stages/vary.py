@@ -150,9 +150,9 @@ def taken() -> set[str]:
             done = {name for found in repo.experiments.ls().values() for name, _ in found}
             waiting = [*queued.iter_queued(), *queued.iter_active()]
             return done | {own.name for own in waiting if own.name and own.baseline_rev == commit}
-    except (DvcException, SCMError) as error:
+    except (DvcException, SCMError, OSError) as error:
         raise InputError(
-            f"vary: dvc cannot list experiments ({error}); allowed: a clone with a commit"
+            f"vary: dvc cannot list experiments ({error}); allowed: a clone with a commit, that can be written"
         ) from error
 
 

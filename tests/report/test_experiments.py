@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from scmrepo.exceptions import SCMError
 
 from stages.core.runtime.errors import InputError
 from stages.report import experiments as experiments_module
@@ -201,6 +202,16 @@ def test_other_words_are_refused(words, folders):
     with pytest.raises(InputError, match=r"^report: found .*; allowed: nothing, or --experiments") as error:
         main(*words)
     assert words == ("--all",) or f"found {', '.join(words[1:])}, no folder" in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), SCMError("Empty git repo")])
+def test_a_folder_in_which_dvc_fails_is_one_line(project, monkeypatch, fault):
+    def fails(**_):
+        raise fault
+
+    monkeypatch.setattr("dvc.api.exp_show", fails)
+    with pytest.raises(InputError, match=r"^experiments: dvc cannot list them \(.*; allowed: a DVC project"):
+        main("--experiments")
 
 
 def test_experiments_are_listed_from_the_top_folder_alone(project, monkeypatch):
