@@ -6,41 +6,38 @@ Of refining, by what it starts from: python -m benchmarks refining --help
 Each pair is merged at 1x by the default method, in a process of its own, with one thread.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 
 from benchmarks.pairs import PAIRS
+from stages.core.runtime.command import command
+from stages.own.parser import Parser
 
 KINDS = ("forward", "products", "solve", "rest")
 HEAD = "| pair, images a task | stage | CPU seconds | forward | products | solve | rest |"
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["latency"]:
+def main(*words: str) -> None:
+    if words[:1] == ("latency",):
         from benchmarks import latency
 
-        latency.main(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["refining"]:
+        return latency.main(words[1:])
+    if words[:1] == ("refining",):
         from benchmarks import refining
 
-        refining.main(sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+        return refining.main(words[1:])
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(PAIRS)}; all of them if none"
     )
-    parser.add_argument(
-        "--images", type=int, default=0, help="of each task; as usual for the pair if not given"
-    )
-    given = parser.parse_args()
+    parser.add_argument("--images", type=int, help="of each task; as usual for the pair if not given")
+    given = parser.parse_args(words)
     unknown = [name for name in given.names if name not in PAIRS]
-    if unknown or given.images < 0:
+    if unknown or (given.images is not None and given.images < 1):
         parser.error(f"found {unknown or given.images}; allowed: {', '.join(PAIRS)}, and images from 1")
-    found = [one(name, given.images) for name in given.names or PAIRS]
+    found = [one(name, given.images or 0) for name in given.names or PAIRS]
     sys.stdout.write("\n".join(table(found)) + "\n")
 
 
@@ -76,4 +73,4 @@ def table(found: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, "...", helps=False)

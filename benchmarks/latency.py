@@ -4,11 +4,11 @@ Sources and merged networks of every form take turns in one process; the shortes
 random weights and the images are noise, which take the time that others do. Run it on a quiet machine.
 """
 
-import argparse
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from benchmarks.pairs import PAIRS, Pair, networks
+from stages.allocate.solve import check_budget
 from stages.api import merge
 from stages.core.merged.cost import built_cost, source_cost
 from stages.core.merged.network import MergedNetwork
 from stages.core.merged.tuning import fastest
+from stages.own.parser import Parser
 from stages.report.export import export
 
 LATENCY = {
@@ -51,8 +53,8 @@ class Form:
     run: Callable[[Tensor], Any]
 
 
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks latency", description=__doc__)
+def main(words: Sequence[str]) -> None:
+    parser = Parser(prog="python -m benchmarks latency", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(LATENCY)}; all if none")
     parser.add_argument("--batch", type=int, nargs="+", help="images at a time; as usual if not given")
     parser.add_argument("--budget", type=float, nargs="+", default=BUDGETS)
@@ -63,6 +65,8 @@ def main(words: list[str]) -> None:
     unknown = [name for name in given.names if name not in LATENCY]
     if unknown or min(given.repeats, given.threads, *(given.batch or [1])) < 1:
         parser.error(f"found {unknown or 'a number below 1'}; allowed: {', '.join(LATENCY)}, numbers from 1")
+    for budget in given.budget:
+        check_budget(budget, 2, dense=False)
     torch.set_num_threads(given.threads)
     say(f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}")
     say(
@@ -132,7 +136,7 @@ def in_torch(
     made: Mapping[str, nn.Module],
     merges: Mapping[tuple[float, str], MergedNetwork],
     x: Tensor,
-    given: argparse.Namespace,
+    given: Namespace,
 ) -> list[str]:
     """Rows of the table without the first cell."""
     sources, folded = list(made.values()), [fuse(network) for network in made.values()]
@@ -163,7 +167,7 @@ def in_onnxruntime(
     made: Mapping[str, nn.Module],
     merges: Mapping[tuple[float, str], MergedNetwork],
     x: Tensor,
-    given: argparse.Namespace,
+    given: Namespace,
 ) -> list[str]:
     """The same of exported files: one source against each merged network."""
     with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,8 @@ that the finetune stage left in this workspace, with the parameters of its param
 network, on standard output or at the end of a file; --draw makes a picture of such files and runs nothing.
 """
 
-import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from stages.allocate.solve import check_budget
 from stages.allocate.splits import split_units
 from stages.core.align.order import align
 from stages.core.align.solve import make_alignment
@@ -31,10 +32,12 @@ from stages.core.recipe.known import known_methods
 from stages.core.recipe.methods import Refine
 from stages.core.recipe.recipe import load_recipe
 from stages.core.runtime.device import generator, prepare
-from stages.core.settings.params import load_params
+from stages.core.runtime.errors import InputError
+from stages.core.settings.params import load_params, nearest
 from stages.core.units.moments import pool
 from stages.fit.network import fit_network
 from stages.match.matching import make_matching
+from stages.own.parser import Parser
 from stages.probe.__main__ import labelled
 from stages.probe.candidates import reference_row
 from stages.probe.evaluate import Candidate, OneForAll, accuracy, collect
@@ -44,12 +47,12 @@ from stages.statistics.moments import gather
 ALL = "all"  # images: the fit sees as many as params.yaml says, refining those the sources were trained on as well
 
 
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks refining", description=__doc__)
+def main(words: Sequence[str]) -> None:
+    parser = Parser(prog="python -m benchmarks refining", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", default=["progressive"], metavar="ROW", help="default: progressive"
     )
-    parser.add_argument("--images", nargs="+", default=[2500], type=lambda n: n if n == ALL else int(n))
+    parser.add_argument("--images", nargs="+", default=[2500], type=count_or_all)
     parser.add_argument("--steps", nargs="+", default=[800], type=int)
     parser.add_argument("--budget", nargs="+", default=[1.0], type=float)
     parser.add_argument("--layout", nargs="+", default=["blocks"], choices=("blocks", "dense"))
@@ -57,9 +60,19 @@ def main(words: list[str]) -> None:
     parser.add_argument("--draw", nargs="+", type=Path, metavar="FILE", help="draw these lines into --to")
     given = parser.parse_args(words)
     if given.draw:
-        lines = [json.loads(line) for path in given.draw for line in path.read_text().splitlines()]
-        draw(lines, given.to or Path("refining.png"))
-        return
+        lines = [line for path in given.draw for line in lines_of(path)]
+        to = given.to or Path("refining.png")
+        check_target(to)
+        return draw(lines, to)
+    if unknown := [row for row in given.rows if row not in known_methods().methods]:
+        raise InputError(
+            f"refining: found {unknown[0]}; allowed: {nearest(unknown[0], known_methods().methods)}"
+        )
+    numbers = [n for n in given.images if n != ALL]
+    if min([1, *numbers]) < 1 or min(given.steps) < 0:
+        parser.error("found a number that is too small; allowed: images from 1, steps from 0")
+    if given.to:
+        check_target(given.to)
     for found in study(given.rows, given.images, given.steps, given.budget, given.layout):
         line = json.dumps(found) + "\n"
         if given.to:
@@ -68,6 +81,32 @@ def main(words: list[str]) -> None:
         else:
             sys.stdout.write(line)
             sys.stdout.flush()
+
+
+def count_or_all(text: str) -> int | str:
+    return text if text == ALL else int(text)
+
+
+def check_target(path: Path) -> None:
+    """Gate: before anything is reckoned. Raises InputError where a file could not be written."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--to: {path} cannot be written; allowed: a file in a folder that is there")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The results in a file. Raises InputError where it has none."""
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        missing = {"row", "images", "steps", "own", "own oracle", "seconds"} - set.intersection(
+            *map(set, found)
+        )
+    except OSError as error:
+        raise InputError(f"--draw: {path} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--draw: {path}: not lines of JSON ({error}); allowed: what --to wrote") from error
+    if missing:
+        raise InputError(f"--draw: {path}: {min(missing)} is not in every line; allowed: what --to wrote")
+    return found
 
 
 def study(
@@ -79,6 +118,8 @@ def study(
 ) -> Iterator[dict[str, Any]]:
     """Accuracies in percent, means over the tasks, and CPU seconds of fit and refining of every combination."""
     params, known = load_params(), known_methods()
+    for budget, layout in product(budgets, layouts):
+        check_budget(budget, len(params.active.tasks), layout == "dense")
     device, recipe, labels = prepare(params.device, params.threads), load_recipe(params), params.active.labels
     sources, section, training = load_sources(params, device), recipe.fit, params.active.finetune
     test = labelled(params, recipe.probe, "test", device)
@@ -200,4 +241,7 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes[0].set(xlabel="images a task", ylabel="own heads, % of the oracle")
     axes[1].set(xlabel="CPU seconds of fit and refining", xscale="symlog", xlim=(-0.5, None))
     axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # a suffix of no kind of picture
+        raise InputError(f"--to: {path}: {error}") from error

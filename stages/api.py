@@ -5,6 +5,9 @@ merged = merge({"a": net_a, "b": net_b}, {"a": batches_a, "b": batches_b}, budge
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,7 @@ from stages.core.recipe.methods import MatchSettings, Method
 from stages.core.recipe.rooms import ALIGNMENTS, check_match, check_row
 from stages.core.recipe.sections import Options
 from stages.core.runtime.device import generator
-from stages.core.runtime.errors import LONGEST, InputError, some
+from stages.core.runtime.errors import LONGEST, InputError, shown, some
 from stages.core.runtime.surroundings import undisturbed, users_code
 from stages.core.settings.params import first_line, nearest
 from stages.core.sweep.batches import Batch
@@ -79,7 +82,7 @@ def merge(
             labels=labels,
             classes=classes,
             options=options,
-            progress=_yes(progress),
+            progress=_yes(_plain(progress)),
         )
 
 
@@ -145,10 +148,10 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
     if isinstance(method, str):
         if method not in known.methods:
             close = nearest(method[:LONGEST], known.methods)
-            raise InputError(f"method: found {method!r:.60}; allowed: {close}, or a mapping")
+            raise InputError(f"method: found {shown(method)}; allowed: {close}, or a mapping")
         method = known.methods[method].model_dump(exclude_unset=True)
     elif not isinstance(method, Mapping):
-        raise InputError(f"method: found {method!r:.60}; allowed: a name or a mapping")
+        raise InputError(f"method: found {shown(method)}; allowed: a name or a mapping")
     row = {**known.methods["progressive"].model_dump(exclude_unset=True), **method}
     match = row["match"]
     if isinstance(match, Mapping):
@@ -156,8 +159,8 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
     elif isinstance(match, str) and match in known.match:
         settings = known.match[match]
     else:
-        close = nearest(str(match)[:LONGEST], known.match)
-        raise InputError(f"match: found {match!r:.60}; allowed: {close}, or a mapping")
+        close = nearest(shown(match), known.match)
+        raise InputError(f"match: found {shown(match)}; allowed: {close}, or a mapping")
     found = _checked(Method, "", {**row, "match": "given"})
     check_match(settings)
     check_row(found)
@@ -167,21 +170,30 @@ def _row(method: str | Mapping[str, Any]) -> tuple[Method, MatchSettings]:
 
 
 def _yes(value: Any) -> bool:
-    if not isinstance(value, bool | int | None):
-        raise InputError(f"progress: found {value!r:.60}; allowed: True, False")
+    if not isinstance(value, bool | None):
+        raise InputError(f"progress: found {shown(value)}; allowed: True, False")
     return bool(value)
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy as Python's own, at any depth of a mapping."""
+    """Numbers of NumPy and torch, fractions and decimals as Python's own, at any depth of a mapping."""
     if isinstance(value, Mapping):
         return {key: _plain(own) for key, own in value.items()}
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic | np.ndarray) and not value.ndim:
+        return value.item()
+    if isinstance(value, Tensor) and not value.dim() and not value.is_meta:
+        return value.item()
+    if isinstance(value, Fraction | Decimal):
+        with suppress(
+            ValueError, OverflowError
+        ):  # of a signalling NaN and beyond a float: refused as they are
+            return float(value)
+    return value
 
 
 def _checked(section: type, name: str, given: Any) -> Any:
     if not isinstance(given, Mapping):
-        raise InputError(f"{name}: found {given!r:.60}; allowed: a mapping")
+        raise InputError(f"{name}: found {shown(given)}; allowed: a mapping")
     try:
         return section.model_validate(_plain(dict(given)))
     except ValidationError as error:
@@ -195,8 +207,8 @@ def _sources(
     classes: Mapping[str, Sequence[str]] | None,
 ) -> tuple[list[Source], str]:
     """The sources, and whether their labels are shared or separate."""
-    if labels not in (None, "shared", "separate"):
-        raise InputError(f"labels: found {labels!r:.40}; allowed: shared, separate")
+    if labels is not None and (not isinstance(labels, str) or labels not in ("shared", "separate")):
+        raise InputError(f"labels: found {shown(labels)}; allowed: shared, separate")
     largest = max(batches, key=lambda batch: batch.shape.numel())  # what memory is reckoned with
     example, tasks = two_of(largest.images), []
     for index, (name, network) in enumerate(networks.items()):
@@ -234,6 +246,6 @@ def _classes(classes: Any, name: str, width: int) -> tuple[str, ...]:
         isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(n, str) for n in given)
     )
     if not texts or len(set(given)) < len(given) or len(given) != width:
-        found = some(given) if texts else f"{given!r:.60}"
+        found = some(given) if texts else shown(given)
         raise InputError(f"classes: task {name}: found {found}; allowed: {width} different names, texts")
     return tuple(given)

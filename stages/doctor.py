@@ -161,13 +161,20 @@ def project(top: Path) -> Checked:
         return "note", (
             "git is on no branch, as a killed `dvc exp run` leaves it; go on with: git switch main (or your branch)"
         )
-    if not (here := str(top.resolve())).isascii():
-        return (
-            "note",
-            f"{here}: `dvc queue start` and `dvc exp run --temp` fail where a path is not of ASCII letters",
-        )
+    if fault := unfit_for_queue(top.resolve()):
+        return "note", fault
     return "ok", (
         f"dvc {metadata.version('dvc')}, profile {params.profile} from {params.source}, budget {params.budget:g}"
+    )
+
+
+def unfit_for_queue(top: Path) -> str | None:
+    """Why DVC's queue, which writes paths as ASCII, fails in a folder; None where it does not."""
+    if str(top).isascii():
+        return None
+    return (
+        f"found the folder {str(top)!a}; `dvc queue start` and `dvc exp run --temp` fail in it; "
+        "allowed: ASCII letters"
     )
 
 

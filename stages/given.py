@@ -13,7 +13,7 @@ from stages.core.merged.network import MergedNetwork
 from stages.core.merged.ranges import FLOATS
 from stages.core.networks.outputs import with_logits_alone
 from stages.core.runtime.cache import Storage
-from stages.core.runtime.errors import InputError, some
+from stages.core.runtime.errors import InputError, shown, some
 from stages.core.runtime.surroundings import users_code
 from stages.core.sweep.batches import Batch
 from stages.core.sweep.values import ImagesOnDisk
@@ -32,7 +32,7 @@ def checked_networks(networks: Any) -> dict[str, nn.Module]:
     found = {}
     for name, network in networks.items():
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"networks: found a task named {name!r:.60}; allowed: a text")
+            raise InputError(f"networks: found a task named {shown(name)}; allowed: a text")
         found[name] = checked_network(network, f"task {name}")
     kinds = {name: _kind(network) for name, network in found.items()}
     if len(set(kinds.values())) > 1:
@@ -105,7 +105,7 @@ def checked_batches(
             f"{some(sorted(networks))}"
         )
     if images is not None and (type(images) is not int or images < 1):
-        raise InputError(f"images: found {images!r:.40}; allowed: a whole number from 1, or None for all")
+        raise InputError(f"images: found {shown(images)}; allowed: a whole number from 1, or None for all")
     first = next(iter(networks.values()))
     weight = _numbers_of(first)
     found: list[Batch] = []

@@ -10,15 +10,20 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stages.core.runtime.command import command
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.progress import Bar
+from stages.core.settings.params import PROFILE_FILES
 from stages.core.settings.yaml_text import read_whole
+from stages.doctor import unfit_for_queue
 
 SETTING = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w.-]*)=(?P<values>.+)")
 LONGEST_NAME = 100  # of a file of git's
@@ -32,15 +37,20 @@ def main(*words: str) -> None:
         raise InputError(
             f"vary: found {' '.join(words)}; allowed: each setting once, its values after commas"
         )
-    if not (here := str(Path.cwd())).isascii():
-        raise InputError(
-            f"vary: found the folder {here!a}; allowed: ASCII letters, else DVC's queue fails in it"
-        )
+    if fault := unfit_for_queue(Path.cwd()):
+        raise InputError(f"vary: {fault}")
     read_whole(Path("params.yaml"))  # gate: without it DVC names the setting, not the folder
     names = list(experiments(varied))
     if len({name for name, _ in names}) < len(names):
         raise InputError(
             f"vary: found {' '.join(words)}; allowed: values that give each experiment its own name"
+        )
+    for name, settings in Bar(names, desc="check", unit="experiment"):
+        check(name, settings)
+    if there := taken() & {name for name, _ in names}:
+        raise InputError(
+            f"vary: found {some(sorted(there))}, done or queued on this commit; allowed: other values, or first "
+            "dvc exp remove NAME, dvc queue remove NAME"
         )
     for name, settings in Bar(names, desc="queue", unit="experiment"):
         queue(name, settings)
@@ -88,6 +98,62 @@ def experiments(varied: dict[str, Sequence[str]]) -> Iterator[tuple[str, list[st
 def plain(text: str) -> str:
     """What git and a file system take in a name."""
     return re.sub(r"[^A-Za-z0-9.]+|\.(?=\.|lock)", "-", text).strip("-.")
+
+
+def check(name: str, settings: Sequence[str]) -> None:
+    """params.yaml as DVC would set it, looked at as the first stage does. Raises InputError in one line."""
+    # here: they take a second to import
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from stages.artifacts.settings import checked_params
+
+    try:
+        sweep = get_hydra_sweeps({"params.yaml": list(settings)})  # of a value such as range(0, 3)
+    except (DvcException, HydraException) as error:
+        raise _refused(name, error) from error
+    for one in sweep:
+        with TemporaryDirectory() as folder:
+            for file in filter(os.path.isfile, PROFILE_FILES):
+                shutil.copyfile(file, Path(folder, file))
+            with chdir(folder):  # messages name the file, not where its copy is
+                try:
+                    apply_overrides("params.yaml", one["params.yaml"])
+                except (DvcException, HydraException, OmegaConfBaseException) as error:
+                    raise _refused(name, error) from error
+                try:
+                    checked_params()
+                except InputError as error:
+                    raise InputError(f"vary: {name}: {error}") from error
+
+
+def _refused(name: str, error: Exception) -> InputError:
+    """What DVC's parser of settings says; of its own exceptions the cause alone says it."""
+    said = str(error.__cause__ or error).partition("\n")[0]
+    return InputError(f"vary: {name}: {said}; allowed: a key of params.yaml and a value, as `-S` takes them")
+
+
+def taken() -> set[str]:
+    """Names of experiments of this commit that are done, run or wait: DVC refuses the first, and fails at the others.
+
+    Raises InputError where there is no DVC project.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        with Repo() as repo:
+            commit, queued = repo.scm.get_rev(), repo.experiments.celery_queue
+            done = {name for found in repo.experiments.ls().values() for name, _ in found}
+            waiting = [*queued.iter_queued(), *queued.iter_active()]
+            return done | {own.name for own in waiting if own.name and own.baseline_rev == commit}
+    except (DvcException, SCMError, OSError) as error:
+        raise InputError(
+            f"vary: dvc cannot list experiments ({error}); allowed: a clone with a commit, that can be written"
+        ) from error
 
 
 def queue(name: str, settings: Sequence[str]) -> None:

@@ -1,9 +1,13 @@
 """The notebook face: what is given in another form is read where its meaning is clear, and told of where it is not."""
 
+import gc
 import itertools
 import math
 import os
 import random
+import warnings
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -318,6 +322,61 @@ def test_numbers_of_numpy_are_numbers(kind):
     assert alike(weights(found), weights(plain_numbers))
     refused({"budget": kind("nan")}, "budget: found nan")
     refused({"options": {"seed": np.float64(0.5)}}, "options.seed: found 0.5")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [Fraction(3, 2), Decimal("1.5"), np.array(1.5), torch.tensor(1.5), torch.tensor(1.5, requires_grad=True)],
+)
+def test_numbers_of_one_meaning_are_numbers(number):
+    found = merge(networks(), batches(), number, options={"memory": number}, progress=False)
+    plain_numbers = merge(networks(), batches(), 1.5, options={"memory": 1.5}, progress=False)
+    assert alike(weights(found), weights(plain_numbers))
+    assert found.about["budget"]["asked"] == 1.5
+
+
+class Unwritten:
+    def __repr__(self):
+        raise RuntimeError("nothing to show")
+
+
+NO_NUMBERS = {
+    "a signalling NaN": Decimal("sNaN"),
+    "more than a float holds": Fraction(10**400),
+    "a tensor of several": torch.ones(3),
+    "an array of several": np.ones(3),
+    "a complex one": torch.tensor(1j),
+    "one without a value": torch.tensor(1.0, device="meta"),
+    "thousands of digits": 10**5000,
+    "without a text": Unwritten(),
+}
+
+
+@pytest.mark.parametrize("name", ["budget", "method", "labels", "progress", "options", "classes"])
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_values_of_no_plain_meaning_are_one_line(name, value):
+    refused({name: value}, f"^{name}: found ")
+
+
+@pytest.mark.parametrize("storage", ["auto", "memory", "disk"])
+def test_a_memory_limit_far_too_small_is_told_what_is_needed(storage):
+    with pytest.raises(InputError, match="or a memory limit of about ") as error:
+        merge(networks(), batches(), options={"memory": 1e-9, "storage": storage}, progress=False)
+    least = float(str(error.value).rpartition(" ")[2])
+    assert 1e-6 < least < 1e-2
+    merge(networks(), batches(), options={"memory": 20 * least, "storage": storage}, progress=False)
+    merge(networks(), batches(), options={"memory": 1e300, "storage": storage}, progress=False)
+
+
+def test_what_is_kept_on_disk_is_closed(monkeypatch):
+    said = []
+    monkeypatch.setattr("sys.unraisablehook", lambda fault: said.append(fault.exc_value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        merge(networks(), batches(), options={"storage": "disk"}, progress=False)
+        refused({"options": {"storage": "disk", "memory": 1e-4}}, "^fit, values on disk: needs")
+        gc.collect()
+    assert not said
 
 
 def option(name, value):

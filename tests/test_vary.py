@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from stages.core.runtime.errors import InputError
 from stages.vary import experiments, main, parse, plain, split
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_names_say_what_varies_and_nothing_else():
@@ -68,7 +71,7 @@ def pipeline(tmp_path, monkeypatch):
     for key in ("GIT_AUTHOR", "GIT_COMMITTER"):
         monkeypatch.setenv(f"{key}_NAME", "test")
         monkeypatch.setenv(f"{key}_EMAIL", "test@localhost")
-    (tmp_path / "params.yaml").write_text("seed: 0\nbudget: 1.0\n")
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
     (tmp_path / "dvc.yaml").write_text("stages:\n  one:\n    cmd: echo\n    params: [seed, budget]\n")
     for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"],
                   ["git", "commit", "-q", "-m", "one"]):  # fmt: skip
@@ -80,8 +83,37 @@ def test_experiments_are_in_the_queue_by_their_names(pipeline):
     main("budget=1.0,1.5", "seed=3")
     shown = subprocess.run([sys.executable, "-m", "dvc", "queue", "status"], capture_output=True, text=True)
     assert {"budget-1.0", "budget-1.5"} <= set(shown.stdout.split())
-    with pytest.raises(InputError, match=r"vary: sead-1: .*sead"):
-        main("sead=1")
+    before = Path(".git/refs/exps/celery/stash").read_text()
+    with pytest.raises(InputError, match=r"vary: found budget-1.5, done or queued on this commit"):
+        main("budget=1.2,1.5", "seed=3")
+    assert Path(".git/refs/exps/celery/stash").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("budget=1.0,abc", "vary: budget-abc: params.yaml: budget: found 'abc'"),
+        ("budget=choice(1,9)", "params.yaml: budget: found 9; allowed: a number from 1 to 2"),
+        ("seed=0,-1", "params.yaml: seed: found -1"),
+        ("seed=null", "params.yaml: seed: found None"),
+        ("sead=1", "vary: sead-1: Could not override 'sead'"),
+        ("+sead=1", "params.yaml: sead: unknown key"),
+        ("methods=[nope]", "vary: methods-nope: Error merging"),
+        ("methods=${nope}", "'nope' not found"),
+        ("fit.ridge=1.0,-1", "params.yaml: fit.ridge: found -1"),
+        ("methods.pleas.fit.solver=nope", "params.yaml: methods.pleas.fit.solver: found 'nope'"),
+        ("profiles.digits.architecture.arguments.depth=9", "arguments.depth: found 9"),
+        ("budget=[1", "vary: budget-1: no viable alternative"),
+    ],
+)
+def test_values_that_a_stage_would_refuse_queue_nothing(word, message, tmp_path, monkeypatch):
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stages.vary.queue", lambda *queued: pytest.fail(f"queued: {queued}"))
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        main(word)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
 def test_the_tables_of_the_page_show_what_varies_and_the_averages(pipeline):
@@ -93,7 +125,7 @@ def test_the_tables_of_the_page_show_what_varies_and_the_averages(pipeline):
     for words in (["git", "add", "-A"], ["git", "commit", "-q", "-m", "two"]):
         subprocess.run(words, check=True, capture_output=True)
     dvc("exp", "run", "-n", "large", "-S", "budget=1.46")
-    page = (Path(__file__).parents[1] / "docs/vary.md").read_text()
+    page = (ROOT / "docs/vary.md").read_text()
     (show,) = re.findall(r"^dvc (exp show .*)", page, re.M)
     header, _, *lines = dvc(*shlex.split(show)).strip().splitlines()
     assert sorted(header.replace("|", "").split()) == [

@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 from stages.allocate.cut import around, dense_around
 from stages.allocate.model import CostModel
 from stages.allocate.simple import prefix, threshold, to_allowed, uniform
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, shown
 
 LARGEST = 8000  # product variables up to which the integer program is quick; above, minimum cuts
 FINEST, ARCS = 64, 400_000  # of the minimum cuts: levels per group, arcs
@@ -78,7 +78,7 @@ def check_budget(budget: float, networks: int, dense: bool) -> None:
     most = networks**2 if dense else networks
     number = isinstance(budget, int | float) and not isinstance(budget, bool)
     if not number or not 1 <= budget <= most:
-        raise InputError(f"budget: found {budget!r}; allowed: a number from 1 to {most}")
+        raise InputError(f"budget: found {shown(budget)}; allowed: a number from 1 to {most}")
 
 
 def _measured(

@@ -7,15 +7,12 @@ python -m stages.artifacts list [PREFIX]        what the bucket holds, and which
 import sys
 from pathlib import Path
 
-from stages.core.networks.architectures import check_architecture
-from stages.core.recipe.recipe import load_recipe
-from stages.core.recipe.rooms import check_rows
+from stages.artifacts.settings import checked_params, outputs
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 from stages.core.settings.datasets import HOMES
 from stages.core.settings.params import PROFILE_FILES, load_params, profiles_by_file
-from stages.core.settings.places import DATA, MODELS, file_name, kind_of
-from stages.core.settings.profiles import Profile
+from stages.core.settings.places import DATA, MODELS, kind_of
 
 LONGEST_KEY = 1024  # bytes, of S3
 KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file comes from
@@ -24,12 +21,8 @@ KINDS = ("path", "local", "url", "s3", "initial", "embedded")  # what a file com
 def main(*words: str) -> None:
     if words:
         return show(*words)
-    params = load_params()
-    check_rows(load_recipe(params))  # a mistake in a row is said now, not after the training
+    params = checked_params()
     profile, files = params.active, outputs(params.active)
-    for name in profile.tasks:
-        architecture = profile.architecture_of(name)
-        check_architecture(architecture.name, architecture.arguments)
     clear(keep=set(files.values()))
     homes = {place: HOMES[own.kind] for own in profile.data.values() for place in own.places}
     of: dict[str, dict[str, Path]] = {kind: {} for kind in KINDS}
@@ -38,8 +31,9 @@ def main(*words: str) -> None:
     if of["path"] or of["local"]:
         from stages.artifacts import local
 
-        local.materialise(of["path"], homes, Path())
-        local.materialise(of["local"], homes, Path(params.own))
+        folders = {place for own in profile.data.values() if own.kind == "folder" for place in own.places}
+        local.materialise(of["path"], homes, Path(), folders)
+        local.materialise(of["local"], homes, Path(params.own), folders)
     if of["url"] or of["s3"]:
         from stages.artifacts import bucket
 
@@ -71,24 +65,6 @@ def show(word: str, prefix: str = "", *more: str) -> None:
         files.get(PROFILE_FILES[-1], {}), bucket
     )  # the others are made here or are the user's
     sys.stdout.write(listing.table(store, prefix, of, wanted))
-
-
-def outputs(profile: Profile) -> dict[str, Path]:
-    """Place -> where its file belongs. Raises InputError for names that cannot be files side by side."""
-    models = {task.checkpoint: MODELS / file_name(task.checkpoint) for task in profile.tasks.values()}
-    data = {place: DATA / file_name(place) for own in profile.data.values() for place in own.places}
-    for place in [*models, *data]:
-        if {"", ".", ".."} & set(file_name(place).split("/")):
-            raise InputError(
-                f"key {place!r}: leaves its folder; allowed: names joined by '/', none '.' or '..'"
-            )
-    if both := models.keys() & data.keys():
-        raise InputError(f"key {min(both)!r}: names a checkpoint and a data set; allowed: one of the two")
-    files = models | data
-    for path in files.values():
-        if inside := set(path.parents) & set(files.values()):
-            raise InputError(f"key {path}: lies inside {min(inside)}, which is a file; rename one of the two")
-    return files
 
 
 def clear(keep: set[Path]) -> None:

@@ -1,28 +1,39 @@
 """`source: local`: the user's own checkpoints and data, taken from the folder `own`."""
 
+import logging
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import files_below, replacing
 from stages.core.runtime.progress import Bar
+from stages.core.settings.datasets import passed_over
 from stages.core.settings.places import OWN
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can hold
 
 
-def materialise(files: Mapping[str, Path], homes: Mapping[str, str], own: Path = OWN) -> None:
+log = logging.getLogger(__name__)
+
+
+def materialise(
+    files: Mapping[str, Path],
+    homes: Mapping[str, str],
+    own: Path = OWN,
+    image_folders: Collection[str] = (),
+) -> None:
     """Put `<own>/<key>` at the path of every key; for an archive `<name>.zip` the folder `<own>/<name>` will do.
 
     A key that starts with / or ~/ is a path of its own.
 
     A folder is packed as an uncompressed zip file whatever the key's suffix, sorted, with one fixed time: the same
     files give the same bytes. Hidden files are left out. Everything is found before anything is written.
-    ``homes`` says of a key what it is and where to get it, for errors.
+    ``homes`` says of a key what it is and where to get it, for errors. image_folders: the keys of `kind: folder`, of
+    which it is said which files no stage will read.
     Raises InputError in one line: missing file or folder, empty folder, unreadable file, no space left.
     """
     if files and not own.is_dir():
@@ -36,6 +47,8 @@ def materialise(files: Mapping[str, Path], homes: Mapping[str, str], own: Path =
     }
     for key, path in files.items():
         if key in packed:
+            if key in image_folders and (left := passed_over(packed[key])):
+                log.warning("%s: %s", key, left)
             _pack(packed[key], path)
         else:
             _copy(own / Path(key).expanduser(), path)

@@ -15,9 +15,10 @@ from stages.core.images.archives import Archive
 from stages.core.images.classes import Split, choose
 from stages.core.images.decoding import Decoder
 from stages.core.images.formats import folder as format
-from stages.core.images.formats.listing import IMAGES, Listing, open_image
-from stages.core.runtime.errors import InputError, some
+from stages.core.images.formats.listing import Listing, open_image
+from stages.core.runtime.errors import InputError
 from stages.core.runtime.files import files_below
+from stages.core.settings.datasets import passed_over
 from stages.core.settings.profiles import Data
 
 LOOKED_AT = 100  # images whose sizes are read
@@ -60,17 +61,12 @@ class Folder:
         """One line: classes, images, sizes."""
         shown = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
         (width, height), count = self.sizes.most_common(1)[0]
+        left = passed_over(self.tree.names)
         share = "all" if count == self.sizes.total() else f"{count} of {self.sizes.total()}"
         return (
             f"{len(self.classes)} classes ({shown}), {len(self.listing.train)} train and {len(self.listing.test)} "
-            f"test images, {share} of {width}x{height} pixels{self._passed_over()}"
+            f"test images, {share} of {width}x{height} pixels{f'; {left}' if left else ''}"
         )
-
-    def _passed_over(self) -> str:
-        """The files that are not read, most of them no images: said, as some may be meant as such."""
-        read = {name for name, _ in (*self.listing.train, *self.listing.test)}
-        left = [name for name in self.tree.names if name not in read]
-        return f"; passed over, not {' '.join(IMAGES)}: {some(left, 2)}" if left else ""
 
     def sample(self, data: Data, split: Split, count: int) -> tuple[Tensor, Tensor]:
         """The first images of a split as the pipeline has them: uint8 (n, c, size, size), and labels (n,)."""

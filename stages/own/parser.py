@@ -1,4 +1,4 @@
-"""The command line of ``stages.new``."""
+"""Command lines with options."""
 
 import argparse
 from typing import NoReturn
@@ -9,4 +9,5 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
-        self.exit(2, f"error: new: {message}; usage: {self.prog} --help\n")
+        name = self.prog.removeprefix("python -m ").removeprefix("stages.")
+        self.exit(2, f"error: {name}: {message}; usage: {self.prog} --help\n")

@@ -14,6 +14,7 @@ from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError, some
 from stages.core.runtime.files import write_bytes, write_json, write_text
 from stages.core.settings.params import load_params
+from stages.core.settings.yaml_text import read_whole
 from stages.report import tables
 from stages.report.cards import complete, read_card
 from stages.report.page import PAGE, experiments_page, report_page
@@ -93,14 +94,16 @@ def experiments(option: str, *words: str) -> None:
     from stages.report.comparison import comparisons
     from stages.report.experiments import markdown, read_runs, with_joint
 
-    commits = int(words[0]) if len(words) == 1 and words[0].isdecimal() else 1
-    folders = [Path(word) for word in words if not word.isdecimal()]
+    counted = len(words) == 1 and words[0].isdecimal() and int(words[0][:9]) > 0
+    commits, folders = (int(words[0][:9]), []) if counted else (1, [Path(word) for word in words])
     lost = [folder for folder in folders if not folder.is_dir()]
     if option != "--experiments" or lost:
         found = f"{some(lost)}, no folder" if option == "--experiments" else " ".join([option, *words])
         raise InputError(
             f"report: found {found}; allowed: nothing, or --experiments, a number of commits or folders of other clones"
         )
+    if not folders:
+        read_whole(Path("params.yaml"))  # gate: the reports of dvc's experiments belong to their top folder
     folder, runs = Path("reports/experiments"), read_runs(commits, folders)
     write_text(folder / "runs.csv", runs.to_csv(index=False))
     write_text(folder / "table.md", text := markdown(runs))

@@ -49,12 +49,13 @@ def _experiments(commits: int) -> list[Mapping[str, Any]]:
     """The experiments of the last commits as dvc shows them, the latest last."""
     from dvc.api import exp_show  # here: slow to import
     from dvc.exceptions import DvcException
+    from scmrepo.exceptions import SCMError
 
     try:
         return [_present(experiment) for experiment in reversed(exp_show(num=commits))]
-    except DvcException as error:
+    except (DvcException, SCMError, OSError) as error:
         raise InputError(
-            f"experiments: dvc cannot list them ({error}); allowed: a DVC project with git"
+            f"experiments: dvc cannot list them ({error}); allowed: a DVC project with git, that can be written"
         ) from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import boto3
 import yaml
 
-from stages.artifacts.__main__ import outputs
+from stages.artifacts.settings import outputs
 from stages.core.settings.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import zipfile
 import pytest
 
 from stages.artifacts import local
-from stages.artifacts.__main__ import outputs
 from stages.artifacts.local import materialise
+from stages.artifacts.settings import outputs
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params
 
@@ -176,3 +176,22 @@ def test_as_a_user_runs_it(workspace):
     code, log = space.run()
     assert code == 0, log
     assert space.outputs() == {path.as_posix(): b"content" for path in files.values()}
+
+
+def test_files_of_an_image_folder_that_no_stage_reads_are_said_once(own, tmp_path, caplog):
+    files = {"first.zip": tmp_path / "out/first.zip", "birds.tgz": tmp_path / "out/birds.tgz"}
+    for key in files:
+        fill(
+            own / key.partition(".")[0],
+            {**IMAGES, "train/cat/5.HEIC": b"5", "val/cat/6.png": b"6", "a.txt": b"7"},
+        )
+    materialise(files, HOMES_OF, own, {"first.zip"})
+    (line,) = caplog.messages
+    assert line == (
+        "first.zip: passed over 3 files, not .jpg .jpeg .png .bmp .webp .gif in train/ or test/: "
+        "a.txt, train/cat/5.HEIC, ... (3)"
+    )
+    caplog.clear()
+    fill(own / "second")
+    materialise({"second.zip": tmp_path / "out/second.zip"}, HOMES_OF, own, {"second.zip"})
+    assert not caplog.messages

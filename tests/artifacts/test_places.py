@@ -6,7 +6,7 @@ import pytest
 import yaml
 from loopback import CONTENT, OTHER
 
-from stages.artifacts.__main__ import outputs
+from stages.artifacts.settings import outputs
 from stages.core.networks.checkpoints import load_network
 from stages.core.settings import places
 from stages.core.settings.params import load_params

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from loopback import CHUNK, CONTENT, KEY, OTHER, digest, free_port
 
 from stages.artifacts import bucket, checks, client
-from stages.artifacts.__main__ import outputs
+from stages.artifacts.settings import outputs
 from stages.core.runtime import cache
 from stages.core.runtime.errors import InputError
 from stages.core.settings.params import load_params

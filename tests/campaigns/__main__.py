@@ -1,6 +1,5 @@
 """python -m tests.campaigns NAME --times N [--seed S]: tried, what became of them, and every bad one with its seed."""
 
-import argparse
 import importlib
 import random
 import sys
@@ -13,6 +12,7 @@ sys.path += [str(ROOT / name) for name in ("tests", "tests/artifacts", "tests/co
 
 import torch  # noqa: E402 (behind the paths that the campaigns share with the tests)
 
+from stages.own.parser import Parser  # noqa: E402
 from tests.campaigns.rule import Bad  # noqa: E402
 
 NAMES = ("merged", "checkpoint", "image", "archive", "s3", "params", "api", "kill")
@@ -35,11 +35,13 @@ def run(name: str, times: int, seed: int, say: bool = False) -> tuple[Counter[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns")
+    parser = Parser(prog="python -m tests.campaigns")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.times < 1:
+        parser.error(f"found --times {given.times}; allowed: from 1")
     torch.set_num_threads(1)
     found, bad = run(given.name, given.times, given.seed, say=True)
     told = "; ".join(f"{count} {what}" for what, count in found.most_common())

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from stages.artifacts.__main__ import outputs
+from stages.artifacts.settings import outputs
 from stages.core.networks.architectures import check_architecture
 from stages.core.recipe.recipe import load_recipe
 from stages.core.settings.params import parse_params

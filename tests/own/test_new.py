@@ -69,7 +69,8 @@ def test_files_that_are_not_read_are_said(tmp_path):
         (tmp_path / name).write_bytes(b"something")
     said = look(tmp_path).described()
     assert said.endswith(
-        "pixels; passed over, not .jpg .jpeg .png .bmp .webp: test/b/Thumbs.db, train/a/5.HEIC"
+        "pixels; passed over 2 files, not .jpg .jpeg .png .bmp .webp .gif in train/ or test/: test/b/Thumbs.db, "
+        "train/a/5.HEIC"
     )
 
 
@@ -178,7 +179,7 @@ def test_files_below_data_own_are_named_by_key(project, own, capsys):
         ),
         (["--mean", "0.5"], "found one of --mean and --std"),
         (["--network", "resnet18"], "nearest is resnet18, which differs"),
-        (["--network", "nowhere:build"], "cannot be imported"),
+        (["--network", "nowhere:build"], "cannot be imported .*installed or in this folder"),
         (["--size", "4"], "new: size: found 4"),
         (
             ["--argument", "depth=20"],

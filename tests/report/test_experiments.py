@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from scmrepo.exceptions import SCMError
 
 from stages.core.runtime.errors import InputError
 from stages.report import experiments as experiments_module
@@ -194,12 +195,31 @@ def test_the_command_writes_everything(folders):
     }
 
 
-@pytest.mark.parametrize("words", [("--all",), ("--experiments", "nowhere"), ("--experiments", "1", "2x")])
+@pytest.mark.parametrize(
+    "words", [("--all",), *(("--experiments", *own.split()) for own in ("nowhere", "1 2x", "4 5", "0"))]
+)
 def test_other_words_are_refused(words, folders):
     with pytest.raises(InputError, match=r"^report: found .*; allowed: nothing, or --experiments") as error:
         main(*words)
-    named = [word for word in words if word in ("nowhere", "2x")]
-    assert all(f"found {word}, no folder" in str(error.value) for word in named)
+    assert words == ("--all",) or f"found {', '.join(words[1:])}, no folder" in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), SCMError("Empty git repo")])
+def test_a_folder_in_which_dvc_fails_is_one_line(project, monkeypatch, fault):
+    def fails(**_):
+        raise fault
+
+    monkeypatch.setattr("dvc.api.exp_show", fails)
+    with pytest.raises(InputError, match=r"^experiments: dvc cannot list them \(.*; allowed: a DVC project"):
+        main("--experiments")
+
+
+def test_experiments_are_listed_from_the_top_folder_alone(project, monkeypatch):
+    (project / "below").mkdir()
+    monkeypatch.chdir(project / "below")
+    with pytest.raises(InputError, match=r"params\.yaml: no such file; run from the top folder"):
+        main("--experiments")
+    assert not any(Path().iterdir())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from stages.core.settings.datasets import HOMES
 from stages.core.settings.places import file_name
 from stages.core.settings.profiles import Data
 
-_VERSION = 2  # of all that turns a file into an array: a higher number makes the kept arrays anew
+_VERSION = 3  # of all that turns a file into an array: a higher number makes the kept arrays anew
 
 
 @dataclass(frozen=True)

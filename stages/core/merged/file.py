@@ -15,7 +15,7 @@ from stages.core.merged.cost import split_cost
 from stages.core.merged.network import MergedNetwork
 from stages.core.merged.ranges import check_header, check_parameters, check_sizes, check_values, check_widths
 from stages.core.merged.seal import FORMAT, SEAL, check_seal
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, shown
 from stages.core.runtime.files import read_metadata, read_tensors
 
 
@@ -27,8 +27,8 @@ def load_merged(path: str | Path, device: str | torch.device = "cpu") -> MergedN
     """
     try:
         place = torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise InputError(f"device: found {device!r:.60}; allowed: cpu, or a GPU that is there") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"device: found {shown(device)}; allowed: cpu, or a GPU that is there") from error
     text = read_metadata(path).get("merged", "{}")
     try:
         header = json.loads(text)

@@ -24,7 +24,7 @@ from stages.core.merged.table import layer_table
 from stages.core.merged.tuning import Folded, Tuning, tune
 from stages.core.merged.unit_layers import Moved, merged_layer
 from stages.core.merged.written import write_merged
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +101,7 @@ class MergedNetwork(nn.Module):
                 if layer is not None:
                     self.maps[_key(node)] = layer
         self._piecewise = {node.name for node in trace.graph.nodes[1:] if self._runs_apart(node)}
+        self._built = {name: tensor.shape for name, tensor in self.state_dict().items()}
         self.eval()
 
     def _moved(self, node: Node) -> Moved:
@@ -191,6 +192,15 @@ class MergedNetwork(nn.Module):
         """Names of the nodes whose values are corrected for each task."""
         return [n.name for n in self.trace.graph.nodes if f"correction_{n.name}" in self._buffers]
 
+    @property
+    def expected_shapes(self) -> dict[str, torch.Size]:
+        """Of the tensors of its state as it was built, and of its corrections: what a file of it holds."""
+        corrections = {
+            f"correction_{name}": torch.Size([2, self.networks, self.arrangement(name).width])
+            for name in self.corrected
+        }
+        return {**self._built, **corrections}
+
     def _corrected(self, node: Node, value: Tensor, task: int | None, entries: slice) -> Tensor:
         correction = self._buffers.get(f"correction_{node.name}")
         if correction is None or task is None:
@@ -231,6 +241,10 @@ class MergedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "instead": None}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the plain network, as it reads neither blocks nor names of tasks."""
+        return self.plain()
 
     def _heads(self, features: Sequence[Tensor], task: int | None) -> Tensor:
         """The logits of separate label spaces from what the heads read, and what follows them, head by head."""
@@ -274,9 +288,9 @@ class MergedNetwork(nn.Module):
         if task is None and not (self.corrected and self.labels == "shared"):
             return None
         if task is not None and self.labels == "shared" and not self.corrected:
-            raise InputError(f"task: found {task!r}; allowed: none, the tasks share one label space")
-        if task not in names:
-            raise InputError(f"task: found {task!r}; allowed: {', '.join(names)}")
+            raise InputError(f"task: found {shown(task)}; allowed: none, the tasks share one label space")
+        if not isinstance(task, str) or task not in names:
+            raise InputError(f"task: found {shown(task)}; allowed: {', '.join(names)}")
         return names.index(task)
 
     def _run(
@@ -341,8 +355,8 @@ class MergedNetwork(nn.Module):
         A torch.fx.GraphModule with copies of the weights, zeros where there is no block. fold: batch norms are
         folded into the linear maps that they alone read. Raises InputError for a task that is not there.
         """
-        if not isinstance(fold, bool | int):
-            raise InputError(f"fold: found {fold!r:.60}; allowed: True, False")
+        if not isinstance(fold, bool):
+            raise InputError(f"fold: found {shown(fold)}; allowed: True, False")
         return make_plain(self, self._index(task), fold)
 
     def tune(self, example: Tensor) -> Tuning:

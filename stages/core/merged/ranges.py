@@ -131,4 +131,14 @@ def check_values(state: Mapping[str, Tensor]) -> None:
             raise InputError(f"{name}: found a negative variance; allowed: zero or more")
 
 
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """The tensors of a merged network as it was built. Raises InputError with the first that is not."""
+    for name in sorted({*state, *expected}, key=lambda name: (name in expected, name)):
+        found = f"the shape {tuple(state[name].shape)}" if name in state else "nothing by this name"
+        if name not in expected:
+            raise InputError(f"{name}: found a tensor of other layers; allowed: those that merging built")
+        if name not in state or state[name].shape != expected[name]:
+            raise InputError(f"{name}: found {found}; allowed: {tuple(expected[name])}, as merging built it")
+
+
 FLOATS = {"torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"}

@@ -235,8 +235,8 @@ def _imported(name: str, arguments: Mapping[str, Any]) -> tuple[Callable[..., nn
         constructor = getattr(importlib.import_module(where), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"architecture.name: {name} cannot be imported ({_line(error)}); allowed: package.module:function of an "
-            "installed package"
+            f"architecture.name: {name} cannot be imported ({_line(error)}); allowed: package.module:function, "
+            "installed or in this folder"
         ) from error
     if not _defines_networks(constructor):
         raise InputError(

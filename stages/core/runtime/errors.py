@@ -24,3 +24,17 @@ def some(names: Iterable[object], most: int = 4) -> str:
     """The first names of many in an error message: `a, b, c, d, ... (30)`."""
     found = [str(name) for name in names]
     return ", ".join(found) if len(found) <= most else f"{', '.join(found[:most])}, ... ({len(found)})"
+
+
+def shown(value: object) -> str:
+    """``repr`` without the middle of a long one, for an error message.
+
+    Python refuses to write a whole number of thousands of digits, and a stranger's own ``__repr__`` may raise anything.
+    """
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a number beyond 10**60"
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001
+        text = f"something of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"

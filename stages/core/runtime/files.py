@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stages.core.runtime.errors import InputError
+from stages.core.runtime.errors import InputError, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond the size that the system lets a file have
 CLOSED = (
@@ -87,11 +87,11 @@ def _check_replaceable(path: Path) -> None:
 def as_path(path: str | Path) -> Path:
     """What a user gives as one, ``~`` for the own folder. Raises InputError for anything else."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in str(path):
-        raise InputError(f"path: found {path!r:.60}; allowed: a text or a Path")
+        raise InputError(f"path: found {shown(path)}; allowed: a text or a Path")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # somebody whom the system does not know
-        raise InputError(f"path: found {path!r:.60}; allowed: the whole path ({error})") from error
+        raise InputError(f"path: found {shown(path)}; allowed: the whole path ({error})") from error
 
 
 def _existing(path: str | Path) -> Path:

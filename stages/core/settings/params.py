@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from stages.core.runtime.errors import InputError, some
+from stages.core.runtime.errors import InputError, shown, some
 from stages.core.settings.places import BUCKET, BUCKET_RULE, OWN, endpoint_fault
 from stages.core.settings.profiles import Place, Profile
 from stages.core.settings.sections import Count, Name, Section, Whole
@@ -24,7 +24,7 @@ Raw = dict[str, Any]
 
 def _check_bucket(name: str) -> str:
     if not re.fullmatch(BUCKET, name) or re.search(r"\.\.|\.-|-\.|^[0-9.]+$|^xn--", name):
-        raise ValueError(f"found {_short(name)}; allowed: {BUCKET_RULE}")
+        raise ValueError(f"found {shown(name)}; allowed: {BUCKET_RULE}")
     return name
 
 
@@ -156,7 +156,7 @@ def profiles_by_file(folder: str | Path = ".") -> dict[str, dict[str, Profile]]:
 def parse_params(found: Any, path: str = "params.yaml") -> Params:
     """Check an already read mapping (what ``load_params`` does after reading)."""
     if not isinstance(found, dict):
-        raise InputError(f"{path}: found {_short(found)}; allowed: a mapping of settings, as it is committed")
+        raise InputError(f"{path}: found {shown(found)}; allowed: a mapping of settings, as it is committed")
     if isinstance(found.get("budget"), int) and not isinstance(found["budget"], bool):
         found = {**found, "budget": float(found["budget"])}
     try:
@@ -197,7 +197,7 @@ def first_line(error: ValidationError, section: type[Section] = Params, name: st
     if kind == "model_type" and len(kinds) == 1:
         allowed += f" of {some(_siblings(section, (*first['loc'], '')), 8)}"
     value = first["input"]
-    found = "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
+    found = "nan" if isinstance(value, float) and math.isnan(value) else shown(value)
     return f"{where}: found {found} ({type(value).__name__}); allowed: {allowed}"
 
 
@@ -205,12 +205,6 @@ def _allowed(kind: Mapping[str, Any]) -> str:
     if kind["type"] in ("model_type", "dict_type"):
         return "a mapping"
     return kind["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-
-
-def _short(value: Any) -> str:
-    """``repr`` without the middle of a long one. Python refuses to write a whole number of thousands of digits."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number beyond 10**60"
-    return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"
 
 
 def _siblings(section: type[Section], location: tuple[Any, ...]) -> list[str]:

@@ -47,16 +47,16 @@ def place_values(
     on_disk = disk_bytes(sweep, visitor)
     if on_disk > free_disk():
         raise InputError(
-            f"{what}: needs {on_disk / GIB:.2f} GiB in {scratch()}, there are {_floor(free_disk())} GiB; allowed: "
+            f"{what}: needs {_gib(on_disk, up=True)} GiB in {scratch()}, there are {_gib(free_disk())} GiB; allowed: "
             "fewer images, precision: bfloat16, or XDG_CACHE_HOME on a larger disk"
         )
     if storage == "auto":
         log.info(
-            "%s: would take %.2f GiB of memory, there are %s: values are kept on disk (%.2f GiB in %s)",
+            "%s: would take %s GiB of memory, there are %s: values are kept on disk (%s GiB in %s)",
             what,
-            needed / GIB,
-            _floor(there),
-            on_disk / GIB,
+            _gib(needed, up=True),
+            _gib(there),
+            _gib(on_disk, up=True),
             scratch(),
         )
 
@@ -143,7 +143,7 @@ def _held(sweep: Sweep, visitor: Visitor) -> Iterator[tuple[Node, int, int, int]
 def available(limit_gib: float | None, device: torch.device) -> int:
     """Bytes of memory that may be used. ``limit_gib`` None: what the machine (a rank's share) or the GPU has free."""
     if limit_gib is not None:
-        return int(limit_gib * GIB)
+        return int(min(limit_gib, GIB) * GIB)  # more is as good as none, and at last no whole number
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // ranks.on_this_machine()
@@ -163,10 +163,14 @@ def check_memory(
     there = available(limit_gib, device)
     if needed > there:
         raise InputError(
-            f"{what}: needs {needed / GIB:.2f} GiB, there are {_floor(there)} GiB; "
-            f"allowed: {smaller}, or a larger memory limit"
+            f"{what}: needs {(least := _gib(needed, up=True))} GiB, there are {_gib(there)} GiB; "
+            f"allowed: {smaller}, or a memory limit of about {least}"
         )
 
 
-def _floor(there: int) -> str:
-    return f"{math.floor(there / GIB * 100) / 100:.2f}"
+def _gib(size: int, up: bool = False) -> str:
+    """Bytes in GiB, as `memory` is said: two places, or as many as show two digits of what is less."""
+    found = size / GIB
+    places = max(2, 1 - math.floor(math.log10(found))) if found else 2
+    digits = round(found * 10**places, 6)
+    return f"{(math.ceil if up else math.floor)(digits) / 10**places:.{places}f}"

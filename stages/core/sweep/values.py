@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,7 @@ class OnDisk:
     def __init__(self) -> None:
         self._file, self._end = _nameless(scratch()), 0
         self._pieces: list[_Piece] = []
+        weakref.finalize(self, self._file.close)  # what nobody closes goes without a ResourceWarning
 
     def append(self, value: Tensor) -> None:
         value = _dense(value)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from stages.core.graph.layouts import Layout, Segment
 from stages.core.graph.nodes import Node
@@ -179,9 +180,46 @@ def test_a_network_on_the_meta_device_tells_its_shapes(merged, images):
         assert network(images().double().to("meta")).shape == (len(images()), 7)
 
 
-def test_fold_is_yes_or_no(merged):
-    with pytest.raises(InputError, match=r"^fold: found 'no'; allowed: True, False$"):
-        merged([3, 4], "separate").plain(fold="no")
+@pytest.mark.parametrize("fold", ["no", 5, None, 1.0])
+def test_fold_is_yes_or_no(merged, fold):
+    with pytest.raises(InputError, match=r"^fold: found .*; allowed: True, False$"):
+        merged([3, 4], "separate").plain(fold=fold)
+
+
+def test_torch_script_compiles_the_plain_network(merged, images):
+    network = merged([3, 4], "separate")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(network)(images()), network(images()))
+
+
+def _norm(network):
+    return next(own for own in network.modules() if isinstance(own, nn.BatchNorm2d))
+
+
+OTHER_LAYERS = {
+    "a parameter of another shape": lambda n: setattr(
+        _norm(n), "weight", nn.Parameter(torch.ones(2).double())
+    ),
+    "a layer in another's place": lambda n: n.maps.update({list(n.maps)[-1]: nn.Linear(2, 2).double()}),
+    "a layer less": lambda n: n.maps.pop(next(iter(n.maps))),
+    "a layer more": lambda n: n.add_module("extra", nn.Linear(2, 2).double()),
+    "a buffer more": lambda n: n.register_buffer("mean", torch.ones(3).double()),
+    "pruned": lambda n: prune.random_unstructured(_norm(n), "weight", 0.5),
+    "parametrised": lambda n: nn.utils.parametrizations.weight_norm(_norm(n), "weight"),
+    "a text about it": lambda n: setattr(n, "about", "mine"),
+    "a tensor about it": lambda n: n.about.update(mine=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
+def test_what_could_not_be_read_is_not_written(change, merged, tmp_path):
+    network = merged([3, 4], "separate")
+    network.save(path := tmp_path / "net.safetensors")
+    before = path.read_bytes()
+    change(network)
+    with pytest.raises(InputError, match="; allowed: "):
+        network.save(path)
+    assert path.read_bytes() == before
 
 
 def test_separate_label_spaces_need_a_linear_head():

@@ -8,7 +8,7 @@ import torch
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from stages.artifacts.__main__ import outputs
+from stages.artifacts.settings import outputs
 from stages.core.networks.architectures import build
 from stages.core.runtime.errors import InputError
 from stages.core.settings.datasets import HOMES

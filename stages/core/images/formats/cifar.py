@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.images.archives import Archive
 from stages.core.images.formats import folder
-from stages.core.images.formats.listing import Entries, Listing, folder_of, is_image
+from stages.core.images.formats.listing import Entries, Listing, folder_of
 from stages.core.runtime.errors import InputError
+from stages.core.settings.datasets import is_image
 
 if TYPE_CHECKING:
     import numpy as np

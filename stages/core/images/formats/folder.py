@@ -1,8 +1,9 @@
 """A folder of images: `train/<class>/*` and `test/<class>/*`, possibly below one top folder."""
 
 from stages.core.images.archives import Archive
-from stages.core.images.formats.listing import IMAGES, Listing, is_image
+from stages.core.images.formats.listing import Listing
 from stages.core.runtime.errors import InputError
+from stages.core.settings.datasets import IMAGES, is_image, level_of_part
 
 
 def read(archive: Archive) -> Listing:
@@ -13,8 +14,7 @@ def read(archive: Archive) -> Listing:
     found: dict[str, dict[str, list[str]]] = {}
     tops = set()
     for name in archive.names:
-        levels = name.split("/")
-        depth = next((d for d in (0, 1) if levels[d : d + 1] in (["train"], ["test"])), None)
+        levels, depth = name.split("/"), level_of_part(name)
         if depth is None or not is_image(name):
             continue
         if len(levels) < depth + 3:

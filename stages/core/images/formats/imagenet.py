@@ -7,7 +7,8 @@ test split; without, val takes the place of train.
 import re
 
 from stages.core.images.archives import Archive
-from stages.core.images.formats.listing import Listing, is_image, missing
+from stages.core.images.formats.listing import Listing, missing
+from stages.core.settings.datasets import is_image
 
 _WNID = re.compile(r"n\d{8}")
 

@@ -1,7 +1,6 @@
 """What every reader of a data set's format gives: the images by name and class, none of them decoded yet."""
 
 import io
-import posixpath
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ from stages.core.runtime.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = (
     "JPEG",
     "PNG",
@@ -117,7 +115,3 @@ def whole_number(archive: Archive, name: str, text: str) -> int:
         return int(text)
     except ValueError as error:
         raise InputError(f"{archive.path}: {name}: found {text!r}; allowed: a whole number") from error
-
-
-def is_image(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() in IMAGES
