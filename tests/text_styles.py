@@ -112,6 +112,27 @@ class OfThree(nn.Module):
         return self.fc(torch.einsum("bjd,bij->bid", self.value(y), scores).mean(1))
 
 
+class Documents(nn.Module):
+    """Hierarchical attention (Yang 2016): words of each sentence, then sentences of each document."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.fc = nn.Embedding(11, 6), nn.Linear(8, 3)
+        self.words, self.sentences = (
+            nn.GRU(width, 4, batch_first=True, bidirectional=True) for width in (6, 8)
+        )
+        self.maps = nn.ModuleList(nn.Linear(8, 5) for _ in range(2))
+        self.contexts = nn.ModuleList(nn.Linear(5, 1, bias=False) for _ in range(2))
+
+    def attend(self, i, x):
+        return (self.contexts[i](torch.tanh(self.maps[i](x))).softmax(1) * x).sum(1)
+
+    def forward(self, x):
+        x, n = x.view(-1, 3, 2), len(x)
+        y = self.attend(0, self.words(self.table(x.reshape(n * 3, 2)))[0])
+        return self.fc(self.attend(1, self.sentences(y.view(n, 3, 8))[0]))
+
+
 TEXT = (6,)
 TEXTS = {
     "padding of texts": (Padded, TEXT),
@@ -122,4 +143,5 @@ TEXTS = {
     "complex turns": (Rotary, TEXT),
     "turned halves": (Halves, TEXT),
     "products of three": (OfThree, TEXT),
+    "sentences of documents": (Documents, TEXT),
 }

@@ -25,6 +25,7 @@ class Folding:
     def __init__(self, graph: torch.fx.Graph, tensors: Mapping[str, str | Tensor]) -> None:
         self.graph, self.tensors = graph, tensors
         self.wanted: dict[str, tuple[torch.fx.Node, list[int] | None, list[int] | None]] = {}
+        self.alike: dict[torch.fx.Node, list[int]] = {}
 
     def want(
         self,
@@ -62,12 +63,27 @@ class Folding:
         known: dict[torch.fx.Node, Any] = {}
         for name, (fx, order, shape) in self.wanted.items():
             value = self._evaluate(fx, own, like, known)
+            for dim in self._rows_alike(fx, own) if order is None else []:
+                value = value.narrow(dim, 0, 1)
             value = value if order is None else value.permute(order)
             value = value if order is None or shape is None else value.reshape(shape)
             if not value.is_complex():  # whole numbers and masks too: what is averaged is no integer
                 value = _finite(value.to(like))
             own[name] = value.contiguous().clone()
         return own
+
+    def _rows_alike(self, fx: torch.fx.Node, own: Mapping[str, Tensor]) -> list[int]:
+        """The dimensions of what lies beside images along which a call gives the same, whatever the parameters are: a
+        first state of all sentences of all documents."""
+        if fx not in self.alike:
+            beside = [d for d, n in enumerate(self._shape(fx)) if n and n % INPUT == 0 and n > INPUT]
+            if beside:
+                generator = torch.Generator().manual_seed(0)
+                drawn = {name: _drawn(tensor, generator) for name, tensor in own.items()}
+                value = self._evaluate(fx, drawn, torch.zeros((), dtype=torch.float64), {})
+                beside = [d for d in beside if value.allclose(value.narrow(d, 0, 1).expand_as(value))]
+            self.alike[fx] = beside
+        return self.alike[fx]
 
     def value(self, fx: torch.fx.Node, module: nn.Module) -> Any:
         """What one call gives."""
@@ -133,6 +149,13 @@ def _filled(node: torch.fx.Node, like: Tensor) -> Tensor:
     fill = LIKE[name] if LIKE[name] is not None else node.args[-1]
     dtype = like.dtype if seen.dtype.is_floating_point else seen.dtype
     return torch.full([_one_image(n) for n in seen.shape], fill, dtype=dtype, device=like.device)
+
+
+def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers in the place of a tensor's, as those of no training."""
+    if not tensor.is_floating_point():
+        return tensor.cpu()
+    return torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
 
 
 def _finite(value: Tensor) -> Tensor:
