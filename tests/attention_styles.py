@@ -337,6 +337,7 @@ ATTENTION = {
     "windows and heads beside images": maps(LocalWindows),
     "tokens of windows": maps(WindowTokens),
     "lambda layer": maps(Lambda, 12),
+    "lambda layer, then blocks": maps(lambda: nn.Sequential(Lambda(), nn.Conv2d(12, 6, 1), Halo())),
     "random features": tokens(RandomFeatures),
     "synthesizer": tokens(lambda: Synthesizer(False)),
     "random synthesizer": tokens(lambda: Synthesizer(True)),

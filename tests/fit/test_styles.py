@@ -33,6 +33,7 @@ HELD = (
     "dynamic convolution by a sum",
     "dynamic convolution by einsum",
     "lambda layer",
+    "lambda layer, then blocks",
     "fourier of all",
     "spectral convolution",
     "features that are turned",

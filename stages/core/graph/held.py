@@ -63,11 +63,13 @@ class Held:
             yield
         except InputError as error:
             waiting, seen = list(node.inputs), set()
+            where = str(error).partition(": ")[0]
+            seen_again = InputError(f"{where}: {node.operation} of a product of units with units")
             while waiting:
                 name = waiting.pop()
                 product = before[name].operation in ("matmul", "attention") and name not in self._before
                 if name not in seen and product:
-                    self._later[name] = error
+                    self._later[name] = seen_again
                 elif name not in seen:
                     waiting += before[name].inputs
                 seen.add(name)
