@@ -160,6 +160,48 @@ class BothWays(nn.Module):
         return self.fc(F.relu(self.last(self.across(x) + self.along(x.transpose(1, 2)))).mean(1))
 
 
+class Messages(nn.Module):
+    """Messages along edges that are a list of pairs, added up at the nodes where these end (PyG, DGL)."""
+
+    PAIRS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 2], [1, 2, 3, 4, 5, 6, 0, 3, 5]])
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("pairs", self.PAIRS)
+        self.first, self.message = nn.Linear(3, 6), nn.Linear(12, 6)
+        self.own, self.fc = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def added(self, x, found):
+        return torch.zeros_like(x).index_add_(1, self.pairs[1], found)
+
+    def forward(self, x):
+        x = F.relu(self.first(x.transpose(1, 2)))
+        start, end = self.pairs
+        found = F.relu(self.message(torch.cat([x[:, start], x[:, end]], 2)))
+        return self.fc(F.relu(self.own(x + self.added(x, found))).mean(1))
+
+
+class ScatteredMessages(Messages):
+    """The same by scatter_add; the mean of what arrives."""
+
+    def added(self, x, found):
+        at = self.pairs[1].view(1, -1, 1).expand_as(found)
+        count = torch.zeros(7, device=x.device).index_add(0, self.pairs[1], torch.ones(9, device=x.device))
+        return x.new_zeros(len(x), 7, 6).scatter_add(1, at, found) / count[:, None]
+
+
+class Sampled(Messages):
+    """GraphSAGE: the mean and the largest of the neighbours that a table names."""
+
+    NEAR = ((1, 2), (0, 3), (4, 5), (6, 0), (1, 3), (2, 2), (5, 0))
+
+    def forward(self, x):
+        x = F.relu(self.first(x.transpose(1, 2)))
+        near = x[:, torch.tensor(self.NEAR)]
+        x = F.relu(self.message(torch.cat([near.mean(2), near.amax(2)], 2)))
+        return self.fc(F.relu(self.own(x)).mean(1))
+
+
 PLACES = {
     "attention over places": (Pooling, (4, 5)),
     "attention by a vector": (MeanOfPlaces, (4, 5)),
@@ -173,4 +215,7 @@ PLACES = {
     "largest of all channels": (LargestPutBack, (3, 8, 8)),
     "edges of a graph": (Edges, (3, 7)),
     "maps both ways": (BothWays, (3, 7)),
+    "messages along edges": (Messages, (3, 7)),
+    "scattered messages": (ScatteredMessages, (3, 7)),
+    "neighbours of a table": (Sampled, (3, 7)),
 }

@@ -112,6 +112,18 @@ class OfThree(nn.Module):
         return self.fc(torch.einsum("bjd,bij->bid", self.value(y), scores).mean(1))
 
 
+class OneHot(nn.Module):
+    """Letters as ones and zeros, beside a table of them (Zhang 2015)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv, self.fc = nn.Embedding(11, 4), nn.Conv1d(15, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        letters = F.one_hot(x, 11).permute(0, 2, 1).to(self.table.weight)
+        return self.fc(F.relu(self.conv(torch.cat([letters, self.table(x).mT], 1))).amax(2))
+
+
 class Documents(nn.Module):
     """Hierarchical attention (Yang 2016): words of each sentence, then sentences of each document."""
 
@@ -143,5 +155,6 @@ TEXTS = {
     "complex turns": (Rotary, TEXT),
     "turned halves": (Halves, TEXT),
     "products of three": (OfThree, TEXT),
+    "letters as ones": (OneHot, TEXT),
     "sentences of documents": (Documents, TEXT),
 }

@@ -17,6 +17,7 @@ from stages.core.tracing.calls import joins, linear, lines, moving, norms, place
 from stages.core.tracing.complex_pairs import CALLS_OF_PAIRS, FOURIER, pairs_apart
 from stages.core.tracing.copies import unwrap
 from stages.core.tracing.distances import distances_as_maps
+from stages.core.tracing.edges import ADDED_UP, edges_as_maps
 from stages.core.tracing.export import export, opname
 from stages.core.tracing.folding import Folding
 from stages.core.tracing.groups_beside import groups_apart
@@ -67,6 +68,7 @@ def read(module: nn.Module, example: Tensor) -> Reading:
     pairs_apart(exported.graph, exported.tensors, type(module).__name__)
     distances_as_maps(exported.graph, exported.tensors)
     places_of_each_image(exported.graph, exported.tensors)
+    edges_as_maps(exported.graph, exported.tensors)
     unrepeated(exported.graph, exported.tensors)
     places_changed(exported.graph)
     heads_apart(exported.graph)
@@ -90,6 +92,7 @@ def _has_rule(fx: torch.fx.Node) -> bool:
         or name in CALLS_OF_PAIRS
         or name == "cdist"
         or name in DEFORMABLE
+        or name.strip("_") in ADDED_UP
         or name.strip("_") in CALLS
         or name.startswith(("sym_", "_assert"))
     )

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch.fx
+from torch import Tensor
 
 from stages.core.graph.nodes import CONVOLUTIONS, TRANSPOSED, Node
 from stages.core.tracing.bare import unexpanded, without
@@ -14,6 +15,7 @@ from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
 from stages.core.tracing.reader import RESHAPES, Reader, images_at
 from stages.core.tracing.rearranging import Factors
+from stages.core.tracing.rewriting import called
 
 
 def _linear(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
@@ -147,6 +149,23 @@ def _embedding(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> N
     reader.node(fx, "embedding", [given["indices"]], {}, reader.roles(fx, given, {"weight": "weight"}))
 
 
+def _one_hot(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Rows of a table of ones and zeros: features that are computed from the input alone."""
+    if reader.is_value(given["self"]) and given["self"].meta["val"].is_floating_point():
+        raise reader.unknown(fx, "one_hot of other than whole numbers")
+    waiting = [fx]
+    while waiting:  # as the table is, so is what is made of it
+        own = waiting.pop()
+        if isinstance(own.meta.get("val"), Tensor) and own.meta["val"].dtype == torch.int64:
+            own.meta = {**own.meta, "val": own.meta["val"].float()}
+            waiting += own.users
+    with reader.graph.inserting_before(fx):
+        table = called(reader.graph, fx, torch.ops.aten.eye.default, given["num_classes"])
+    reader.known.add(table)
+    parameters = {"weight": reader.parameter(table)}
+    reader.node(fx, "embedding", [given["self"]], {"common": True}, parameters)
+
+
 def _embedding_bag(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     """Bags of equal size, of tokens that lie side by side: the mean, sum or largest of their rows."""
     tokens, sums = given["indices"], ("sum", "mean", "amax")
@@ -180,6 +199,7 @@ MAPS = {
     "einsum": _einsum,
     "convolution": _convolution,
     "embedding": _embedding,
+    "one_hot": _one_hot,
     "embedding_bag": _embedding_bag,
     **{name: partial(_convolve, name=name) for name in (*CONVOLUTIONS, *TRANSPOSED)},
 }

@@ -121,10 +121,18 @@ def _index_select(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -
 
 
 def _pick(reader: Reader, fx: torch.fx.Node, source: torch.fx.Node, dim: int, index: Tensor) -> None:
-    if index.dim() != 1 or index.dtype == torch.bool or reader.shape(source)[dim] % INPUT == 0:
+    """By a list of places, or by a table of them (neighbours of each): one list, then taken apart."""
+    shape = reader.shape(source)
+    if index.dtype == torch.bool or shape[dim] % INPUT == 0:
         raise reader.unknown(fx, "an index that is not one list of places")
-    size = reader.shape(source)[dim]
-    reader.node(fx, "pick", [source], {"dim": dim, "index": [int(i) % size for i in index]})
+    own, places = reader.name(fx, {}), [int(i) % shape[dim] for i in index.flatten()]
+    line = own if index.dim() == 1 else f"{own}_places"
+    reader.node(fx, "pick", [source], {"dim": dim, "index": places}, name=line)
+    if index.dim() != 1:
+        factors = Factors.of([len(places) if d == dim else n for d, n in enumerate(shape)])
+        factors.reshape([*shape[:dim], *index.shape, *shape[dim + 1 :]])
+        reader.add(Node(own, "rearrange", (line,), factors.attributes()))
+        reader.names[fx] = own
 
 
 def _pad(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
