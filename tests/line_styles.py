@@ -56,6 +56,29 @@ class Experts(nn.Module):
         return self.head(F.relu(found.sum(1)).mean((2, 3)))
 
 
+class LargestGates(nn.Module):
+    """A mixture of the two experts of the largest gates (Shazeer 2017); kind: how the others' gates become zero."""
+
+    def __init__(self, kind="written"):
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3), nn.Linear(5, 3)
+        self.experts, self.kind = nn.ModuleList(nn.Conv2d(4, 5, 3) for _ in range(3)), kind
+
+    def gates(self, scores):
+        largest, chosen = scores.topk(2, dim=1)
+        if self.kind == "written":
+            return torch.zeros_like(scores).scatter(1, chosen, largest.softmax(1))
+        if self.kind == "softmaxed":
+            return torch.full_like(scores, -torch.inf).scatter(1, chosen, largest).softmax(1)
+        return scores.softmax(1) * torch.zeros_like(scores).scatter_(1, chosen, 1.0)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        gates = self.gates(self.gate(x.mean((2, 3))))
+        found = sum(own(x) * gates[:, i, None, None, None] for i, own in enumerate(self.experts))
+        return self.head(F.relu(found).mean((2, 3)))
+
+
 class Llama(nn.Module):
     """A block as of language models: RMSNorm, fewer heads of keys than of queries, gated linear units."""
 
@@ -170,6 +193,9 @@ def spelled(m, x):
 LINES = {
     "spatial transformer": (Transformer, IMAGE),
     "mixture of experts": (Experts, IMAGE),
+    "largest gates": (LargestGates, IMAGE),
+    "largest gates, softmaxed": (lambda: LargestGates("softmaxed"), IMAGE),
+    "largest gates, masked": (lambda: LargestGates("masked"), IMAGE),
     "rms norm and fewer keys": (Llama, IMAGE),
     "patches side by side": (lambda: Patches(4, 4), IMAGE),
     "patches that overlap": (lambda: Patches(4, 2), IMAGE),

@@ -24,6 +24,9 @@ PROGRESSIVE = Fit(solver="exact", inputs="merged", targets="own", norm="fold")
 HELD = (
     "spatial transformer",
     "mixture of experts",
+    "largest gates",
+    "largest gates, softmaxed",
+    "largest gates, masked",
     "several hops",
     "points that are turned",
     "bilinear pooling",

@@ -65,6 +65,13 @@ def gathered(x: Sequence[Tensor], p: Any, a: Attributes) -> Tensor:
     return x[0].gather(a["dim"], index)
 
 
+def scattered(x: Sequence[Tensor], p: Any, a: Attributes) -> Tensor:
+    """x: what is written, unless it is the number ``value``, and where. fill: what is elsewhere."""
+    *written, index = x
+    shape = [a["size"] if d == a["dim"] % index.dim() else n for d, n in enumerate(index.shape)]
+    return index.new_full(shape, a["fill"]).scatter(a["dim"], index.long(), *(written or [a["value"]]))
+
+
 RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "cumsum": _of_one(torch.cumsum),
     "cumprod": _of_one(torch.cumprod),
@@ -78,6 +85,7 @@ RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "tril": _of_one(torch.tril),
     "triu": _of_one(torch.triu),
     "gather": gathered,
+    "scatter": scattered,
 }
 """By name of the operation; places are numbers of the value's type, as whatever is kept."""
 

@@ -149,7 +149,7 @@ def _grouped(units: Units, node: Node, value: Value, out: torch.Size, shapes: Sh
 def embedding(units: Units, node: Node, inputs: Sequence[Value], out: torch.Size, shapes: Shapes) -> Value:
     """A table with one row for each integer: its columns are units. common: the same in every network (one_hot)."""
     if node.attributes.get("common"):
-        return Value(torch.full([1] * len(out), NONE), (), out, inputs[0].common)
+        return Value(inputs[0].labels[..., None], inputs[0].dims, out, inputs[0].common)
     new = units.new(out[-1], node.path)
     units.place(node.name, node.parameters["weight"], 1, new)
     return on_dim(new, len(out) - 1, out)

@@ -189,6 +189,7 @@ MADE = {  # operation: constructor
     "gather": body()(lambda m, x: x.gather(3, x.sin().argsort(3))),
     "topk": body()(lambda m, x: x.topk(3, 3)[0]),
     "topk_index": body()(lambda m, x: x.gather(3, x.sin().topk(2, 3)[1])),
+    "scatter": body()(lambda m, x: torch.zeros_like(x).scatter(3, x.sin().topk(2, 3)[1], x.sin().topk(2, 3)[0])),
     "tril": body()(lambda m, x: x.tril(1)),
     "triu": body()(lambda m, x: x.triu()),
     "affine_grid": body(where=lambda: nn.Linear(4, 6))(lambda m, x: moved_about(m, x)),

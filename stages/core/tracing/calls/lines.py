@@ -90,6 +90,21 @@ def _gather(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
     reader.node(fx, "gather", [given["self"], places], {"dim": dim, "wide": wide})
 
 
+def _scatter(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+    """Values, or a number, at places that depend on the input (the largest gates'), another number elsewhere."""
+    index, written, dim = given["index"], given.get("src", given.get("value")), _dim(reader, fx, given)
+    elsewhere = reader.one_number(given["self"])
+    number = isinstance(written, int | float)
+    kept = [n for d, n in enumerate(reader.shape(fx)) if d != dim % len(reader.shape(fx))]
+    there = [n for d, n in enumerate(reader.shape(index)) if d != dim % len(reader.shape(fx))]
+    fits = kept == there and (number or reader.shape(written) == reader.shape(index))
+    if not fits or isinstance(elsewhere, torch.fx.Node) or given.get("reduce") or not reader.is_value(index):
+        raise reader.unknown(fx, "values written at places that are constant, or over other values")
+    settings = {"dim": dim, "size": reader.shape(fx)[dim], "fill": float(elsewhere)}
+    values = [index] if number else [written, index]
+    reader.node(fx, "scatter", values, settings | ({"value": float(written)} if number else {}))
+
+
 def _alike(reader: Reader, fx: torch.fx.Node, table: torch.fx.Node, dim: int) -> torch.fx.Node:
     """What any index takes of a constant whose entries are all one number (kinds of tokens, of RoBERTa)."""
     held, wanted = reader.folding.value(reader.through(table), reader.module), reader.shape(fx)
@@ -164,6 +179,7 @@ LINE_CALLS = {
     "tril": partial(_triangle, name="tril"),
     "triu": partial(_triangle, name="triu"),
     "gather": _gather,
+    "scatter": _scatter,
     "median": partial(_ranked, name="median"),
     "kthvalue": partial(_ranked, name="kthvalue"),
     "prod": partial(_reduced, name="prod"),
