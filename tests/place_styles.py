@@ -75,6 +75,41 @@ class GraphAttention(nn.Module):
         return self.fc(F.elu(torch.matmul(F.softmax(e, dim=2), h)).mean(1))
 
 
+class PairsOfNodes(nn.Module):
+    """GAT as first written: scores of concatenated pairs of nodes; pairs: how these are made."""
+
+    def __init__(self, pairs):
+        super().__init__()
+        self.first, self.score, self.fc = (
+            nn.Linear(5, 6, bias=False),
+            nn.Parameter(torch.randn(12, 1)),
+            nn.Linear(6, 3),
+        )
+        self.register_buffer("edges", torch.eye(4) + torch.eye(4).roll(1, 0))
+        self.pairs = pairs
+
+    def forward(self, x):
+        h = self.first(x)
+        e = F.leaky_relu(self.pairs(h, self.score), 0.2)
+        e = torch.where(self.edges > 0, e, -9e15 * torch.ones_like(e))
+        return self.fc(F.elu(torch.matmul(F.softmax(e, dim=2), h)).mean(1))
+
+
+def interleaved(h, score):
+    pairs = torch.cat([h.repeat_interleave(4, dim=1), h.repeat(1, 4, 1)], dim=-1)
+    return (pairs @ score).view(-1, 4, 4)
+
+
+def in_rows(h, score):
+    pairs = torch.cat([h.repeat(1, 1, 4).view(-1, 16, 6), h.repeat(1, 4, 1)], 2).view(-1, 4, 4, 12)
+    return torch.matmul(pairs, score).squeeze(3)
+
+
+def broadcast(h, score):
+    pairs = [h.unsqueeze(2).expand(-1, -1, 4, -1), h.unsqueeze(1).expand(-1, 4, -1, -1)]
+    return (torch.cat(pairs, -1) @ score)[..., 0]
+
+
 class Points(nn.Module):
     """PointNet: a matrix made of all points turns each of them."""
 
@@ -209,6 +244,9 @@ PLACES = {
     "several hops": (lambda: Hops(2), (4, 5)),
     "last state as query": (LastAsQuery, (4, 5)),
     "graph attention": (GraphAttention, (4, 5)),
+    "graph attention, interleaved": (lambda: PairsOfNodes(interleaved), (4, 5)),
+    "graph attention, in rows": (lambda: PairsOfNodes(in_rows), (4, 5)),
+    "graph attention, broadcast": (lambda: PairsOfNodes(broadcast), (4, 5)),
     "points that are turned": (Points, (3, 7)),
     "columns as tokens": (Columns, (4, 1)),
     "bilinear pooling": (Bilinear, (3, 8, 8)),

@@ -20,13 +20,23 @@ from stages.core.graph.part_moves import from_heads, rearranged, to_heads
 
 
 def with_heads(
-    node: Node, inputs: Sequence[Value], masked: Sequence[int], logits: bool, last: bool, mapped: int
+    node: Node,
+    inputs: Sequence[Value],
+    masked: Sequence[int],
+    logits: bool,
+    last: bool,
+    mapped: int,
+    scored: bool,
 ) -> list[Node]:
     """The node, or what it is with a dimension for its one head.
 
     masked: the shape of a mask, () without one. logits: whether it gives the network's logits, or follows them. last:
-    whether no other product reads what this one gives. mapped: how many entries its weight gives.
+    whether no other product reads what this one gives. mapped: how many entries its weight gives. scored: whether a
+    product sums over places by what it gives.
     """
+    if scored and _one_of_pairs(node, inputs[0]):
+        cut = node.attributes.get("atoms", [[n] for n in inputs[0].shape])
+        return [rearranged(node.name, node.inputs[0], cut, [[0], [3], [1], [2]])]
     looks = node.operation in (*REDUCTIONS, "local_response_norm") and "spread" not in node.attributes
     if looks or (node.operation == "softmax" and not logits):
         return _whole(node, inputs[0])
@@ -91,6 +101,17 @@ def with_heads(
     if ahead and a.dims == (ahead,):
         return _product(node, {1: rank - 1}, inputs, True, True, ahead)
     return [node]
+
+
+def _one_of_pairs(node: Node, value: Value) -> bool:
+    """Whether it is another view, (n, p, q), of one unit for every two places, (n, p * q, 1) or (n, p, q, 1) (GAT)."""
+    rank, a = len(value.shape), node.attributes
+    if value.dims != (rank - 1,) or value.shape[-1] != 1 or value.common or value.held:
+        return False
+    if node.operation == "select":
+        return rank == 4 and a["dim"] % rank == 3
+    plain = a["atoms"][0] == [1] == a["atoms"][-1] and a["order"] == list(range(4))
+    return plain and a["groups"] == [1, 1, 2]
 
 
 def _face_to_face(a: Value, b: Value) -> bool:
@@ -250,3 +271,22 @@ def last_products_of(graph: Graph) -> set[str]:
             reaching.add(node.name)
     products = [node for node in graph.nodes if node.operation == "matmul"]
     return {node.name for node in products if not any(user.name in reaching for user in users[node.name])}
+
+
+def scores_of(graph: Graph) -> set[str]:
+    """What only moves entries by which a product sums over places, once they are squashed or masked."""
+    users, reaching = graph.users(), set[str]()
+    for node in reversed(graph.nodes[1:]):
+        kept = OPERATIONS[node.operation].rule is rules.same or node.operation == "softmax"
+        ends = [
+            user.operation == "matmul" and user.inputs[0] == node.name != user.inputs[1]
+            for user in users[node.name]
+            if user.name not in reaching or user.operation in ("rearrange", "select")
+        ]
+        if users[node.name] and all(ends) and (kept or node.operation in ("rearrange", "select")):
+            reaching.add(node.name)
+    return {
+        node.name
+        for node in graph.nodes
+        if node.name in reaching and node.operation in ("rearrange", "select")
+    }

@@ -39,7 +39,8 @@ def _dims_of_ones(
     if not ones or len(inputs) > 1:
         return {d for d in ones if len(inputs[0].shape) == len(out)}
     if node.operation == "select":
-        return {d - (d > node.attributes["dim"] % len(inputs[0].shape)) for d in ones}
+        dim = node.attributes["dim"] % len(inputs[0].shape)
+        return {min(d - (d > dim), len(out) - 1) for d in ones}
     return {d + len(out) - len(inputs[0].shape) for d in ones}
 
 

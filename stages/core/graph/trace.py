@@ -17,7 +17,7 @@ from stages.core.graph.axes import SeveralDimensionsError, Units, Value
 from stages.core.graph.beside_images import images_alone
 from stages.core.graph.crossed import check_beside, kept_beside
 from stages.core.graph.extent import check_value, place_for
-from stages.core.graph.heads import last_products_of, with_heads
+from stages.core.graph.heads import last_products_of, scores_of, with_heads
 from stages.core.graph.held import NOTHING, Held
 from stages.core.graph.layouts import Layout
 from stages.core.graph.mixing import carried, mixing, places_first
@@ -207,7 +207,7 @@ def _laid_out(
     )
     before = {first.name: first}
     settled, waiting, logits = [first], list(reversed(graph.nodes[1:])), graph.logits
-    last_products = last_products_of(graph)
+    last_products, scored = last_products_of(graph), scores_of(graph)
     while waiting:
         node = waiting.pop()
         own = {role: tuple(parameters[name]) for role, name in node.parameters.items()}
@@ -229,6 +229,7 @@ def _laid_out(
                 node.name in logits,
                 node.name in last_products,
                 own.get("weight", (0,))[0],
+                node.name in scored,
             )
         if rest:
             held.made(read, [node, *rest])
