@@ -65,6 +65,11 @@ class LargestGates(nn.Module):
         self.experts, self.kind = nn.ModuleList(nn.Conv2d(4, 5, 3) for _ in range(3)), kind
 
     def gates(self, scores):
+        if self.kind == "sparsemax":  # Martins and Astudillo 2016
+            ranked = scores.sort(1, descending=True)[0]
+            sums, ranks = ranked.cumsum(1) - 1, torch.arange(1, 4, device=scores.device)
+            kept = (ranks * ranked > sums).sum(1, keepdim=True)
+            return (scores - sums.gather(1, kept - 1) / kept.to(scores.dtype)).clamp(min=0)
         largest, chosen = scores.topk(2, dim=1)
         if self.kind == "written":
             return torch.zeros_like(scores).scatter(1, chosen, largest.softmax(1))
@@ -196,6 +201,7 @@ LINES = {
     "largest gates": (LargestGates, IMAGE),
     "largest gates, softmaxed": (lambda: LargestGates("softmaxed"), IMAGE),
     "largest gates, masked": (lambda: LargestGates("masked"), IMAGE),
+    "largest gates, sparsemax": (lambda: LargestGates("sparsemax"), IMAGE),
     "rms norm and fewer keys": (Llama, IMAGE),
     "patches side by side": (lambda: Patches(4, 4), IMAGE),
     "patches that overlap": (lambda: Patches(4, 2), IMAGE),

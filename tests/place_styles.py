@@ -110,6 +110,19 @@ def broadcast(h, score):
     return (torch.cat(pairs, -1) @ score)[..., 0]
 
 
+class OneScore(nn.Module):
+    """One score of each place, which is selected, and a number of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.score, self.fc = nn.Linear(5, 6), nn.Linear(6, 1), nn.Linear(6, 3)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.fc((x * (self.score(x)[..., 0] + self.bias).sigmoid()[..., None]).mean(1))
+
+
 class Points(nn.Module):
     """PointNet: a matrix made of all points turns each of them."""
 
@@ -247,6 +260,7 @@ PLACES = {
     "graph attention, interleaved": (lambda: PairsOfNodes(interleaved), (4, 5)),
     "graph attention, in rows": (lambda: PairsOfNodes(in_rows), (4, 5)),
     "graph attention, broadcast": (lambda: PairsOfNodes(broadcast), (4, 5)),
+    "one score of each place": (OneScore, (4, 5)),
     "points that are turned": (Points, (3, 7)),
     "columns as tokens": (Columns, (4, 1)),
     "bilinear pooling": (Bilinear, (3, 8, 8)),

@@ -187,6 +187,7 @@ class Reader:
             if fx.users:
                 before = fx.args[0].meta["val"]
                 whole = not before.is_floating_point() and before.dtype != torch.bool
+                whole &= "integers" in self.nodes[0].attributes  # what is counted is of the values' type
                 if whole and fx.meta["val"].is_floating_point():
                     where = place_of(fx, type(self.module).__name__)
                     raise where.refusal(

@@ -54,7 +54,7 @@ def _flattened(reader: Reader, fx: torch.fx.Node, source: torch.fx.Node) -> bool
     return True
 
 
-def _reshaped(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
+def reshaped(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None:
     _rearrange(reader, fx, None)
 
 
@@ -208,6 +208,6 @@ MOVING = {
     "concat": _cat,
     "concatenate": _cat,
     "stack": _stack,
-    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys(RESHAPES, reshaped),
     **dict.fromkeys(PERMUTES, _permuted),
 }

@@ -9,6 +9,7 @@ import torch.fx
 from torch import Tensor
 
 from stages.core.graph.nodes import Node
+from stages.core.tracing.calls.moving import reshaped
 from stages.core.tracing.calls.reductions import put_back
 from stages.core.tracing.export import opname
 from stages.core.tracing.one_by_one import INPUT
@@ -59,6 +60,9 @@ def _select(reader: Reader, fx: torch.fx.Node, given: Mapping[str, Any]) -> None
         reader.same |= dict.fromkeys(others, first)
         reader.skipped |= set(again)
         _cut(reader, first, given["self"], dim, index, index + 1, 1)
+        return
+    if dim == len(shape) - 1 > 1 == shape[dim]:  # y[..., 0] of one score
+        reshaped(reader, fx, given)
         return
     reader.node(fx, "select", [given["self"]], {"dim": dim, "index": index})
 
