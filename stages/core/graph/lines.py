@@ -67,9 +67,10 @@ def gathered(x: Sequence[Tensor], p: Any, a: Attributes) -> Tensor:
 
 def scattered(x: Sequence[Tensor], p: Any, a: Attributes) -> Tensor:
     """x: what is written, unless it is the number ``value``, and where. fill: what is elsewhere."""
-    *written, index = x
-    shape = [a["size"] if d == a["dim"] % index.dim() else n for d, n in enumerate(index.shape)]
-    return index.new_full(shape, a["fill"]).scatter(a["dim"], index.long(), *(written or [a["value"]]))
+    written, index = (a["value"], x[0]) if "value" in a else (x[0], x[1])
+    one = torch.full_like(index.narrow(a["dim"], 0, 1), a["fill"])
+    wide = F.pad(one, [0, 0] * (-1 - a["dim"]) + [0, a["size"] - 1], value=a["fill"])
+    return wide.scatter(a["dim"], index.long(), written)
 
 
 RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
