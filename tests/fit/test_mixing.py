@@ -165,4 +165,4 @@ def test_what_cannot_be_mixed_is_refused():
     with pytest.raises(InputError, match="a convolution along units that gives 4 of them"):
         trace(Halved(one=nn.Conv1d(12, 12, 2, stride=2)), x)
     with pytest.raises(InputError, match="mean over the units"):
-        trace(OnImages(one=nn.Linear(12, 12)), x)
+        trace(OnImages(one=nn.Linear(12, 10)), x)

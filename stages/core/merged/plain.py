@@ -250,17 +250,23 @@ class _Writer:
         a, dim = node.attributes, self.trace.layouts[node.inputs[0]].dim
         shape = list(self._shape(node.inputs[0]))
         shape[dim] = width or shape[dim]
-        sizes: list[int] = []
+        sizes: list[int | Proxy] = []
+        inferred = None  # the one entry that reshapes find themselves
         for d, (atoms, free) in enumerate(zip(a["atoms"], a["free"], strict=True)):
             own = list(atoms)
             if free is not None:
                 others = math.prod(own[:free] + own[free + 1 :])
-                own[free] = shape[d] // others if d == dim else -1
+                if d == dim:
+                    own[free] = shape[d] // others
+                elif inferred is None:
+                    own[free], inferred = -1, len(sizes) + free
+                else:
+                    own[free] = x.size(d) // others
             sizes += own
         final, at = [], 0
         for count in a["groups"]:
-            own = [sizes[i] for i in a["order"][at : at + count]]
-            final.append(-1 if -1 in own else math.prod(own))
+            own = a["order"][at : at + count]
+            final.append(-1 if inferred in own else math.prod([sizes[i] for i in own]))
             at += count
         return x.reshape(sizes).permute(list(a["order"])).reshape(final)
 
