@@ -2,10 +2,10 @@
 
 DVC runs every fit as a command of its own, and importing torch takes longer than the fit of a small network. The first
 of them leaves a process behind that has imported what the stage imports and done nothing else. It and all that follow
-ask that process for a copy of itself, which runs in their place with their words, environment and output, and
-wait for its status. The process ends with the DVC that runs the stages, or a minute after the last; it serves nobody
-else. Where it cannot be had,
-or its code, environment or folder is not the stage's, the stage runs by itself, as with ``STAGES_ALONE=1``.
+ask that process for a copy of itself, which runs in their place with their words, environment and output, and wait for
+its status. The process ends with the DVC that runs the stages, or a minute after the last; it serves nobody else. Where
+it cannot be had, or its code, environment or folder is not the stage's, the stage runs by itself, as it does with
+``STAGES_ALONE=1``.
 """
 
 import contextlib
