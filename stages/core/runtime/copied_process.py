@@ -2,9 +2,10 @@
 
 DVC runs every fit as a command of its own, and importing torch takes longer than the fit of a small network. The first
 of them leaves a process behind that has imported what the stage imports and done nothing else. It and all that follow
-ask that process for a copy of itself, which runs in their place with their words, environment and output, and
-wait for its status. The process ends with the DVC that runs the stages; it serves nobody else. Where it cannot be had,
-or its code, environment or folder is not the stage's, the stage runs by itself, as with ``STAGES_ALONE=1``.
+ask that process for a copy of itself, which runs in their place with their words, environment and output, and wait for
+its status. The process ends with the DVC that runs the stages, or a minute after the last; it serves nobody else. Where
+it cannot be had, or its code, environment or folder is not the stage's, the stage runs by itself, as it does with
+``STAGES_ALONE=1``.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ALONE = "STAGES_ALONE"
+IDLE = 60.0  # seconds after which nobody is expected to ask
 INTERRUPT = b"i"
 STATUS = struct.Struct("i")  # of a copy, negative for a signal
 PEER = struct.Struct("3i")  # process, user, group
@@ -120,8 +122,8 @@ def _serve(stage: str, listens: socket.socket, waits: int, gone: Callable[[str],
         importlib.import_module(f"{stage}.__main__")
         del sys.modules[f"{stage}.__main__"]  # which runs as __main__
         while True:
-            ready, *_ = select.select([listens, waits], [], [])
-            if waits in ready:
+            ready, *_ = select.select([listens, waits], [], [], IDLE)
+            if waits in ready or not ready:
                 os._exit(0)
             with listens.accept()[0] as asked:
                 wanted, given = _read(asked) if _of_this_user(asked) else ({}, [])

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -25,6 +26,9 @@ class Bar(tqdm):
         self.lines = not sys.stderr.isatty()
         if self.lines:
             named |= {"file": io.StringIO(), "delay": LINE_PERIOD, "mininterval": LINE_PERIOD, "miniters": 1}
+        else:  # some terminals, of containers say, are of no size, in which nothing would show
+            columns, rows = shutil.get_terminal_size()
+            named = {"ncols": columns, "nrows": rows, **named}
         super().__init__(*given, **{"delay": DELAY, **named, "leave": False, "disable": not shown or SILENT})
 
     def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **named: Any) -> None:

@@ -1,6 +1,7 @@
 """Progress where there is no terminal, and the one format of what is logged."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_hidden_work_says_nothing(no_terminal, monkeypatch):
 
 CODE = """
 import logging
+import os
 from stages.core.runtime.command import command
 from stages.core.runtime.errors import InputError
 def main(*words):
@@ -91,3 +93,26 @@ def test_verbose_shows_more():
     assert "botocore" not in text
     assert "ValueError: why" in text
     assert text.endswith("\nerror: no\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of other systems have a size")
+@pytest.mark.parametrize("size", [(0, 0), (40, 0), (0, 100), (40, 100)])
+def test_a_bar_shows_on_a_terminal_of_any_size(size):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    code = """if True:
+        from stages.core.runtime.progress import Bar
+        for _ in Bar(range(3), desc='fit', delay=0, mininterval=0):
+            pass
+        """
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=ROOT, stdout=theirs, stderr=theirs, check=True, timeout=60)
+    assert b"fit: 100%" in os.read(ours, 10_000)
+    os.close(ours)
+    os.close(theirs)
