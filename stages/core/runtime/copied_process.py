@@ -49,8 +49,9 @@ def run_as_copy(stage: str, dvc: int, watched: Callable[[], None], gone: Callabl
 
 
 def _address(dvc: int) -> str:
-    """Of no file (unix(7), abstract): it is gone with the process."""
-    return f"\0stages-{os.getuid()}-{dvc}-{os.stat(f'/proc/{dvc}').st_ctime_ns}"
+    """Of no file (unix(7), abstract): it is gone with the process. Numbers of processes return, with another start."""
+    started = Path(f"/proc/{dvc}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"\0stages-{os.getuid()}-{dvc}-{started}"
 
 
 def _connected(dvc: int) -> socket.socket | None:
@@ -95,7 +96,8 @@ def _wait_for(asked: socket.socket, watched: Callable[[], None]) -> None:
         try:
             found = asked.recv(STATUS.size - len(status))
         except KeyboardInterrupt:
-            asked.sendall(INTERRUPT)
+            with contextlib.suppress(OSError):  # it has just ended
+                asked.sendall(INTERRUPT)
             continue
         if not found:  # that process was killed, and its copy ends
             _end(-signal.SIGKILL)
