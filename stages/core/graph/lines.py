@@ -79,7 +79,8 @@ RUNS: dict[str, Callable[[Sequence[Tensor], Any, Attributes], Tensor]] = {
     "logcumsumexp": _of_one(torch.logcumsumexp),
     "cummax": _of_one(lambda x, dim: x.cummax(dim).values),
     "cummin": _of_one(lambda x, dim: x.cummin(dim).values),
-    "sort": _of_one(lambda x, **a: x.sort(**a).values),
+    # as topk, which ONNX has: of equal values all orders are the same
+    "sort": _of_one(lambda x, dim=-1, descending=False, **a: x.topk(x.shape[dim], dim, descending).values),
     "argsort": _of_one(lambda x, **a: x.sort(**a).indices.to(x.dtype)),
     "topk": _of_one(lambda x, **a: x.topk(**a).values),
     "topk_index": _of_one(lambda x, **a: x.topk(**a).indices.to(x.dtype)),

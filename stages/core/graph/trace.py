@@ -154,11 +154,13 @@ def lay_out(
     if whole is not None:
         return whole
     found = [own for other in tried if (own := _with_held(other, parameters, example, place_of))]
-    for change in changes if not found else ():  # what is held came before what they are for
-        tried += [own for own in [change(own) for own in tried] if own not in tried]
-        found = [own for other in tried[1:] if (own := _with_held(other, parameters, example, place_of))]
-        if found:
-            break
+    with contextlib.suppress(InputError):
+        check_graph(graph, parameters, example, OPERATIONS)
+        for change in changes if not found else ():  # what is held came before what they are for
+            tried += [own for own in [change(own) for own in tried] if own not in tried]
+            found = [own for other in tried[1:] if (own := _with_held(other, parameters, example, place_of))]
+            if found:
+                break
     if not found:
         raise first
     trace, held = max(found, key=lambda own: sum(group.size for group in own[0].spec.free.values()))
