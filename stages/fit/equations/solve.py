@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.core.runtime.errors import InputError
-from stages.fit.equations.factor import Cholesky, factorise_
+from stages.fit.equations.factor import Cholesky, Spectrum, factorise_
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Solution:
     moments: Tensor | None  # (2, d_out) mean, variance of W z over the rows seen; None without an intercept
 
 
-Energies = tuple[
-    Tensor, Tensor, Tensor
-]  # of what a map gives, of what it leaves over and of y, (d_out,) each
+Energies = tuple[Tensor, Tensor, Tensor]
+"""Of what a map gives, of what it leaves over and of y, (d_out,) each."""
 
 
 class System(Protocol):
@@ -96,7 +95,14 @@ def _solved(system: System, start: Tensor, ridge: float) -> tuple[Tensor, Energi
     factor = factorise_(matrix, penalty, system.matrix, system.name, system.eps)
     if isinstance(factor, Cholesky):
         return system.solved_by(factor, start, penalty)
-    W = system.moved(start, factor.solve_(system.left_by(start, system.matrix())))
+    return moved_by(system, factor, start, system.matrix())
+
+
+def moved_by(
+    system: System, factor: Cholesky | Spectrum, start: Tensor, matrix: Tensor
+) -> tuple[Tensor, Energies]:
+    """W and its energies where what solves the system tells of W alone."""
+    W = system.moved(start, factor.solve_(system.left_by(start, matrix)))
     return W, system.energies(W)
 
 

@@ -18,7 +18,7 @@ from stages.core.sweep.gram import add_gram, complete_gram, gram_bytes, restrict
 from stages.core.sweep.maps import MapSums, map_entries
 from stages.fit.equations.factor import Cholesky
 from stages.fit.equations.maps import MapEquations
-from stages.fit.equations.solve import Energies, Solution, solve
+from stages.fit.equations.solve import Energies, Solution, moved_by, solve
 from stages.fit.layer import Layer
 from stages.fit.problem import LayerProblem, LayerSolution
 from stages.fit.setup import Setup
@@ -132,8 +132,7 @@ class RegressionMean:
         return given, residual, energy
 
     def solved_by(self, factor: Cholesky, start: Tensor, penalty: float) -> tuple[Tensor, Energies]:
-        W = self.moved(start, factor.solve_(self.left_by(start, self.grams[0])))
-        return W, self.energies(W)
+        return moved_by(self, factor, start, self.grams[0])
 
 
 def regression_mean(grams: list[Tensor], weights: list[Tensor], ridge: float, name: str = "") -> Solution:
